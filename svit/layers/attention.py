@@ -1,0 +1,91 @@
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from timm.layers import use_fused_attn
+from torch import nn
+
+from svit.ops import sample, spread
+
+from .checks import check_map, pair
+
+torch.fx.wrap("check_map")
+
+
+class SuperTokenAttention(nn.Module):
+    """Super token attention (paper: section 3.2).
+
+    Pixels are averaged into one super token per cell, weighted by a soft association of each pixel with the 3 x 3 super
+    tokens around its cell; the super tokens attend to each other; each pixel gets the weighted sum of its 9. With cells
+    of one pixel this is plain global attention among the pixels.
+
+    Args:
+        dim: channels C.
+        num_heads: attention heads, a divisor of `dim`.
+        stoken_size: height and width of a cell in pixels: an int or a pair.
+        n_iter: rounds of association, at least 1.
+        differentiable_association: lets the gradient through the association too. Off in the paper and in every
+            published model; the output is the same.
+        attn_drop: dropout rate of the attention weights among super tokens.
+        proj_drop: dropout rate after the output projection.
+
+    Shape: (B, dim, H, W) to the same, any floating dtype, H and W of at least 1. Channels-last is fastest.
+
+    Raises:
+        ValueError: an argument out of range, or an input of another shape.
+    """
+
+    fused_attn: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        stoken_size: int | tuple[int, int] = 1,
+        n_iter: int = 1,
+        differentiable_association: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
+        if n_iter < 1:
+            raise ValueError(f"n_iter: expected at least 1, got {n_iter}")
+        dd = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.num_heads = num_heads
+        self.cell = pair(stoken_size, "stoken_size")
+        self.n_iter = n_iter
+        self.differentiable_association = differentiable_association
+        self.fused_attn = use_fused_attn()
+
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Conv2d(dim, dim, 1, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = check_map(x, self.dim)
+        if self.cell == (1, 1):
+            return self.attend(x)
+        B, C, H, W = x.shape
+        s, q = sample(x.permute(0, 2, 3, 1), self.cell, self.n_iter, self.differentiable_association)
+        s = self.attend(s.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return spread(s, q, self.cell, (H, W)).permute(0, 3, 1, 2)
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Multi-head self-attention among all H * W tokens of a map (B, C, H, W)."""
+        B, C, H, W = x.shape
+        d = self.dim // self.num_heads
+        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(B, H * W, self.num_heads, 3, d)
+        q, k, v = qkv.transpose(1, 2).unbind(3)  # (B, heads, N, d) each
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            attn = torch.matmul(q * d**-0.5, k.transpose(-1, -2)).softmax(-1)
+            x = torch.matmul(self.attn_drop(attn), v)
+        x = x.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        return self.proj_drop(self.proj(x))

@@ -1,0 +1,196 @@
+"""The convolutional parts of the network. Each keeps a channels-last map channels-last.
+
+`fuse()` folds, for inference, the BatchNorm that can be folded exactly and returns the module, as timm's
+`reparameterize_model` expects; a second call changes nothing. The stem has none: its BatchNorms stand between a GELU
+and a zero-padded convolution, where a folded shift would be wrong at the borders.
+"""
+
+import torch
+from timm.layers import get_act_layer, get_norm_layer
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from svit.ops import depthwise3x3
+
+from .checks import check_map
+
+torch.fx.wrap("check_map")
+torch.fx.wrap("depthwise3x3")
+
+
+class ResidualDepthwiseConv(nn.Conv2d):
+    """x + depthwise 3x3 convolution of x, with bias: (B, dim, H, W) to the same.
+
+    The position encoding of a block and the middle of its conv-FFN (paper: section 3.1).
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return depthwise3x3(x, self.weight, self.bias)
+
+
+class ConvFFN(nn.Module):
+    """The feed-forward part of a block: BatchNorm, 1x1 conv, GELU, x + depthwise 3x3 conv, 1x1 conv (paper: section 3.1).
+
+    Args:
+        dim: channels in and out.
+        hidden_dim: channels between the two 1x1 convolutions.
+        drop: dropout rate after the activation and after the second 1x1 convolution.
+        norm_layer, act_layer: layer classes, or timm's names of them.
+
+    Shape: (B, dim, H, W) to the same.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
+        act_layer: str | type[nn.Module] = nn.GELU,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm = get_norm_layer(norm_layer)(dim, **dd)
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
+        self.act = get_act_layer(act_layer)()
+        self.drop1 = nn.Dropout(drop)
+        self.dwconv = ResidualDepthwiseConv(hidden_dim, **dd)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1, **dd)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.drop1(self.act(self.fc1(self.norm(x))))
+        x = self.fc2(self.dwconv(x))
+        return self.drop2(x)
+
+    def fuse(self) -> "ConvFFN":
+        if isinstance(self.norm, nn.BatchNorm2d):
+            fold_norm_before(self.norm, self.fc1)
+            self.norm = nn.Identity()
+        return self
+
+
+class Stem(nn.Module):
+    """Four 3x3 convolutions, each followed by the activation, then BatchNorm (paper: section 3.1).
+
+    Args:
+        in_chans: channels of the image.
+        dim: channels out; the first two convolutions have half of them.
+        stride: 1, 2 or 4 pixels of the image to one of the output. The third convolution halves the map first, then
+            the first.
+        norm_layer, act_layer: layer classes, or timm's names of them.
+
+    Shape: (B, in_chans, H, W) to (B, dim, ceil(H / stride), ceil(W / stride)), channels-last.
+
+    Raises:
+        ValueError: an argument out of range, or an input of another shape.
+    """
+
+    STRIDES = {1: (1, 1, 1, 1), 2: (1, 1, 2, 1), 4: (2, 1, 2, 1)}
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        stride: int = 4,
+        norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
+        act_layer: str | type[nn.Module] = nn.GELU,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if stride not in self.STRIDES:
+            raise ValueError(f"stem_stride: expected one of {sorted(self.STRIDES)}, got {stride!r}")
+        self.in_chans = in_chans
+        layers = []
+        chans = in_chans
+        for out_chans, s in zip((dim // 2, dim // 2, dim, dim), self.STRIDES[stride], strict=True):
+            layers += [
+                nn.Conv2d(chans, out_chans, 3, stride=s, padding=1, device=device, dtype=dtype),
+                get_act_layer(act_layer)(),
+                get_norm_layer(norm_layer)(out_chans, device=device, dtype=dtype),
+            ]
+            chans = out_chans
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = check_map(x, self.in_chans)
+        return self.layers(x.contiguous(memory_format=torch.channels_last))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2, then BatchNorm: (B, dim, H, W) to (B, out_dim, ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
+        self.norm = get_norm_layer(norm_layer)(out_dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x))
+
+    def fuse(self) -> "Downsample":
+        fold_norm_after(self)
+        return self
+
+
+class FinalConv(nn.Module):
+    """1x1 convolution, BatchNorm, SiLU, between the last stage and the head: (B, dim, H, W) to (B, width, H, W).
+
+    With `width` None there is no convolution, and BatchNorm and SiLU act on the last stage's channels.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int | None,
+        norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(dim, width, 1, **dd) if width else nn.Identity()
+        self.norm = get_norm_layer(norm_layer)(width or dim, **dd)
+        self.act = nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+    def fuse(self) -> "FinalConv":
+        if isinstance(self.conv, nn.Conv2d):
+            fold_norm_after(self)
+        return self
+
+
+@torch.no_grad()
+def fold_norm_after(module: Downsample | FinalConv) -> None:
+    """Folds `module.norm`, which follows `module.conv`, into it."""
+    conv, norm = module.conv, module.norm
+    if isinstance(norm, nn.BatchNorm2d):
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        module.norm = nn.Identity()
+
+
+@torch.no_grad()
+def fold_norm_before(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
+    """Folds `norm` into the 1x1 convolution that follows it: W (s x + t) + b = (W s) x + (W t + b)."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    conv.bias += conv.weight.flatten(1) @ shift
+    conv.weight *= scale.view(1, -1, 1, 1)

@@ -1,0 +1,21 @@
+import torch
+from torch import nn
+
+
+class LayerScale(nn.Module):
+    """x * gamma, one learned factor a channel: (B, dim, H, W) to the same.
+
+    gamma is (1, dim, 1, 1), as published; being no vector, it gets weight decay, as published too.
+    """
+
+    def __init__(self, dim: int, init: float, device=None, dtype=None) -> None:
+        super().__init__()
+        self.init = init
+        self.gamma = nn.Parameter(torch.empty(1, dim, 1, 1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gamma, self.init)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma

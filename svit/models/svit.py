@@ -1,0 +1,517 @@
+"""Super Token Vision Transformer (SViT).
+
+Paper: Huang et al., "Vision Transformer with Super Token Sampling", CVPR 2023, https://arxiv.org/abs/2211.11167
+
+image -> stem -> 4 stages of blocks (position encoding, super-token attention, conv-FFN), the last three beginning with a
+downsampling convolution -> final convolution -> head. A stage's feature map is what it hands to the next stage.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers.helpers import get_device_dtype
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_model_deprecations,
+    reparameterize_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import feature_take_indices
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from svit.layers import ConvFFN, Downsample, FinalConv, LayerScale, ResidualDepthwiseConv, Stem, SuperTokenAttention
+
+from .original import from_original, is_original
+
+__all__ = ["SViT"]
+
+LayerType = str | type[nn.Module]
+
+
+class Block(nn.Module):
+    """Position encoding, super-token attention and conv-FFN, each with a residual: (B, dim, H, W) to the same."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        stoken_size: int | tuple[int, int],
+        n_iter: int = 1,
+        differentiable_association: bool = False,
+        mlp_ratio: float = 4.0,
+        layer_scale_init: float | None = None,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: LayerType = nn.BatchNorm2d,
+        act_layer: LayerType = nn.GELU,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.pos_embed = ResidualDepthwiseConv(dim, **dd)
+        self.norm1 = LayerNorm2d(dim, eps=1e-6, **dd)
+        self.attn = SuperTokenAttention(
+            dim,
+            num_heads,
+            stoken_size,
+            n_iter=n_iter,
+            differentiable_association=differentiable_association,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            **dd,
+        )
+        self.ls1 = nn.Identity() if layer_scale_init is None else LayerScale(dim, layer_scale_init, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.mlp = ConvFFN(dim, int(dim * mlp_ratio), proj_drop, norm_layer, act_layer, **dd)
+        self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(dim, layer_scale_init, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pos_embed(x)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        x = x + self.drop_path2(self.ls2(self.mlp(x)))
+        return x
+
+
+class Stage(nn.Module):
+    """A downsampling convolution (none in the first stage) and blocks; its output is the feature map of the stage."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            for block in self.blocks:
+                x = checkpoint_block(block, x)
+        else:
+            x = self.blocks(x)
+        return x
+
+
+class SViT(nn.Module):
+    """Super Token Vision Transformer.
+
+    One value a stage wherever a sequence is taken; where a single value is allowed too, it counts for every stage.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: classes, 0 for no classifier.
+        global_pool: timm's name of the pooling before the classifier, '' for none.
+        embed_dims, depths, num_heads: channels, blocks and attention heads of each stage.
+        stoken_size: height and width in pixels of each stage's cells: an int or a pair a stage. With 1 the stage has
+            plain global attention.
+        n_iter: rounds of association.
+        differentiable_association: lets the gradient through the association, which the paper cuts.
+        layer_scale_init: start value of the layer scale, None for none; a single value or one a stage.
+        mlp_ratio: hidden channels of the conv-FFN to those of the stage.
+        head_width: channels of the 1x1 convolution before the pool, None for no such convolution.
+        stem_stride: pixels of the image to one of the first stage: 1, 2 or 4.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after the stem, inside the conv-FFN and after the attention's projection.
+        attn_drop_rate: dropout of the attention weights.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 in the first.
+        norm_layer: the norm of stem, conv-FFN, downsampling and final convolution (that of the attention is LayerNorm).
+        act_layer: the activation of stem and conv-FFN.
+
+    Shape: (B, in_chans, H, W), any H and W of at least 1, to (B, num_classes).
+
+    Raises:
+        ValueError: an argument out of range, or an input of another shape.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (3, 5, 9, 3),
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        stoken_size: Sequence[int | tuple[int, int]] = (8, 4, 1, 1),
+        n_iter: int = 1,
+        differentiable_association: bool = False,
+        layer_scale_init: float | None | Sequence[float | None] = None,
+        mlp_ratio: float = 4.0,
+        head_width: int | None = 1024,
+        stem_stride: int = 4,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: LayerType = nn.BatchNorm2d,
+        act_layer: LayerType = nn.GELU,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        num_stages = len(embed_dims)
+        if layer_scale_init is None or isinstance(layer_scale_init, (int, float)):
+            layer_scale_init = (layer_scale_init,) * num_stages
+        per_stage = {
+            "depths": depths,
+            "num_heads": num_heads,
+            "stoken_size": stoken_size,
+            "layer_scale_init": layer_scale_init,
+        }
+        for name, value in per_stage.items():
+            if not isinstance(value, Sequence) or len(value) != num_stages:
+                raise ValueError(f"{name}: expected one value for each of the {num_stages} stages, got {value!r}")
+
+        dd = {"device": device, "dtype": dtype}
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+
+        self.stem = Stem(in_chans, embed_dims[0], stem_stride, norm_layer, act_layer, **dd)
+        self.stem_drop = nn.Dropout(proj_drop_rate)
+
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.feature_info = []
+        stages = []
+        for i, dim in enumerate(embed_dims):
+            block = partial(
+                Block,
+                dim,
+                num_heads[i],
+                stoken_size[i],
+                n_iter=n_iter,
+                differentiable_association=differentiable_association,
+                mlp_ratio=mlp_ratio,
+                layer_scale_init=layer_scale_init[i],
+                proj_drop=proj_drop_rate,
+                attn_drop=attn_drop_rate,
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                **dd,
+            )
+            downsample = Downsample(embed_dims[i - 1], dim, norm_layer, **dd) if i > 0 else nn.Identity()
+            stages.append(Stage(downsample, [block(drop_path=rate) for rate in drop_path_rates[i]]))
+            self.feature_info.append(dict(num_chs=dim, reduction=stem_stride * 2**i, module=f"stages.{i}"))
+        self.stages = nn.Sequential(*stages)
+
+        self.final_conv = FinalConv(embed_dims[-1], head_width, norm_layer, **dd)
+        self.num_features = head_width or embed_dims[-1]
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+
+        self.register_load_state_dict_pre_hook(translate_original_keys)
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Sets every parameter and buffer to its start value; `needs_reset=False` leaves out what layers set themselves."""
+        for module in self.modules():
+            if needs_reset and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Parameter groups from the stem to the head, for layer-wise learning-rate decay."""
+        fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return dict(
+            stem=r"^stem",
+            blocks=r"^stages\.(\d+)" if coarse else [*fine, (r"^final_conv", (99999,))],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier of `num_classes` (0: none), and another pooling if one is named."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    def fuse(self) -> "SViT":
+        """Folds into convolutions, in place and for inference only, what folds exactly; returns the model.
+
+        That is the BatchNorm of conv-FFN, downsampling and final convolution, and the layer scale.
+        """
+        return reparameterize_model(self, inplace=True)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """The final features and the stages' feature maps.
+
+        Args:
+            x: image (B, in_chans, H, W).
+            indices: the last n stages if an int, those named if a list, all if None.
+            norm: without effect, there is no norm between a stage's feature map and its users.
+            stop_early: leaves out the stages after the last one asked for.
+            output_fmt: only 'NCHW'.
+            intermediates_only: return the list of maps alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt: expected 'NCHW', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+
+        intermediates = []
+        x = self.stem_drop(self.stem(x))
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > max_index:
+                break
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        if not stop_early or max_index == last:
+            x = self.final_conv(x)
+        return x, intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drops what `forward_intermediates(indices=...)` does not need; returns the indices as a list."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        # The final convolution never feeds a feature map: it goes with the head.
+        ends_at_tap = prune_norm or prune_head or max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if ends_at_tap:
+            self.final_conv = nn.Identity()
+            self.num_features = self.feature_info[max_index]["num_chs"]
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Unpooled features (B, num_features, H', W')."""
+        x = self.stem_drop(self.stem(x))
+        x = self.stages(x)
+        return self.final_conv(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pools features and classifies them; `pre_logits` returns the pooled features."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+def checkpoint_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Runs a block without keeping its activations; the second run, in backward, leaves BatchNorm's statistics alone."""
+    if torch.compiler.is_compiling():
+        return checkpoint(block, x, use_reentrant=False)  # the compiler recomputes values only, never updates
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block)))
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalises with batch statistics as in training, without updating the running ones."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def translate_original_keys(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Load hook: the authors' key names become ours, so that `load_state_dict` takes their files, strictly."""
+    if is_original(state_dict, prefix):
+        theirs = {k.removeprefix(prefix): state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
+        state_dict.update({prefix + k: v for k, v in from_original(theirs).items()})
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
+    """timm's filter for pretrained weights: takes the authors' key names too."""
+    state_dict = state_dict.get("model", state_dict)
+    return from_original(state_dict) if is_original(state_dict) else state_dict
+
+
+def _cfg(**kwargs) -> dict:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.layers.0",
+        "classifier": "head.fc",
+        "fixed_input_size": False,
+        "paper_name": "Vision Transformer with Super Token Sampling",
+        "paper_ids": "arXiv:2211.11167",
+        "origin_url": "https://github.com/hhb072/STViT",
+        **kwargs,
+    }
+
+
+_cfg_384 = partial(_cfg, input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0)
+
+default_cfgs = generate_default_cfgs(
+    {
+        "svit_small.in1k": _cfg(),
+        "svit_small.in1k_384": _cfg_384(),
+        "svit_base.in1k": _cfg(),
+        "svit_base.in1k_384": _cfg_384(),
+        "svit_large.in1k": _cfg(),
+        "svit_large.in1k_384": _cfg_384(),
+        "svit_tiny.untrained": _cfg(license="mit", origin_url=None),
+        "svit_nano.untrained": _cfg(license="mit", origin_url=None),
+        "svit_nano_32.untrained": _cfg(
+            license="mit", origin_url=None, input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0
+        ),
+        "test_svit.untrained": _cfg(
+            license="mit", origin_url=None, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0
+        ),
+    }
+)
+
+
+def _create_svit(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    if pretrained:
+        _require_weights(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["embed_dims"]))))
+    return build_model_with_cfg(
+        SViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+        **kwargs,
+    )
+
+
+def _require_weights(variant: str, cfg, overlay: dict | None) -> None:
+    """Raises a RuntimeError that says where the weights are if timm would find none."""
+    cfg = resolve_pretrained_cfg(variant, cfg, overlay)
+    if cfg.url or cfg.file or cfg.hf_hub_id or cfg.state_dict or cfg.source:
+        return
+    name = f"{variant}.{cfg.tag}" if cfg.tag else variant
+    if cfg.origin_url is None:
+        raise RuntimeError(f"{name}: no pretrained weights exist; use pretrained=False.")
+    size = "384" if cfg.input_size[-1] == 384 else "224"
+    theirs = f"{variant.replace('svit', 'stvit')}-{size}.pth"
+    raise RuntimeError(
+        f"{name}: the weights cannot be downloaded automatically. Get {theirs} from the links at {cfg.origin_url}, then "
+        f"run `python tools/convert_checkpoint.py {theirs} {name}.safetensors` and pass "
+        f"checkpoint_path='{name}.safetensors' instead of pretrained=True."
+    )
+
+
+@register_model
+def svit_small(pretrained: bool = False, **kwargs) -> SViT:
+    """SViT-S of the paper."""
+    args = dict(embed_dims=(64, 128, 320, 512), depths=(3, 5, 9, 3), num_heads=(1, 2, 5, 8))
+    return _create_svit("svit_small", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def svit_base(pretrained: bool = False, **kwargs) -> SViT:
+    """SViT-B of the paper."""
+    args = dict(
+        embed_dims=(96, 192, 384, 512),
+        depths=(4, 6, 14, 6),
+        num_heads=(2, 3, 6, 8),
+        layer_scale_init=(None, None, 1e-6, 1e-6),
+    )
+    return _create_svit("svit_base", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def svit_large(pretrained: bool = False, **kwargs) -> SViT:
+    """SViT-L of the paper."""
+    args = dict(
+        embed_dims=(96, 192, 448, 640),
+        depths=(4, 7, 19, 8),
+        num_heads=(2, 3, 7, 10),
+        layer_scale_init=(None, None, 1e-6, 1e-6),
+    )
+    return _create_svit("svit_large", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def svit_tiny(pretrained: bool = False, **kwargs) -> SViT:
+    """A smaller SViT in the manner of SViT-S; not in the paper."""
+    args = dict(embed_dims=(32, 64, 160, 256), depths=(2, 2, 6, 2), num_heads=(1, 2, 5, 8))
+    return _create_svit("svit_tiny", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def svit_nano(pretrained: bool = False, **kwargs) -> SViT:
+    """At most 3 M parameters; not in the paper."""
+    args = dict(embed_dims=(24, 48, 96, 160), depths=(1, 2, 4, 2), num_heads=(1, 2, 4, 5), head_width=640)
+    return _create_svit("svit_nano", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def svit_nano_32(pretrained: bool = False, **kwargs) -> SViT:
+    """For images of about 32 pixels: a stem of stride 2 and cells that keep a 4 x 4 grid; not in the paper."""
+    args = dict(
+        embed_dims=(48, 96, 160, 192),
+        depths=(1, 2, 4, 2),
+        num_heads=(1, 2, 4, 6),
+        stoken_size=(4, 2, 1, 1),
+        head_width=512,
+        stem_stride=2,
+    )
+    return _create_svit("svit_nano_32", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def test_svit(pretrained: bool = False, **kwargs) -> SViT:
+    """Every kind of layer, as small as it gets, for tests."""
+    args = dict(
+        embed_dims=(8, 16, 24, 32),
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 2, 3, 4),
+        stoken_size=(4, 2, 1, 1),
+        layer_scale_init=(None, None, 0.1, 0.1),
+        head_width=64,
+    )
+    return _create_svit("test_svit", pretrained, **dict(args, **kwargs))
+
+
+register_model_deprecations(
+    __name__,
+    {
+        "stvit_small": "svit_small",
+        "stvit_base": "svit_base",
+        "stvit_large": "svit_large",
+    },
+)
