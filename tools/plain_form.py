@@ -1,12 +1,12 @@
 """The plain form: SViT as the authors' code runs it, operation by operation. The baseline of every speed claim.
 
-It has the parameters and the key names of `svit.models.SViT` and none of its shortcuts: NCHW throughout, super tokens
+It has the parameters and key names of `svit.models.SViT` and none of its shortcuts: NCHW throughout, super tokens
 gathered and scattered by one-hot 3x3 convolutions, attention maps in memory, every norm and residual a step of its own.
-Not part of the package.
 """
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import nn
 
 from svit.layers import ConvFFN, ResidualDepthwiseConv, Stem, SuperTokenAttention
@@ -33,11 +33,12 @@ class PlainSiLU(nn.Module):
         return SiLU.apply(x)
 
 
-class PlainLayerNorm(nn.LayerNorm):
+class PlainLayerNorm(LayerNorm2d):
     """LayerNorm over the channels of an NCHW map, with a copy to NHWC and one back."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = super().forward(x.permute(0, 2, 3, 1).contiguous())
+        x = x.permute(0, 2, 3, 1).contiguous()
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2).contiguous()
 
 
@@ -58,10 +59,7 @@ class PlainStem(Stem):
 
 
 class PlainSuperTokenAttention(SuperTokenAttention):
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        one_hot = torch.eye(9, dtype=self.qkv.weight.dtype).reshape(9, 1, 3, 3)
-        self.register_buffer("one_hot", one_hot, persistent=False)
+    one_hot: torch.Tensor  # (9, 1, 3, 3)
 
     def unfold(self, s: torch.Tensor) -> torch.Tensor:
         """(B, C, hh, ww) -> (B * C, 9, hh * ww)."""
@@ -120,20 +118,16 @@ PLAIN = {
     SuperTokenAttention: PlainSuperTokenAttention,
     ResidualDepthwiseConv: PlainDepthwise,
     ConvFFN: PlainConvFFN,
+    LayerNorm2d: PlainLayerNorm,
 }
 
 
 def plain_form(model: SViT) -> SViT:
-    """Turns `model`, in place, into its plain form; its weights stay."""
+    """Turns `model`, in place, into its plain form. Parameters and key names stay; only what the layers run changes."""
     for module in model.modules():
-        if type(module) in PLAIN:
-            module.__class__ = PLAIN[type(module)]
+        module.__class__ = PLAIN.get(type(module), type(module))
         if isinstance(module, PlainSuperTokenAttention):
-            one_hot = torch.eye(9, dtype=module.qkv.weight.dtype, device=module.qkv.weight.device)
-            module.register_buffer("one_hot", one_hot.reshape(9, 1, 3, 3), persistent=False)
-    for block in (block for stage in model.stages for block in stage.blocks):
-        norm = PlainLayerNorm(block.norm1.normalized_shape, eps=block.norm1.eps)
-        norm.weight, norm.bias = block.norm1.weight, block.norm1.bias
-        block.norm1 = norm
+            one_hot = torch.eye(9).to(module.qkv.weight).reshape(9, 1, 3, 3)
+            module.register_buffer("one_hot", one_hot, persistent=False)
     model.final_conv.act = PlainSiLU()
     return model

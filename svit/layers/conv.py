@@ -10,7 +10,7 @@ from timm.layers import get_act_layer, get_norm_layer
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from svit.ops import depthwise3x3
+from svit.ops import depthwise3x3, onednn
 
 from .checks import check_map
 
@@ -32,7 +32,7 @@ class ResidualDepthwiseConv(nn.Conv2d):
 
 
 class ConvFFN(nn.Module):
-    """The feed-forward part of a block: BatchNorm, 1x1 conv, GELU, x + depthwise 3x3 conv, 1x1 conv (paper: section 3.1).
+    """The feed-forward part of a block (paper: section 3.1): BatchNorm, 1x1 conv, GELU, x + depthwise 3x3 conv, 1x1 conv.
 
     Args:
         dim: channels in and out.
@@ -64,9 +64,22 @@ class ConvFFN(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.drop1(self.act(self.fc1(self.norm(x))))
+        x = self.norm(x)
+        if not torch.jit.is_scripting() and onednn.usable(x)[0] and self.is_untouched():
+            fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
+            return onednn.conv_ffn(x, fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias)
+        x = self.drop1(self.act(self.fc1(x)))
         x = self.fc2(self.dwconv(x))
         return self.drop2(x)
+
+    @torch.jit.ignore
+    def is_untouched(self) -> bool:
+        """Whether the layers behind the norm compute just what they were built for: no dropout, no hooks, no wrappers."""
+        if self.training and self.drop1.p > 0:
+            return False
+        layers = {self.fc1: nn.Conv2d, self.act: nn.GELU, self.dwconv: ResidualDepthwiseConv, self.fc2: nn.Conv2d}
+        plain = all(type(m) is t and not m._forward_hooks and not m._forward_pre_hooks for m, t in layers.items())
+        return plain and self.act.approximate == "none"
 
     def fuse(self) -> "ConvFFN":
         if isinstance(self.norm, nn.BatchNorm2d):

@@ -2,8 +2,8 @@
 
 Paper: Huang et al., "Vision Transformer with Super Token Sampling", CVPR 2023, https://arxiv.org/abs/2211.11167
 
-image -> stem -> 4 stages of blocks (position encoding, super-token attention, conv-FFN), the last three beginning with a
-downsampling convolution -> final convolution -> head. A stage's feature map is what it hands to the next stage.
+image -> stem -> 4 stages of blocks (position encoding, super-token attention, conv-FFN), each but the first beginning
+with a downsampling convolution -> final convolution -> head. A stage's feature map is what it hands to the next stage.
 """
 
 from collections.abc import Iterator, Sequence
@@ -144,7 +144,7 @@ class SViT(nn.Module):
         stoken_size: Sequence[int | tuple[int, int]] = (8, 4, 1, 1),
         n_iter: int = 1,
         differentiable_association: bool = False,
-        layer_scale_init: float | None | Sequence[float | None] = None,
+        layer_scale_init: float | Sequence[float | None] | None = None,
         mlp_ratio: float = 4.0,
         head_width: int | None = 1024,
         stem_stride: int = 4,

@@ -1,0 +1,214 @@
+"""Checkpoints from the authors' layout to ours and back.
+
+The authors' `.pth` files hold weights under "model" and their moving average under "model_ema". The published top-1 is
+that of "model". timm's `checkpoint_path=` prefers "model_ema" where a file holds both, so converting first is the safe
+way: a converted file holds what was asked for and nothing else.
+"""
+
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.models import clean_state_dict
+
+from svit.models.original import MARK, ONE_HOT, from_original, is_original, to_original
+
+__all__ = ["MODELS", "CheckpointError", "convert"]
+
+MODELS = timm.list_models(module="svit")
+
+# Our name of `MARK`: a key of every model of ours.
+OUR_MARK = "stem.layers.0.weight"
+
+StateDict = dict[str, torch.Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be converted; the message names the file and what is wrong with it."""
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    model: str | None = None,
+    num_classes: int = 1000,
+    ema: bool = False,
+) -> str:
+    """Converts a checkpoint, the authors' to ours or ours to the authors', whichever `source` calls for by its keys.
+
+    Every tensor keeps its bits and its dtype. Only the one-hot kernels of the authors' layout, constants, are dropped
+    on the way here and written anew on the way back. Nothing is executed that a file may hold besides tensors.
+
+    Args:
+        source: `.safetensors`, or a file of `torch.save` with the weights under "model" (as the authors'), under
+            "state_dict" (as timm's), or bare.
+        target: ends in `.safetensors` for our layout and in `.pth` for the authors' (weights under "model"). An
+            existing file is replaced, and only once the new one is complete.
+        model: name of the model, None to find the one that fits.
+        num_classes: classes of the head, 0 for none.
+        ema: take "model_ema" (timm's: "state_dict_ema") instead of "model".
+
+    Returns:
+        The name of the model.
+
+    Raises:
+        CheckpointError: `source` cannot be read or fits no model (or not the one named), an argument is out of range,
+            or `target` cannot be written. Nothing is left of `target` but what was there before.
+    """
+    source, target = Path(source), Path(target)
+    if model is not None and model not in MODELS:
+        raise CheckpointError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
+    if not source.is_file():
+        raise CheckpointError(f"{source}: no such file")
+    if target.exists() and target.samefile(source):
+        raise CheckpointError(f"{target}: source and target are the same file")
+
+    state_dict = read_state_dict(source, ema)
+    original = is_original(state_dict)
+    if not original and OUR_MARK not in state_dict:
+        raise CheckpointError(f"{source}: holds no SViT: neither {MARK!r} nor {OUR_MARK!r} is among its keys")
+    suffix = ".safetensors" if original else ".pth"
+    if target.suffix != suffix:
+        layout = "the authors' key names" if original else "our key names"
+        raise CheckpointError(f"{target}: expected a name that ends in {suffix}, since {source} has {layout}")
+    name = find_model(source, state_dict, original, model, num_classes)
+
+    # Safetensors takes neither strided nor shared tensors, and torch.save would write out the whole storage of a slice.
+    state_dict = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state_dict.items()}
+    write_state_dict(target, from_original(state_dict) if original else to_original(state_dict))
+    return name
+
+
+def read_state_dict(source: Path, ema: bool) -> StateDict:
+    """The weights in a file, without the prefixes of DistributedDataParallel and torch.compile."""
+    checkpoint = load(source)
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{source}: expected a dict, found {type(checkpoint).__name__}")
+    entries = ("model_ema", "state_dict_ema") if ema else ("model", "state_dict")
+    entry = next((e for e in entries if e in checkpoint), None)
+    if entry is not None:
+        state_dict = checkpoint[entry]
+        if not isinstance(state_dict, dict):
+            raise CheckpointError(f"{source}: expected a dict under {entry!r}, found {type(state_dict).__name__}")
+    elif not ema and any(isinstance(v, torch.Tensor) for v in checkpoint.values()):
+        state_dict = checkpoint
+    else:
+        raise CheckpointError(f"{source}: no entry {entries[0]!r}; it has {listing(checkpoint)}")
+
+    foreign = [k for k, v in state_dict.items() if not isinstance(k, str) or not is_plain(v)]
+    if foreign:
+        raise CheckpointError(f"{source}: its state dict holds what is no plain tensor: {listing(foreign)}")
+    cleaned = clean_state_dict(state_dict)
+    if len(cleaned) < len(state_dict):
+        raise CheckpointError(f"{source}: the same keys with and without a prefix such as 'module.'")
+    return cleaned
+
+
+def load(source: Path) -> Any:
+    """What a file holds, tensors on the CPU; foreign Python objects are refused, never built."""
+    try:
+        if source.suffix == ".safetensors":
+            return safetensors.torch.load_file(source)
+        with torch.serialization.safe_globals([Namespace]):  # the type of the authors' "args"
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything
+        foreign = unsafe_globals(source)
+        if foreign:
+            what = f"holds Python objects other than tensors, which are not loaded: {listing(foreign)}"
+        else:
+            kind = type(error).__name__
+            what = f"cannot be read ({kind}); it is damaged, cut short or no checkpoint that holds tensors alone"
+        raise CheckpointError(f"{source}: {what}") from error
+
+
+def unsafe_globals(source: Path) -> list[str]:
+    """Names of the foreign classes and functions in a file of `torch.save`, as far as they can be told."""
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
+    except Exception:  # no zip archive, or a damaged one
+        return []
+
+
+def is_plain(value: Any) -> bool:
+    """Whether both kinds of file can hold `value`."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_complex()
+    )
+
+
+def find_model(source: Path, state_dict: StateDict, original: bool, model: str | None, num_classes: int) -> str:
+    """The name of the model that `state_dict` fits exactly: `model`, or any where that is None."""
+    head = ("head.weight", "head.bias") if original else ("head.fc.weight", "head.fc.bias")
+    # Compared at the file's own number of classes, so that a head of another size does not hide the model.
+    classes = next((len(state_dict[k]) for k in head if k in state_dict and state_dict[k].ndim), num_classes)
+
+    found = {}
+    for name in [model] if model else MODELS:
+        expected = timm.create_model(name, num_classes=classes, device="meta").state_dict()
+        found[name] = differences(state_dict, to_original(expected) if original else expected)
+    name = min(found, key=lambda n: sum(map(len, found[n].values())))
+    problems = "; ".join(f"{kind}: {len(keys)} ({listing(keys)})" for kind, keys in found[name].items() if keys)
+    if problems:
+        which = f"does not fit {name}" if model else f"fits no model, {name} best"
+        raise CheckpointError(f"{source}: {which}; {problems}")
+    if classes != num_classes:
+        raise CheckpointError(
+            f"{source}: {name} with {classes} classes, expected {num_classes}; --num-classes {classes} takes it"
+        )
+    return name
+
+
+def differences(state_dict: StateDict, expected: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+    """What keeps `state_dict` from being loaded in place of `expected`, by kind."""
+    shared = [k for k in expected if k in state_dict]
+    return {
+        "missing keys": [k for k in expected if k not in state_dict],
+        "unexpected keys": [k for k in state_dict if k not in expected],
+        "other shapes": [
+            f"{k}: {list(state_dict[k].shape)}, expected {list(expected[k].shape)}"
+            for k in shared
+            if state_dict[k].shape != expected[k].shape
+        ],
+        # Rounded: a moving average of the constants drifts by round-off.
+        "kernels that are not one-hot": [
+            k
+            for k in shared
+            if k.endswith(ONE_HOT)
+            and state_dict[k].shape == expected[k].shape
+            and not torch.equal(state_dict[k].float().round(), expected[k])
+        ],
+    }
+
+
+def listing(names: Sequence[Any] | Mapping[Any, Any], limit: int = 6) -> str:
+    """The first few of `names` in words."""
+    names = [str(name) for name in names]
+    more = [f"{len(names) - limit} more"] if len(names) > limit else []
+    return ", ".join(names[:limit] + more) or "nothing"
+
+
+def write_state_dict(target: Path, state_dict: StateDict) -> None:
+    """Writes a state dict as `target`'s suffix says, whole or not at all."""
+    try:
+        # In the same folder, since a file can be moved at once within one file system only.
+        with tempfile.TemporaryDirectory(prefix=".convert-", dir=target.parent) as folder:
+            part = Path(folder, target.name)
+            if target.suffix == ".safetensors":
+                # Not `save_file`, which makes a file for its owner alone.
+                part.write_bytes(safetensors.torch.save(state_dict, {"format": "pt"}))
+            else:
+                torch.save({"model": state_dict}, part)
+            os.replace(part, target)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise CheckpointError(f"{target}: cannot be written ({error})") from error

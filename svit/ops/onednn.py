@@ -1,0 +1,67 @@
+"""The conv-FFN for inference on a CPU, through oneDNN.
+
+Its hidden map is four times its input. In one piece it goes through memory six times and, being fresh memory at each
+step, costs as many page faults; in tiles of rows it stays in the cache, and the GELU runs inside the first convolution.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .reference import autocasts, depthwise3x3
+
+# Elements of the hidden map in one tile: 8 MiB in float32. Half and double of it were slower (docs/performance.md).
+TILE = 2**21
+
+
+def usable(x: torch.Tensor) -> tuple[bool, str]:
+    """Whether `conv_ffn` serves a map x, and if not, why."""
+    if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False, "x is traced"
+    if torch.is_grad_enabled():
+        return False, "autograd is on"
+    if x.device.type != "cpu":
+        return False, f"x is on {x.device.type}"
+    if compute_dtype(x) not in (torch.float32, torch.bfloat16):
+        return False, f"it computes in float32 and bfloat16, not in {compute_dtype(x)}"
+    if not (torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+        return False, "this PyTorch has no oneDNN, or it is switched off"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return False, "a dispatch mode (a FLOP counter, say) wants to see each operation"
+    return True, ""
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
+
+
+def conv_ffn(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    depthwise_weight: torch.Tensor,
+    depthwise_bias: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+) -> torch.Tensor:
+    """1x1 conv, exact GELU, u + depthwise 3x3 conv of u, 1x1 conv.
+
+    x (B, C, H, W); weights (4C, C, 1, 1), (4C, 1, 3, 3), (C, 4C, 1, 1) for a ratio of 4, biases to match; to
+    (B, C, H, W), channels-last. Not differentiable.
+    """
+    dtype = compute_dtype(x)
+    x, weight1, bias1 = x.to(dtype), weight1.to(dtype), bias1.to(dtype)
+    B, C, H, W = x.shape
+    rows = max(TILE // (weight1.shape[0] * W), 4)
+    images = max(rows // H, 1)
+    rows = min(rows, H)
+    out = x.new_empty(B, weight2.shape[0], H, W).contiguous(memory_format=torch.channels_last)
+    for image in range(0, B, images):
+        for row in range(0, H, rows):
+            first = max(row - 1, 0)  # the depthwise convolution looks one row beyond the tile, on both sides
+            tile = x[image : image + images, :, first : row + rows + 1]
+            u = torch.ops.mkldnn._convolution_pointwise(
+                tile, weight1, bias1, [0, 0], [1, 1], [1, 1], 1, "gelu", [], "none"
+            )
+            u = depthwise3x3(u, depthwise_weight, depthwise_bias)[:, :, row - first : row - first + rows]
+            out[image : image + images, :, row : row + rows] = F.conv2d(u, weight2, bias2)
+    return out

@@ -1,0 +1,131 @@
+"""Parameters and multiply-accumulates (MACs) of a model, by fvcore; docs/flops.md says what counts.
+
+fvcore gives 0 for an operation it does not know. `HANDLES` adds those that multiply matrices and `UNCOUNTED` names those
+that are left out on purpose; whatever is in neither is reported with the result.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from svit.layers.checks import pair
+
+__all__ = ["HANDLES", "UNCOUNTED", "Count", "analysis", "count"]
+
+Handle = Callable[[list, list], int]
+
+
+def matmul_macs(inputs: list, outputs: list) -> int:
+    """a @ b with operands of any rank; fvcore's own takes vectors for an error and misses the broadcasting of a."""
+    return prod(outputs[0].type().sizes()) * inputs[0].type().sizes()[-1]
+
+
+def attention_macs(inputs: list, outputs: list) -> int:
+    """q k^T and attn v, q (..., L, d), k (..., S, d), v (..., S, e): L * S * (d + e) a head. A mask saves nothing."""
+    q, k = (value.type().sizes() for value in inputs[:2])
+    *rows, e = outputs[0].type().sizes()
+    return prod(rows) * k[-2] * (q[-1] + e)
+
+
+# Operation of a torch.jit trace -> its MACs from the values that go in and out of it (torch._C.Value): the form of fvcore
+# and of mmengine.
+HANDLES: dict[str, Handle] = {
+    "aten::matmul": matmul_macs,
+    "aten::scaled_dot_product_attention": attention_macs,
+}
+
+_MOVES = "clone expand_as im2col meshgrid new_ones ones_like pad pixel_shuffle pixel_unshuffle repeat repeat_interleave"
+_ELEMENTWISE = (
+    "abs add clamp_max clamp_min cos div exp log maximum minimum mul neg pow reciprocal rsqrt rsub sign sin sqrt square "
+    "sub where"
+)
+_ACTIVATIONS = (
+    "elu gelu hardsigmoid hardswish hardtanh leaky_relu log_softmax mish prelu relu6 sigmoid silu softmax softplus tanh"
+)
+_REDUCTIONS = "amax amin linalg_vector_norm mean norm std sum var var_mean"
+_POOLS = "adaptive_max_pool2d avg_pool2d max_pool2d"
+
+# Left out on purpose, beside what fvcore ignores: all of these together are a few operations a pixel and channel.
+UNCOUNTED: frozenset[str] = frozenset(
+    f"aten::{name}{suffix}"
+    for names in (_MOVES, _ELEMENTWISE, _ACTIVATIONS, _REDUCTIONS, _POOLS)
+    for name in names.split()
+    for suffix in ("", "_")
+)
+
+
+@dataclass(frozen=True)
+class Count:
+    """What `count` found.
+
+    Attributes:
+        params: trainable parameters.
+        macs: multiply-accumulates of one image.
+        by_module: those of each module, by its name in the model, '' for the whole.
+        by_operator: those of each kind of operation.
+        unsupported: operations that nothing is known about and that stand in `macs` with 0 -> how often they ran.
+    """
+
+    params: int
+    macs: int
+    by_module: dict[str, int]
+    by_operator: dict[str, int]
+    unsupported: dict[str, int]
+
+
+def analysis(model: nn.Module, inputs: torch.Tensor | tuple[torch.Tensor, ...]):
+    """fvcore's FlopCountAnalysis of `model(*inputs)` that knows `HANDLES` and `UNCOUNTED` and does not log.
+
+    Raises:
+        ModuleNotFoundError: fvcore is not installed.
+    """
+    from fvcore.nn import FlopCountAnalysis  # here, so that the handles serve mmengine without fvcore
+
+    flops = FlopCountAnalysis(model, inputs)
+    flops.set_op_handle(**HANDLES, **dict.fromkeys(UNCOUNTED))
+    return flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+
+
+def count(model: nn.Module, img_size: int | tuple[int, int], in_chans: int = 3) -> Count:
+    """Parameters and MACs of `model` in eval mode for one image (1, in_chans, H, W).
+
+    It runs the model once, where its parameters are, with the memory and the time of one inference: the meta device
+    would take neither, but a convolution cannot be traced on it.
+
+    Args:
+        model: any module that takes an image; left as it was.
+        img_size: height and width of the image: an int or a pair.
+        in_chans: channels of the image.
+
+    Raises:
+        ModuleNotFoundError: fvcore is not installed.
+        ValueError: `img_size` is not a positive int or a pair of them.
+    """
+    like = next(model.parameters(), torch.empty(0))
+    image = torch.zeros(1, in_chans, *pair(img_size, "img_size"), device=like.device, dtype=like.dtype)
+    flops = analysis(model, image)
+    with evaluating(model), torch.no_grad():
+        macs = int(flops.total())
+    return Count(
+        params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        macs=macs,
+        by_module={name: int(n) for name, n in flops.by_module().items()},
+        by_operator={name: int(n) for name, n in flops.by_operator().items()},
+        unsupported=dict(flops.unsupported_ops()),
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards the mode that each module was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

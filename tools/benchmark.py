@@ -1,0 +1,284 @@
+"""Times models against each other in one run: img/s, ratios, peak memory.
+
+    python tools/benchmark.py svit_small plain:svit_small convnext_tiny --batch-size 4
+    python tools/benchmark.py svit_small plain:svit_small --img-size 800 1280 --batch-size 1
+    python tools/benchmark.py svit_small swin_tiny_patch4_window7_224 --sweep 224 448 672 --plot time-per-pixel.png
+
+A model is any timm name; `plain:` before an SViT name takes the authors' operations (tools/plain_form.py), `fused:` folds
+what its `fuse()` folds, `compiled:` uses torch.compile. The models take turns, run by run, so that a slow moment of the
+machine meets them all; each runs in the memory format in which it is faster. Peak memory is what the model adds to a
+process of its own (on a GPU: the allocator's peak).
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from plain_form import plain_form
+from tabulate import tabulate
+from torch import nn
+
+import svit  # noqa: F401  registers the models
+
+FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
+
+
+@dataclass
+class Setting:
+    """What one run of a model is."""
+
+    size: tuple[int, int]
+    batch_size: int
+    train: bool
+    amp: str | None
+    device: str
+
+
+def build(spec: str, setting: Setting) -> nn.Module:
+    """The model that `spec` names: [plain:|fused:|compiled:]timm_name."""
+    *prefixes, name = spec.split(":")
+    # timm's models of a fixed input size must be told another one
+    fixed = timm.get_pretrained_cfg(name) is not None and timm.get_pretrained_cfg(name).fixed_input_size
+    model = timm.create_model(name, **({"img_size": setting.size} if fixed else {}))
+    model.train(setting.train).to(setting.device)
+    for prefix in prefixes:
+        if prefix == "plain":
+            model = plain_form(model)
+        elif prefix == "fused":
+            model = model.fuse()
+        elif prefix == "compiled":
+            model = torch.compile(model)
+        else:
+            raise SystemExit(f"error: {spec}: expected plain:, fused: or compiled: before a model, got {prefix}:")
+    return model
+
+
+class Candidate:
+    """A model in one memory format, ready to run."""
+
+    def __init__(self, model: nn.Module, memory_format: str, setting: Setting) -> None:
+        self.model = model
+        self.memory_format = FORMATS[memory_format]
+        self.setting = setting
+        self.seconds: list[float] = []
+
+    def run(self) -> float:
+        """Seconds of one forward pass, or of forward and backward."""
+        s = self.setting
+        self.model.to(memory_format=self.memory_format)
+        x = torch.randn(s.batch_size, 3, *s.size, device=s.device).contiguous(memory_format=self.memory_format)
+        amp = torch.autocast(s.device, getattr(torch, s.amp or "bfloat16"), enabled=s.amp is not None)
+        start = synchronized_time(s.device)
+        if s.train:
+            with amp:
+                loss = self.model(x).float().mean()
+            loss.backward()
+        else:
+            with torch.inference_mode(), amp:
+                self.model(x)
+        seconds = synchronized_time(s.device) - start
+        self.model.zero_grad()
+        return seconds
+
+
+def synchronized_time(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def better_format(spec: str, setting: Setting) -> str:
+    """The memory format in which the model is faster: the median of three runs each, after one to warm up."""
+    model = build(spec, setting)
+    medians = {}
+    for memory_format in FORMATS:
+        candidate = Candidate(model, memory_format, setting)
+        candidate.run()
+        medians[memory_format] = statistics.median(candidate.run() for _ in range(3))
+    return min(medians, key=medians.get)
+
+
+def peak_memory(spec: str, memory_format: str, setting: Setting) -> float:
+    """MiB that the model and two runs of it add, at their peak, to this process."""
+    before = resident_memory("VmRSS")
+    candidate = Candidate(build(spec, setting), memory_format, setting)
+    candidate.run()
+    candidate.run()
+    if setting.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resident_memory("VmHWM") - before
+
+
+def resident_memory(field: str) -> float:
+    """MiB of this process now (VmRSS) or at its peak (VmHWM), as Linux counts it; elsewhere NaN."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(field)), float("nan"))
+
+
+def peak_memory_elsewhere(spec: str, memory_format: str, setting: Setting) -> float:
+    """`peak_memory` in a process of its own, where no other model has been."""
+    job = json.dumps([spec, memory_format, vars(setting)])
+    out = subprocess.run(
+        [sys.executable, __file__, "--peak-memory-job", job], check=True, capture_output=True, text=True
+    )
+    return float(out.stdout)
+
+
+def compare(specs: list[str], setting: Setting, runs: int) -> list[dict]:
+    """One row a model; its ratios are to the first one."""
+    candidates = {}
+    for spec in specs:
+        memory_format = better_format(spec, setting)
+        progress(f"{spec}: {memory_format}")
+        candidates[spec] = memory_format, Candidate(build(spec, setting), memory_format, setting)
+    for _, candidate in candidates.values():
+        candidate.run()
+    for i in range(runs):
+        progress(f"run {i + 1} of {runs}")
+        for _, candidate in candidates.values():
+            candidate.seconds.append(candidate.run())
+
+    rows = []
+    for spec, (memory_format, candidate) in candidates.items():
+        median = statistics.median(candidate.seconds)
+        row = {
+            "model": spec,
+            "format": memory_format,
+            "img/s": setting.batch_size / median,
+            "ms/img": 1e3 * median / setting.batch_size,
+            "min": 1e3 * min(candidate.seconds) / setting.batch_size,
+            "max": 1e3 * max(candidate.seconds) / setting.batch_size,
+            "peak MiB": peak_memory_elsewhere(spec, memory_format, setting),
+        }
+        first = rows[0] if rows else row
+        row["time ratio"] = row["ms/img"] / first["ms/img"]
+        row["memory ratio"] = row["peak MiB"] / first["peak MiB"]
+        rows.append(row)
+    return rows
+
+
+def progress(text: str) -> None:
+    print(f"{text:60}", end="\r", file=sys.stderr, flush=True)
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(device: str) -> str:
+    parts = [
+        datetime.date.today().isoformat(),
+        device_name(device),
+        f"{torch.get_num_threads()} threads",
+        f"Python {platform.python_version()}",
+        f"torch {torch.__version__}",
+        f"timm {timm.__version__}",
+        f"svit {svit.__version__}",
+    ]
+    malloc = [f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")]
+    return ", ".join(parts + malloc)
+
+
+def title(setting: Setting, runs: int) -> str:
+    mode = "forward + backward" if setting.train else "inference"
+    h, w = setting.size
+    return f"{mode}, {setting.amp or 'float32'}, {h} x {w}, batch {setting.batch_size}, median of {runs} runs"
+
+
+def table(rows: list[dict]) -> str:
+    return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f")
+
+
+def plot(sweep: dict[tuple[int, int], list[dict]], path: Path) -> None:
+    """Nanoseconds a pixel against the side of the image, one line a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    sizes = list(sweep)
+    for i, row in enumerate(next(iter(sweep.values()))):
+        ax.plot(
+            [h for h, _ in sizes],
+            [sweep[s][i]["ms/img"] * 1e6 / (s[0] * s[1]) for s in sizes],
+            "o-",
+            label=row["model"],
+        )
+    ax.set(xlabel="side of the image, pixels", ylabel="time per pixel, ns", ylim=(0, None))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(path, dpi=120)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL")
+    parser.add_argument("--img-size", type=int, nargs="+", default=[224], metavar="N", help="side, or height and width")
+    parser.add_argument("--sweep", type=int, nargs="+", metavar="N", help="several square sizes, one after the other")
+    parser.add_argument("--plot", type=Path, help="with --sweep: picture of the time per pixel")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--train", action="store_true", help="forward and backward instead of inference")
+    parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast to this type")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="PyTorch's threads")
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument(
+        "--report", type=Path, help="append the table, with machine and versions, to this Markdown file"
+    )
+    parser.add_argument("--peak-memory-job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not args.models and not args.peak_memory_job:
+        parser.error("name at least one model")
+    if len(args.img_size) > 2 or min([*args.img_size, *(args.sweep or [])]) < 1:
+        parser.error(f"--img-size: expected one or two positive numbers, got {args.img_size}")
+    if args.plot and not args.sweep:
+        parser.error("--plot needs --sweep")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.peak_memory_job:
+        spec, memory_format, setting = json.loads(args.peak_memory_job)
+        print(peak_memory(spec, memory_format, Setting(**setting)))
+        return
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    print(environment(args.device))
+    sizes = [(n, n) for n in args.sweep] if args.sweep else [(args.img_size[0], args.img_size[-1])]
+    results = {}
+    for size in sizes:
+        setting = Setting(size, args.batch_size, args.train, args.amp, args.device)
+        results[size] = compare(args.models, setting, args.runs)
+        text = f"\n## {title(setting, args.runs)}\n\n{table(results[size])}\n"
+        print(text)
+        if args.report:
+            args.report.parent.mkdir(parents=True, exist_ok=True)
+            with args.report.open("a") as report:
+                report.write(f"{text}\n{environment(args.device)}\n")
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
