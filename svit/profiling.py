@@ -1,18 +1,22 @@
 """Parameters and multiply-accumulates (MACs) of a model, by fvcore; docs/flops.md says what counts.
 
-fvcore gives 0 for an operation it does not know. `HANDLES` adds those that multiply matrices and `UNCOUNTED` names those
-that are left out on purpose; whatever is in neither is reported with the result.
+fvcore gives 0 for an operation it does not know. `HANDLES` adds those that multiply matrices, `UNCOUNTED` names those
+that are left out on purpose, and whatever is in neither is reported with the result.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from svit.layers.checks import pair
+
+if TYPE_CHECKING:
+    from fvcore.nn import FlopCountAnalysis
 
 __all__ = ["HANDLES", "UNCOUNTED", "Count", "analysis", "count"]
 
@@ -31,25 +35,28 @@ def attention_macs(inputs: list, outputs: list) -> int:
     return prod(rows) * k[-2] * (q[-1] + e)
 
 
-# Operation of a torch.jit trace -> its MACs from the values that go in and out of it (torch._C.Value): the form of fvcore
-# and of mmengine.
+# Operation of a torch.jit trace -> function from the values that go in and come out of it (torch._C.Value) to its MACs:
+# the form that fvcore takes, and mmengine too.
 HANDLES: dict[str, Handle] = {
     "aten::matmul": matmul_macs,
     "aten::scaled_dot_product_attention": attention_macs,
 }
 
-_MOVES = "clone expand_as im2col meshgrid new_ones ones_like pad pixel_shuffle pixel_unshuffle repeat repeat_interleave"
+_MOVES = (
+    "clone expand_as im2col meshgrid new_ones ones_like pad pixel_shuffle pixel_unshuffle repeat repeat_interleave "
+    "reshape_as unfold"
+)
 _ELEMENTWISE = (
-    "abs add clamp_max clamp_min cos div exp log maximum minimum mul neg pow reciprocal rsqrt rsub sign sin sqrt square "
-    "sub where"
+    "abs add ceil clamp_max clamp_min cos div exp log maximum minimum mul neg pow reciprocal rsqrt rsub sign sin sqrt "
+    "square sub where"
 )
 _ACTIVATIONS = (
     "elu gelu hardsigmoid hardswish hardtanh leaky_relu log_softmax mish prelu relu6 sigmoid silu softmax softplus tanh"
 )
 _REDUCTIONS = "amax amin linalg_vector_norm mean norm std sum var var_mean"
-_POOLS = "adaptive_max_pool2d avg_pool2d max_pool2d"
+_POOLS = "adaptive_max_pool2d avg_pool1d avg_pool2d max_pool2d"
 
-# Left out on purpose, beside what fvcore ignores: all of these together are a few operations a pixel and channel.
+# Left out on purpose, beside what fvcore ignores: moving data takes no arithmetic, the others a few operations a value.
 UNCOUNTED: frozenset[str] = frozenset(
     f"aten::{name}{suffix}"
     for names in (_MOVES, _ELEMENTWISE, _ACTIVATIONS, _REDUCTIONS, _POOLS)
@@ -77,7 +84,7 @@ class Count:
     unsupported: dict[str, int]
 
 
-def analysis(model: nn.Module, inputs: torch.Tensor | tuple[torch.Tensor, ...]):
+def analysis(model: nn.Module, inputs: torch.Tensor | tuple[torch.Tensor, ...]) -> "FlopCountAnalysis":
     """fvcore's FlopCountAnalysis of `model(*inputs)` that knows `HANDLES` and `UNCOUNTED` and does not log.
 
     Raises:

@@ -4,10 +4,10 @@
     python tools/benchmark.py svit_small plain:svit_small --img-size 800 1280 --batch-size 1
     python tools/benchmark.py svit_small swin_tiny_patch4_window7_224 --sweep 224 448 672 --plot time-per-pixel.png
 
-A model is any timm name; `plain:` before an SViT name takes the authors' operations (tools/plain_form.py), `fused:` folds
-what its `fuse()` folds, `compiled:` uses torch.compile. The models take turns, run by run, so that a slow moment of the
-machine meets them all; each runs in the memory format in which it is faster. Peak memory is what the model adds to a
-process of its own (on a GPU: the allocator's peak).
+A model is any timm name; `plain:` before an SViT name takes the authors' operations (tools/plain_form.py), `fused:`
+folds what its `fuse()` folds, `compiled:` uses torch.compile. The models take turns, run by run, so that a slow moment
+of the machine meets them all; each runs in the memory format in which it is faster. Peak memory is what the model adds
+to a process of its own (on a GPU: the allocator's peak).
 """
 
 import argparse
@@ -24,11 +24,11 @@ from pathlib import Path
 
 import timm
 import torch
-from plain_form import plain_form
 from tabulate import tabulate
 from torch import nn
 
-import svit  # noqa: F401  registers the models
+import svit
+from plain_form import plain_form
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 

@@ -1,8 +1,10 @@
-"""Parameters and multiply-accumulates (MACs) of models, for one image; docs/flops.md says what counts.
+"""Parameters and multiply-accumulates (MACs) of models, for one image.
 
-python tools/flops.py svit_small svit_base swin_tiny_patch4_window7_224
-python tools/flops.py svit_small --img-size 800 1280 --per-module
-python tools/flops.py svit_small svit_base svit_large --img-size 384 --json flops.json
+    python tools/flops.py svit_small svit_base swin_tiny_patch4_window7_224
+    python tools/flops.py svit_small --img-size 800 1280 --per-module
+    python tools/flops.py svit_small svit_base svit_large --img-size 384 --json flops.json
+
+docs/flops.md says what counts.
 """
 
 import argparse
@@ -21,14 +23,14 @@ from tabulate import tabulate
 import svit  # noqa: F401  registers the models
 from svit.profiling import Count, count
 
-# (model, side of the image) -> MACs of the authors' code, by the same rules.
+# (model, image) -> MACs of the authors' code, counted by the same rules.
 PUBLISHED = {
-    ("svit_small", 224): 4_367_000_000,
-    ("svit_small", 384): 14_156_000_000,
-    ("svit_base", 224): 9_872_000_000,
-    ("svit_base", 384): 31_489_000_000,
-    ("svit_large", 224): 15_597_000_000,
-    ("svit_large", 384): 49_748_000_000,
+    ("svit_small", (224, 224)): 4_367_000_000,
+    ("svit_small", (384, 384)): 14_156_000_000,
+    ("svit_base", (224, 224)): 9_872_000_000,
+    ("svit_base", (384, 384)): 31_489_000_000,
+    ("svit_large", (224, 224)): 15_597_000_000,
+    ("svit_large", (384, 384)): 49_748_000_000,
 }
 COLUMNS = ["model", "img_size", "params", "macs", "published_macs"]
 MODULE_DEPTH = 4  # stages.0.blocks.0
@@ -91,11 +93,9 @@ def measure(name: str, img_size: tuple[int, int] | None, per_module: bool) -> di
         model = timm.create_model(name)
         in_chans, *own_size = model.pretrained_cfg["input_size"]
         size = img_size or tuple(own_size)
-        if model.pretrained_cfg["fixed_input_size"] and size != tuple(own_size):
+        if model.pretrained_cfg.get("fixed_input_size") and size != tuple(own_size):
             model = timm.create_model(name, img_size=size)
         result = count(model, size, in_chans)
-    except ModuleNotFoundError as error:
-        raise FlopsError(f"{error}; pip install 'svit[profile]'") from error
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise FlopsError(f"{name} at {show(img_size) if img_size else 'its own size'}: {first_line(error)}") from error
 
@@ -104,7 +104,7 @@ def measure(name: str, img_size: tuple[int, int] | None, per_module: bool) -> di
     if per_module:
         print(f"{name} at {show(size)}\n{modules(result)}\n")
     architecture = model.pretrained_cfg["architecture"]
-    published = PUBLISHED.get((architecture, size[0])) if size[0] == size[1] else None
+    published = PUBLISHED.get((architecture, size))
     return dict(zip(COLUMNS, (name, list(size), result.params, result.macs, published), strict=True))
 
 
@@ -118,12 +118,11 @@ def first_line(error: Exception) -> str:
 
 def modules(result: Count) -> str:
     table = [
-        (name or "(all)", macs / 1e9, f"{macs / result.macs:.1%}")
+        (name or "(all)", macs / 1e6, f"{macs / result.macs:.1%}")
         for name, macs in result.by_module.items()
         if macs and name.count(".") < MODULE_DEPTH
     ]
-    headers = ["module", "GMACs", "share"]
-    return tabulate(table, headers, floatfmt=".3f", colalign=("left", "right", "right"))
+    return tabulate(table, ["module", "MMACs", "share"], floatfmt=".1f", colalign=("left", "right", "right"))
 
 
 def summary(rows: list[dict]) -> str:
@@ -133,13 +132,14 @@ def summary(rows: list[dict]) -> str:
             show(row["img_size"]),
             row["params"] / 1e6,
             row["macs"] / 1e9,
-            (row["published_macs"] or 0) / 1e9,
+            row["published_macs"] and row["published_macs"] / 1e9,
         )
         for row in rows
     ]
-    table = [(*line, published or None) for *line, published in table]
     headers = ["model", "image", "params M", "GMACs", "published GMACs"]
-    return tabulate(table, headers, floatfmt=("", "", ".2f", ".3f", ".3f"), missingval="-")
+    return tabulate(
+        table, headers, floatfmt=("", "", ".2f", ".3f", ".3f"), missingval="-", colalign=("left", *["right"] * 4)
+    )
 
 
 def as_json(rows: list[dict]) -> str:

@@ -80,7 +80,8 @@ class SuperTokenAttention(nn.Module):
         """Multi-head self-attention among all H * W tokens of a map (B, C, H, W)."""
         B, C, H, W = x.shape
         d = self.dim // self.num_heads
-        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(B, H * W, self.num_heads, 3, d)
+        # Channels must lie together, else the fused attention falls back to one that holds the N x N map.
+        qkv = self.qkv(x).permute(0, 2, 3, 1).contiguous().reshape(B, H * W, self.num_heads, 3, d)
         q, k, v = qkv.transpose(1, 2).unbind(3)  # (B, heads, N, d) each
         if self.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)

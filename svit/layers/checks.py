@@ -12,7 +12,7 @@ def check_map(x: torch.Tensor, channels: int) -> torch.Tensor:
 
 def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
     """`value` as a pair of positive ints: an int counts twice."""
-    both = (value, value) if isinstance(value, int) else tuple(value)
+    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(both) != 2 or not all(isinstance(v, int) and v >= 1 for v in both):
         raise ValueError(f"{name}: expected a positive int or a pair of them, got {value!r}")
     return both

@@ -24,6 +24,8 @@ class ResidualDepthwiseConv(nn.Conv2d):
     The position encoding of a block and the middle of its conv-FFN (paper: section 3.1).
     """
 
+    bias: torch.Tensor  # that of nn.Conv2d may be None, which TorchScript would not pass on
+
     def __init__(self, dim: int, device=None, dtype=None) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
@@ -32,7 +34,7 @@ class ResidualDepthwiseConv(nn.Conv2d):
 
 
 class ConvFFN(nn.Module):
-    """The feed-forward part of a block (paper: section 3.1): BatchNorm, 1x1 conv, GELU, x + depthwise 3x3 conv, 1x1 conv.
+    """A block's feed-forward part (paper: section 3.1): BatchNorm, 1x1 conv, GELU, x + depthwise 3x3 conv, 1x1 conv.
 
     Args:
         dim: channels in and out.
@@ -65,16 +67,17 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(x)
-        if not torch.jit.is_scripting() and onednn.usable(x)[0] and self.is_untouched():
-            fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
-            return onednn.conv_ffn(x, fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias)
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
+            if onednn.usable(x)[0] and self.is_untouched():
+                fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
+                return onednn.conv_ffn(x, fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias)
         x = self.drop1(self.act(self.fc1(x)))
         x = self.fc2(self.dwconv(x))
         return self.drop2(x)
 
     @torch.jit.ignore
     def is_untouched(self) -> bool:
-        """Whether the layers behind the norm compute just what they were built for: no dropout, no hooks, no wrappers."""
+        """Whether the layers behind the norm do just what they were built for: no dropout, no hooks, no wrappers."""
         if self.training and self.drop1.p > 0:
             return False
         layers = {self.fc1: nn.Conv2d, self.act: nn.GELU, self.dwconv: ResidualDepthwiseConv, self.fc2: nn.Conv2d}

@@ -118,7 +118,8 @@ class SViT(nn.Module):
         differentiable_association: lets the gradient through the association, which the paper cuts.
         layer_scale_init: start value of the layer scale, None for none; a single value or one a stage.
         mlp_ratio: hidden channels of the conv-FFN to those of the stage.
-        head_width: channels of the 1x1 convolution before the pool, None for no such convolution.
+        head_width: channels of the 1x1 convolution before the pool, None or 0 for no such convolution
+            (`timm.create_model` drops keywords that are None: give it 0).
         stem_stride: pixels of the image to one of the first stage: 1, 2 or 4.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after the stem, inside the conv-FFN and after the attention's projection.
@@ -212,7 +213,7 @@ class SViT(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Sets every parameter and buffer to its start value; `needs_reset=False` leaves out what layers set themselves."""
+        """Sets parameters and buffers to start values; `needs_reset=False` leaves out what layers set themselves."""
         for module in self.modules():
             if needs_reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -266,7 +267,7 @@ class SViT(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ):
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """The final features and the stages' feature maps.
 
         Args:
@@ -278,18 +279,17 @@ class SViT(nn.Module):
             intermediates_only: return the list of maps alone.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt: expected 'NCHW', got {output_fmt!r}")
+            raise ValueError(f"output_fmt: expected 'NCHW', got '{output_fmt}'")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
 
         intermediates = []
         x = self.stem_drop(self.stem(x))
         for i, stage in enumerate(self.stages):
-            if stop_early and i > max_index:
-                break
-            x = stage(x)
-            if i in take_indices:
-                intermediates.append(x)
+            if not stop_early or i <= max_index:  # TorchScript knows no break here
+                x = stage(x)
+                if i in take_indices:
+                    intermediates.append(x)
         if intermediates_only:
             return intermediates
         if not stop_early or max_index == last:
@@ -330,7 +330,7 @@ class SViT(nn.Module):
 
 
 def checkpoint_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Runs a block without keeping its activations; the second run, in backward, leaves BatchNorm's statistics alone."""
+    """Runs a block without keeping its activations; the second run, in backward, leaves BatchNorm's statistics be."""
     if torch.compiler.is_compiling():
         return checkpoint(block, x, use_reentrant=False)  # the compiler recomputes values only, never updates
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block)))
@@ -338,15 +338,19 @@ def checkpoint_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Normalises with batch statistics as in training, without updating the running ones."""
+    """Normalises with batch statistics as in training, without updating the running ones.
+
+    These stay in the call, which would otherwise keep fewer tensors for backward than the first one did.
+    """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, num_batches_tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
 
 
 def translate_original_keys(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
@@ -426,10 +430,10 @@ def _require_weights(variant: str, cfg, overlay: dict | None) -> None:
     if cfg.origin_url is None:
         raise RuntimeError(f"{name}: no pretrained weights exist; use pretrained=False.")
     size = "384" if cfg.input_size[-1] == 384 else "224"
-    theirs = f"{variant.replace('svit', 'stvit')}-{size}.pth"
+    theirs = f"{variant.replace('svit_', 'stvit-')}-{size}.pth"
     raise RuntimeError(
-        f"{name}: the weights cannot be downloaded automatically. Get {theirs} from the links at {cfg.origin_url}, then "
-        f"run `python tools/convert_checkpoint.py {theirs} {name}.safetensors` and pass "
+        f"{name}: the weights cannot be downloaded automatically. Get {theirs} from the links at {cfg.origin_url}, "
+        f"then run `python tools/convert_checkpoint.py {theirs} {name}.safetensors` and pass "
         f"checkpoint_path='{name}.safetensors' instead of pretrained=True."
     )
 

@@ -6,18 +6,17 @@ Shapes are named by these letters (the maths is in README.md beside this file):
     P  pixels a cell    hh, ww  cells of the grid, each with one super token
     9  the 3 x 3 super tokens around a pixel's own cell, row-major from the top left
 
-Nothing here branches on a shape, so that every function can be scripted, traced and exported with dynamic sizes.
+Nothing here branches on a shape, so that every function can be scripted, traced and exported with dynamic sizes; these
+are taken in ways that keep symbolic sizes simple (`narrow`, which gives the length it is told, not slices).
 """
 
 import torch
 import torch.nn.functional as F
 
-EPS = 1e-12
-
 
 @torch.fx.wrap
 def widen(x: torch.Tensor) -> torch.Tensor:
-    """float32 at least: sums over a cell's pixels lose their small terms in 16 bit, and EPS is 0 in float16."""
+    """float32 at least: sums over a cell's pixels lose their small terms in 16 bit, and 1e-12 is 0 in float16."""
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
@@ -46,7 +45,9 @@ def computes_in_16_bit(x: torch.Tensor) -> bool:
 
 @torch.jit.ignore
 def autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # torch.compile cannot look into the first question, which matters to devices it does not know (meta).
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 @torch.fx.wrap
@@ -63,9 +64,8 @@ def to_cells(x: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor:
     """Cuts a map (B, H, W, C) into cells (B, hh, ww, P, C), zero-padded on the right and the bottom to whole cells."""
     h, w = cell
     B, H, W, C = x.shape
-    pad_h, pad_w = -H % h, -W % w
-    hh, ww = (H + pad_h) // h, (W + pad_w) // w
-    x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+    hh, ww = (H + h - 1) // h, (W + w - 1) // w
+    x = F.pad(x, (0, 0, 0, ww * w - W, 0, hh * h - H))
     return x.reshape(B, hh, h, ww, w, C).transpose(2, 3).reshape(B, hh, ww, h * w, C)
 
 
@@ -74,22 +74,22 @@ def from_cells(x: torch.Tensor, cell: tuple[int, int], size: tuple[int, int]) ->
     h, w = cell
     B, hh, ww, P, C = x.shape
     x = x.reshape(B, hh, ww, h, w, C).transpose(2, 3).reshape(B, hh * h, ww * w, C)
-    return x[:, : size[0], : size[1]]
+    return x.narrow(1, 0, size[0]).narrow(2, 0, size[1])
 
 
 def neighbours(s: torch.Tensor) -> torch.Tensor:
     """The 3 x 3 super tokens around each cell, zero outside the grid: (B, hh, ww, C) -> (B, hh, ww, 9, C)."""
     B, hh, ww, C = s.shape
     s = F.pad(s, (0, 0, 1, 1, 1, 1))
-    return torch.stack([s[:, i : i + hh, j : j + ww] for i in range(3) for j in range(3)], dim=3)
+    return torch.stack([s.narrow(1, k // 3, hh).narrow(2, k % 3, ww) for k in range(9)], dim=3)
 
 
 def sum_neighbours(s: torch.Tensor) -> torch.Tensor:
     """Adjoint of `neighbours`: what 9 cells hold for one super token, summed: (B, hh, ww, 9, C) -> (B, hh, ww, C)."""
     B, hh, ww, K, C = s.shape
     s = F.pad(s, (0, 0, 0, 0, 1, 1, 1, 1))
-    # Super token (y, x) is neighbour (i, j) of the cell at (y + 1 - i, x + 1 - j).
-    shares = [s[:, 2 - i : 2 - i + hh, 2 - j : 2 - j + ww, 3 * i + j] for i in range(3) for j in range(3)]
+    # Super token (y, x) is neighbour k of the cell at (y + 1 - k // 3, x + 1 - k % 3).
+    shares = [s.select(3, k).narrow(1, 2 - k // 3, hh).narrow(2, 2 - k % 3, ww) for k in range(9)]
     return torch.stack(shares).sum(0)
 
 
@@ -106,7 +106,7 @@ def aggregate(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Super tokens (B, hh, ww, C), the q-weighted means of the pixels of 9 cells; x in cells, q (B, hh, ww, 9, P)."""
     total = sum_neighbours(wide_matmul(q, widen(x)))
     mass = sum_neighbours(q.sum(-1, keepdim=True))
-    return total / (mass + EPS)
+    return total / (mass + 1e-12)
 
 
 def sample(

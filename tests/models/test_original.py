@@ -58,7 +58,7 @@ def test_there_and_back(name):
 
 
 @pytest.mark.parametrize(
-    "theirs, ours",
+    ("theirs", "ours"),
     [
         ("patch_embed.proj.11.running_var", "stem.layers.11.running_var"),
         ("layers.0.blocks.2.pos_embed.conv.bias", "stages.0.blocks.2.pos_embed.bias"),
@@ -89,10 +89,12 @@ def test_one_hot_kernels(dtype):
     theirs = to_original({"stages.1.blocks.3.attn.qkv.weight": torch.zeros(3, 1, 1, 1, dtype=dtype)})
     kernels = [theirs[f"layers.1.blocks.3.attn.{name}.weights"] for name in ("unfold", "fold")]
     for kernel in kernels:
-        assert kernel.shape == (9, 1, 3, 3) and kernel.dtype == dtype
+        assert kernel.shape == (9, 1, 3, 3)
+        assert kernel.dtype == dtype
         assert [tuple(row) for row in kernel.nonzero().tolist()] == [(i, 0, i // 3, i % 3) for i in range(9)]
         assert kernel.sum() == 9
-    assert len(theirs) == 3 and kernels[0].data_ptr() != kernels[1].data_ptr()
+    assert len(theirs) == 3
+    assert kernels[0].data_ptr() != kernels[1].data_ptr()
 
 
 def test_is_original(model):

@@ -1,26 +1,18 @@
 import os
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from convert_checkpoint import main
 from safetensors.torch import load_file
 
 from svit.models.original import to_original
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "convert_checkpoint.py"
-
-
-@pytest.fixture(scope="module")
-def main():
-    spec = spec_from_file_location("convert_checkpoint", SCRIPT)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @pytest.fixture
@@ -35,14 +27,14 @@ def bias(path: Path) -> float:
     return load_file(path)["stem.layers.2.bias"].unique().item()
 
 
-def test_says_what_it_did(main, source, capsys):
+def test_says_what_it_did(source, capsys):
     target = source.with_name("ours.safetensors")
     assert main([str(source), str(target), "--num-classes", "10"]) == 0
     assert capsys.readouterr() == (f"read {source} (weights of test_svit), wrote {target}\n", "")
     assert bias(target) == 0
 
 
-def test_ema_and_back(main, source, capsys):
+def test_ema_and_back(source, capsys):
     target, back = source.with_name("ours.safetensors"), source.with_name("back.pth")
     options = ["--model", "test_svit", "--num-classes", "10"]
     assert main([str(source), str(target), "--ema", *options]) == 0
@@ -55,7 +47,7 @@ def test_ema_and_back(main, source, capsys):
     assert all(torch.equal(written[k], theirs[k]) for k in theirs)
 
 
-def test_unknown_model(main, source, capsys):
+def test_unknown_model(source, capsys):
     with pytest.raises(SystemExit) as stop:
         main([str(source), "out.safetensors", "--model", "svit_huge"])
     assert stop.value.code == 2

@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine, each in an environment of its own:
+#   make demo   train, evaluate and look at a small SViT on real images
+#   make test   lint and all tests
+PYTHON ?= python3
+TIMM := $(shell sed -n 's/^timm==//p' constraints.txt)
+SDIST := .venv-test/timm-$(TIMM)
+PROJECT := setup.cfg pyproject.toml constraints.txt
+
+.PHONY: demo test lint format clean
+
+demo: .venv-demo/installed
+	.venv-demo/bin/python tools/demo.py
+
+test: lint $(SDIST)
+	SVIT_TIMM_SDIST=$(abspath $(SDIST)) .venv-test/bin/python -m pytest
+
+lint: .venv-test/installed
+	.venv-test/bin/ruff check
+	.venv-test/bin/ruff format --check
+
+format: .venv-test/installed
+	.venv-test/bin/ruff check --fix
+	.venv-test/bin/ruff format
+
+clean:
+	rm -rf .venv-demo .venv-test outputs build dist *.egg-info
+
+.venv-demo/installed: $(PROJECT)
+	@echo "Installing the demo's environment into .venv-demo; PyTorch is a large download."
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/pip install --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+.venv-test/installed: $(PROJECT)
+	@echo "Installing the tests' environment into .venv-test; PyTorch is a large download."
+	$(PYTHON) -m venv .venv-test
+	.venv-test/bin/pip install --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# timm's own tests come only with its source distribution.
+$(SDIST): .venv-test/installed
+	.venv-test/bin/pip download "timm==$(TIMM)" --no-deps --no-binary timm --dest .venv-test/sdist
+	tar -xzf .venv-test/sdist/timm-$(TIMM).tar.gz -C .venv-test
+	touch $@
