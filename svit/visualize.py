@@ -111,15 +111,15 @@ def draw(model: nn.Module, images: torch.Tensor, path: str | Path, layer: int = 
         cells = cells.repeat_interleave(found.cell[0], 0).repeat_interleave(found.cell[1], 1)
         share = found.weights(hh // 2, ww // 2)
 
-        shown = image.float().cpu().permute(1, 2, 0)
-        shown = (shown - shown.min()) / (shown.max() - shown.min()).clamp(min=1e-6)
+        shown = image.float().cpu().permute(1, 2, 0).numpy()
+        shown = (shown - shown.min()) / max(shown.max() - shown.min(), 1e-6)
         extent = (0, W, H, 0)
         for ax in row[:3]:
-            ax.imshow(shown.expand(-1, -1, 3), extent=extent)
+            ax.imshow(shown, cmap="gray", extent=extent)
         _borders(row[1], cells[: found.size[0], : found.size[1]], extent)
         _borders(row[2], found.assignment(), extent)
         row[3].imshow(shown.mean(-1), cmap="gray", extent=extent)
-        row[3].imshow(share, cmap="inferno", alpha=0.75, vmin=0, extent=extent)
+        row[3].imshow(share.numpy(), cmap="inferno", alpha=0.75, vmin=0, extent=extent)
         # The cell of that super token, in pixels of the image.
         scale_y, scale_x = H / found.size[0], W / found.size[1]
         corner = (ww // 2 * found.cell[1] * scale_x, hh // 2 * found.cell[0] * scale_y)

@@ -10,6 +10,9 @@ from svit.ops import sample, spread
 from .checks import check_map, pair
 
 torch.fx.wrap("check_map")
+# In one step each, so that the softmax in a graph is that of the attention, which timm's AttentionExtract looks for.
+torch.fx.wrap("sample")
+torch.fx.wrap("spread")
 
 
 class SuperTokenAttention(nn.Module):

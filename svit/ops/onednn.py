@@ -54,7 +54,7 @@ def conv_ffn(
     rows = max(TILE // (weight1.shape[0] * W), 4)
     images = max(rows // H, 1)
     rows = min(rows, H)
-    out = x.new_empty(B, weight2.shape[0], H, W).contiguous(memory_format=torch.channels_last)
+    out = torch.empty(B, weight2.shape[0], H, W, dtype=dtype, memory_format=torch.channels_last)
     for image in range(0, B, images):
         for row in range(0, H, rows):
             first = max(row - 1, 0)  # the depthwise convolution looks one row beyond the tile, on both sides

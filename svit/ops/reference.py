@@ -74,7 +74,8 @@ def from_cells(x: torch.Tensor, cell: tuple[int, int], size: tuple[int, int]) ->
     h, w = cell
     B, hh, ww, P, C = x.shape
     x = x.reshape(B, hh, ww, h, w, C).transpose(2, 3).reshape(B, hh * h, ww * w, C)
-    return x.narrow(1, 0, size[0]).narrow(2, 0, size[1])
+    # Not a view, which is contiguous only if nothing is cropped: a compiled or exported model would hold to one case.
+    return F.pad(x, (0, 0, 0, size[1] - ww * w, 0, size[0] - hh * h))
 
 
 def neighbours(s: torch.Tensor) -> torch.Tensor:

@@ -329,9 +329,8 @@ class TestInputs:
         wrong = []
 
         def check(module, args, output):
-            if isinstance(output, torch.Tensor) and output.dim() == 4:
-                if output.stride(1) != 1:
-                    wrong.append(type(module).__name__)
+            if isinstance(output, torch.Tensor) and output.dim() == 4 and output.stride(1) != 1:
+                wrong.append(type(module).__name__)
 
         for module in model.modules():
             module.register_forward_hook(check)

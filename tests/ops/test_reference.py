@@ -22,7 +22,7 @@ IDS = [f"cell{h}x{w}-H{H}xW{W}" for (h, w), (H, W) in SHAPES]
 
 
 def sample_pixel_by_pixel(x: torch.Tensor, cell: tuple[int, int], n_iter: int):
-    """The definition, one pixel and one super token at a time. x (H, W, C) to s {(i, j): (C,)}, q {pixel: {(i, j): share}}."""
+    """The definition, one by one: x (H, W, C) to s {super token: (C,)} and q {pixel: {super token: share}}."""
     (h, w), (H, W, C) = cell, x.shape
     hh, ww = math.ceil(H / h), math.ceil(W / w)
     padded = x.new_zeros(hh * h, ww * w, C)
@@ -69,7 +69,7 @@ def test_cells_hold_the_map_and_zeros(h, w, H, W, B):
     assert cells.shape == (B, math.ceil(H / h), math.ceil(W / w), h * w, 3)
     assert cells.sum() == x.sum()
     assert torch.equal(from_cells(cells, (h, w), (H, W)), x)
-    if B and H > h:  # the first pixel of the second row of cells
+    if B and h < H:  # the first pixel of the second row of cells
         assert torch.equal(cells[0, 1, 0, 0], x[0, h, 0])
 
 

@@ -39,8 +39,9 @@ FIXED = {
     "test_swin_family_dynamic_mask_trace": ("", 64),
 }
 
-# Under --strict-markers the module's import needs them.
-MARKERS = "base cfg cfg_nonstd forward backward features torchscript fxforward fxbackward timeout".split()
+# Those of timm's pyproject.toml, and pytest-timeout's: --strict-markers asks for them when the module is imported.
+MARKERS = ["base", "cfg", "cfg_nonstd", "forward", "backward", "features", "torchscript", "fxforward", "fxbackward"]
+MARKERS += ["timeout"]
 
 NAMES = pytest.mark.parametrize("name", ["test_svit", "svit_nano", "svit_nano_32"])
 

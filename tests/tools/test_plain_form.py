@@ -4,9 +4,9 @@ import goldens
 import pytest
 import timm
 import torch
-from plain_form import PLAIN, plain_form
 
 import svit  # noqa: F401
+from plain_form import PLAIN, plain_form
 
 
 def build(variant: str) -> torch.nn.Module:

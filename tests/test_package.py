@@ -1,0 +1,108 @@
+"""The package as a user gets it: built as wheel and sdist, installed where nothing else is, imported, run."""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+
+# What must not be needed: a GPU's compiler, and the packages of every extra.
+ABSENT = ["triton", "fvcore", "matplotlib", "sklearn", "onnx", "mmengine", "mmcv", "mmdet", "mmseg", "pytest"]
+
+SMOKE = f"""
+import importlib.util
+for name in {ABSENT}:
+    assert importlib.util.find_spec(name) is None, name
+import pathlib, sys, timm, torch, svit
+assert pathlib.Path(svit.__file__).is_relative_to(sys.prefix), svit.__file__
+assert (pathlib.Path(svit.__file__).parent / "py.typed").is_file()
+for name in timm.list_models(module="svit"):
+    device = "meta" if name in ("svit_small", "svit_base", "svit_large") else "cpu"
+    model = timm.create_model(name, device=device).eval()
+    assert model(torch.randn(1, 3, 64, 64, device=device)).shape == (1, 1000)
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 64, 64, device=device))
+print("version", svit.__version__)
+"""
+
+
+def run(*command) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with the wheel and the sdist, built from a copy of the sources."""
+    folder = tmp_path_factory.mktemp("build")
+    for name in ("svit", "README.md", "LICENSE", "pyproject.toml", "setup.cfg"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", folder)
+    return folder / "dist"
+
+
+def dependencies(name: str, found: dict | None = None) -> dict[str, metadata.Distribution]:
+    """The installed packages that `name` needs, itself included, without any extra and without Triton."""
+    found = {} if found is None else found
+    key = re.sub(r"[-_.]+", "-", name).lower()
+    if key not in found and key != "triton":
+        found[key] = metadata.distribution(name)
+        for requirement in map(Requirement, found[key].requires or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                for extra in requirement.extras or {""}:
+                    needed = Requirement(str(requirement)).name
+                    dependencies(needed, found)
+                    for line in metadata.distribution(needed).requires or [] if extra else []:
+                        optional = Requirement(line)
+                        if optional.marker and optional.marker.evaluate({"extra": extra}):
+                            dependencies(optional.name, found)
+    return found
+
+
+def bare_environment(folder: Path) -> Path:
+    """A new environment that holds, as links, what torch and timm need and nothing more; returns its Python."""
+    venv.create(folder, with_pip=False)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    for needed in ("torch", "timm", "safetensors"):
+        for distribution in dependencies(needed).values():
+            tops = {Path(f).parts[0] for f in distribution.files or [] if not str(f).startswith(("..", "/"))}
+            for top in tops:
+                source, link = Path(str(distribution.locate_file(top))), site / top
+                if not link.exists() and source.exists() and top != "__pycache__":
+                    link.symlink_to(source)
+    return folder / "bin" / "python"
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_bare_environment(built, kind, tmp_path):
+    if kind == "sdist":
+        (source,) = built.glob("*.tar.gz")
+        run(
+            *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"),
+            *("--wheel-dir", tmp_path, source),
+        )
+        (wheel,) = tmp_path.glob("*.whl")
+    else:
+        (wheel,) = built.glob("*.whl")
+    python = bare_environment(tmp_path / "environment")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    assert run(python, "-I", "-c", SMOKE).startswith("version ")
+
+
+def test_layers_know_no_model():
+    """Imports point one way: models -> layers -> ops."""
+    above = {"ops": ["layers", "models"], "layers": ["models"]}
+    for package, forbidden in above.items():
+        for file in (ROOT / "svit" / package).rglob("*.py"):
+            names = re.findall(r"^\s*(?:from|import) +(?:svit\.|\.\.)(\w+)", file.read_text(), re.MULTILINE)
+            assert not set(names) & set(forbidden), file
