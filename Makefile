@@ -6,6 +6,9 @@ TIMM := $(shell sed -n 's/^timm==//p' constraints.txt)
 SDIST := .venv-test/timm-$(TIMM)
 PROJECT := setup.cfg pyproject.toml constraints.txt
 
+# PyTorch's threads wait for each other without burning the processor: on a busy machine the other way is many times slower.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test lint format clean
 
 demo: .venv-demo/installed
