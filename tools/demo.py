@@ -1,6 +1,6 @@
 """The main job from end to end, on real images that scikit-learn ships: train, save, load through timm, evaluate, look.
 
-    python tools/demo.py [--epochs 8] [--out outputs/demo]
+    python tools/demo.py [--epochs 6] [--out outputs/demo]
 
 Trains `svit_nano_32` on scikit-learn's handwritten digits (1,797 images of 8 x 8 pixels, enlarged to 32 x 32; every
 fifth is kept for the test).
@@ -74,7 +74,7 @@ def save(model: torch.nn.Module, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"))
     args = parser.parse_args()

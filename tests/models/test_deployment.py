@@ -125,6 +125,7 @@ class TestCompile:
 DYNAMIC = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 def test_export() -> None:
     model = build()
     program = torch.export.export(model, (image(*SIZES[0]),), dynamic_shapes=(DYNAMIC,))
@@ -137,6 +138,7 @@ def test_export() -> None:
         assert error(exported(x), model(x)) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 def test_onnx(tmp_path: Path) -> None:
     try:
         import onnx

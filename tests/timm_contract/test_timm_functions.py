@@ -67,6 +67,7 @@ def test_named(timm_tests: ModuleType, function: str, name: str) -> None:
 
 @NAMES
 @pytest.mark.parametrize("function", FIXED)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_fixed(timm_tests: ModuleType, function: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def create_ours(_, img_size=None, strict_img_size=None, feature_cfg=None, **kwargs):
         kwargs.update(feature_cfg or {})
