@@ -82,6 +82,17 @@ class Block(nn.Module):
         x = x + self.drop_path2(self.ls2(self.mlp(x)))
         return x
 
+    @torch.no_grad()
+    def fuse(self) -> "Block":
+        """Folds the layer scales, for inference, into the 1x1 convolutions before them (spreading is linear)."""
+        for name, conv in (("ls1", self.attn.proj), ("ls2", self.mlp.fc2)):
+            scale = getattr(self, name)
+            if isinstance(scale, LayerScale):
+                conv.weight *= scale.gamma.view(-1, 1, 1, 1)
+                conv.bias *= scale.gamma.flatten()
+                setattr(self, name, nn.Identity())
+        return self
+
 
 class Stage(nn.Module):
     """A downsampling convolution (none in the first stage) and blocks; its output is the feature map of the stage."""

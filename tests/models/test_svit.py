@@ -9,6 +9,7 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import svit
+from svit.layers import LayerScale
 from svit.models import SViT
 from svit.models.original import to_original
 
@@ -406,6 +407,8 @@ class TestTraining:
     def test_fuse_folds_all_but_the_stem(self):
         model = timm.create_model("test_svit", layer_scale_init=0.3).eval()
         with torch.no_grad():
+            for scale in (m for m in model.modules() if isinstance(m, LayerScale)):
+                scale.gamma.uniform_(0.2, 2)
             for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
                 norm.running_mean.uniform_(-0.2, 0.2)
                 norm.running_var.uniform_(0.5, 1.5)
@@ -415,6 +418,7 @@ class TestTraining:
         assert [n for n, m in fused.named_modules() if isinstance(m, nn.BatchNorm2d)] == [
             f"stem.layers.{i}" for i in (2, 5, 8, 11)
         ]
+        assert not [n for n, m in fused.named_modules() if isinstance(m, LayerScale)]
         torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
         assert model.fuse() is model
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
