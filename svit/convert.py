@@ -6,7 +6,6 @@ way: a converted file holds what was asked for and nothing else.
 """
 
 import os
-import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import timm
 import torch
 from timm.models import clean_state_dict
 
+from svit.files import replacing
 from svit.models.original import MARK, ONE_HOT, from_original, is_original, to_original
 
 __all__ = ["MODELS", "CheckpointError", "convert"]
@@ -201,14 +201,11 @@ def listing(names: Sequence[Any] | Mapping[Any, Any], limit: int = 6) -> str:
 def write_state_dict(target: Path, state_dict: StateDict) -> None:
     """Writes a state dict as `target`'s suffix says, whole or not at all."""
     try:
-        # In the same folder, since a file can be moved at once within one file system only.
-        with tempfile.TemporaryDirectory(prefix=".convert-", dir=target.parent) as folder:
-            part = Path(folder, target.name)
+        with replacing(target) as part:
             if target.suffix == ".safetensors":
                 # Not `save_file`, which makes a file for its owner alone.
                 part.write_bytes(safetensors.torch.save(state_dict, {"format": "pt"}))
             else:
                 torch.save({"model": state_dict}, part)
-            os.replace(part, target)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise CheckpointError(f"{target}: cannot be written ({error})") from error

@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from svit.files import replacing
 from svit.layers import SuperTokenAttention
 from svit.ops import sample
 from svit.ops.reference import from_cells
+from svit.profiling import evaluating
 
 __all__ = ["Association", "associations", "draw"]
 
@@ -73,12 +75,10 @@ def associations(model: nn.Module, image: torch.Tensor) -> list[Association]:
 
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, SuperTokenAttention) and m.cell != (1, 1)]
     hooks = [layer.register_forward_pre_hook(record(name)) for name, layer in layers]
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(image if image.dim() == 4 else image[None])
+        with evaluating(model), torch.no_grad():
+            model(image if image.dim() == 4 else image[None])
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return found
@@ -131,14 +131,11 @@ def draw(model: nn.Module, images: torch.Tensor, path: str | Path, layer: int = 
     for ax, text in zip(axes[0], columns, strict=True):
         ax.set_title(text, fontsize=9)
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
-        fig.savefig(temporary, dpi=dpi)
-        temporary.replace(path)
+        with replacing(Path(path)) as part:
+            fig.savefig(part, dpi=dpi)
     finally:
         plt.close(fig)
-        temporary.unlink(missing_ok=True)
 
 
 def _borders(ax, labels: torch.Tensor, extent: tuple[int, int, int, int]) -> None:

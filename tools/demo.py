@@ -22,6 +22,7 @@ from timm.scheduler import CosineLRScheduler
 from tqdm import tqdm
 
 import svit  # registers the models
+from svit.files import replacing
 from svit.visualize import draw
 
 MODEL = "svit_nano_32"
@@ -67,9 +68,8 @@ def accuracy(model: torch.nn.Module, images: torch.Tensor, classes: torch.Tensor
 
 def save(model: torch.nn.Module, path: Path) -> None:
     """Writes the weights as safetensors; the file appears whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    save_file(model.state_dict(), temporary)
-    temporary.replace(path)
+    with replacing(path) as part:
+        save_file(model.state_dict(), part)
 
 
 def main() -> None:

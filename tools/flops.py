@@ -12,15 +12,14 @@ import csv
 import difflib
 import io
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import timm
 from tabulate import tabulate
 
 import svit  # noqa: F401  registers the models
+from svit.files import replacing
 from svit.profiling import Count, count
 
 # (model, image) -> MACs of the authors' code, counted by the same rules.
@@ -157,11 +156,8 @@ def as_csv(rows: list[dict]) -> str:
 def write(target: Path, text: str) -> None:
     """Writes a file, whole or not at all."""
     try:
-        # In the same folder, since a file can be moved at once within one file system only.
-        with tempfile.TemporaryDirectory(prefix=".flops-", dir=target.parent) as folder:
-            part = Path(folder, target.name)
+        with replacing(target) as part:
             part.write_text(text, encoding="utf-8")
-            os.replace(part, target)
     except OSError as error:
         raise FlopsError(f"{target}: cannot be written ({error})") from error
 
