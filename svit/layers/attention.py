@@ -1,13 +1,15 @@
+from collections.abc import Callable
 from typing import Final
 
 import torch
 import torch.nn.functional as F
-from timm.layers import use_fused_attn
+from timm.layers import LayerNorm2d, use_fused_attn
 from torch import nn
 
-from svit.ops import sample, spread
+from svit.ops import choose, sample, spread
 
 from .checks import check_map, pair
+from .fusing import default_backend
 
 torch.fx.wrap("check_map")
 # In one step each, so that the softmax in a graph is that of the attention, which timm's AttentionExtract looks for.
@@ -31,6 +33,8 @@ class SuperTokenAttention(nn.Module):
             published model; the output is the same.
         attn_drop: dropout rate of the attention weights among super tokens.
         proj_drop: dropout rate after the output projection.
+        backend: what samples and spreads: a name that `svit.ops` knows, None for the best that serves the input. While
+            timm's fused attention is off, or a model for export or scripting is made, None means 'reference'.
 
     Shape: (B, dim, H, W) to the same, any floating dtype, H and W of at least 1. Channels-last is fastest.
 
@@ -49,6 +53,7 @@ class SuperTokenAttention(nn.Module):
         differentiable_association: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        backend: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -64,6 +69,7 @@ class SuperTokenAttention(nn.Module):
         self.n_iter = n_iter
         self.differentiable_association = differentiable_association
         self.fused_attn = use_fused_attn()
+        self.backend = default_backend(backend)
 
         self.qkv = nn.Conv2d(dim, 3 * dim, 1, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
@@ -75,9 +81,37 @@ class SuperTokenAttention(nn.Module):
         if self.cell == (1, 1):
             return self.attend(x)
         B, C, H, W = x.shape
-        s, q = sample(x.permute(0, 2, 3, 1), self.cell, self.n_iter, self.differentiable_association)
+        s, q = sample(
+            x.permute(0, 2, 3, 1),
+            self.cell,
+            self.n_iter,
+            differentiable=self.differentiable_association,
+            backend=self.backend,
+        )
         s = self.attend(s.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return spread(s, q, self.cell, (H, W)).permute(0, 3, 1, 2)
+        return spread(s, q, self.cell, (H, W), backend=self.backend).permute(0, 3, 1, 2)
+
+    @torch.jit.ignore
+    def fuses(self, x: torch.Tensor) -> bool:
+        """Whether `add_to` serves x: super tokens, and a backend for which the norm and the sum come for nothing."""
+        if self.cell == (1, 1) or self.differentiable_association or not isinstance(x, torch.Tensor):
+            return False
+        return choose("sample", x.permute(0, 2, 3, 1), self.backend) != "reference"
+
+    @torch.jit.ignore
+    def add_to(self, x: torch.Tensor, norm: LayerNorm2d, scale: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """x + scale(self(norm(x))), in fewer passes over the map: x is read three times and written once.
+
+        Args:
+            x: map (B, dim, H, W).
+            norm: becomes part of the sampling.
+            scale: any function that multiplies a map (B, dim, ., .) by factors a channel and an image, as layer scale
+                and drop path do. It is applied to the super tokens, since spreading is linear.
+        """
+        x = check_map(x, self.dim).permute(0, 2, 3, 1)
+        s, q = sample(x, self.cell, self.n_iter, norm.weight, norm.bias, norm.eps, backend=self.backend)
+        s = scale(self.attend(s.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return spread(s, q, self.cell, x.shape[1:3], residual=x, backend=self.backend).permute(0, 3, 1, 2)
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """Multi-head self-attention among all H * W tokens of a map (B, C, H, W)."""

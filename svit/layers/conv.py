@@ -10,9 +10,10 @@ from timm.layers import get_act_layer, get_norm_layer
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from svit.ops import depthwise3x3, onednn
+from svit.ops import choose, depthwise3x3, onednn
 
 from .checks import check_map
+from .fusing import default_backend, untouched
 
 torch.fx.wrap("check_map")
 torch.fx.wrap("depthwise3x3")
@@ -21,16 +22,19 @@ torch.fx.wrap("depthwise3x3")
 class ResidualDepthwiseConv(nn.Conv2d):
     """x + depthwise 3x3 convolution of x, with bias: (B, dim, H, W) to the same.
 
-    The position encoding of a block and the middle of its conv-FFN (paper: section 3.1).
+    The position encoding of a block and the middle of its conv-FFN (paper: section 3.1). `backend` as in
+    `SuperTokenAttention`; `gelu` convolves GELU(x) (exact) instead of x.
     """
 
     bias: torch.Tensor  # that of nn.Conv2d may be None, which TorchScript would not pass on
 
-    def __init__(self, dim: int, device=None, dtype=None) -> None:
+    def __init__(self, dim: int, backend: str | None = None, device=None, dtype=None) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.backend = default_backend(backend)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return depthwise3x3(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        x = depthwise3x3(x.permute(0, 2, 3, 1), self.weight, self.bias, gelu, self.backend)
+        return x.permute(0, 3, 1, 2)
 
 
 class ConvFFN(nn.Module):
@@ -41,6 +45,7 @@ class ConvFFN(nn.Module):
         hidden_dim: channels between the two 1x1 convolutions.
         drop: dropout rate after the activation and after the second 1x1 convolution.
         norm_layer, act_layer: layer classes, or timm's names of them.
+        backend: of the depthwise convolution, as in `SuperTokenAttention`.
 
     Shape: (B, dim, H, W) to the same.
     """
@@ -52,6 +57,7 @@ class ConvFFN(nn.Module):
         drop: float = 0.0,
         norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
         act_layer: str | type[nn.Module] = nn.GELU,
+        backend: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -61,7 +67,7 @@ class ConvFFN(nn.Module):
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
         self.act = get_act_layer(act_layer)()
         self.drop1 = nn.Dropout(drop)
-        self.dwconv = ResidualDepthwiseConv(hidden_dim, **dd)
+        self.dwconv = ResidualDepthwiseConv(hidden_dim, backend, **dd)
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1, **dd)
         self.drop2 = nn.Dropout(drop)
 
@@ -71,18 +77,35 @@ class ConvFFN(nn.Module):
             if onednn.usable(x)[0] and self.is_untouched():
                 fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
                 return onednn.conv_ffn(x, fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias)
-        x = self.drop1(self.act(self.fc1(x)))
-        x = self.fc2(self.dwconv(x))
-        return self.drop2(x)
+        x = self.dwconv_of_act(self.fc1(x))
+        return self.drop2(self.fc2(x))
+
+    def dwconv_of_act(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if self.fuses_gelu(x):
+                return self.dwconv(x, gelu=True)
+        return self.dwconv(self.drop1(self.act(x)))
+
+    @torch.jit.ignore
+    def fuses_gelu(self, x: torch.Tensor) -> bool:
+        """Whether the depthwise convolution takes the GELU in, which only a fused backend does in the same pass."""
+        if not (isinstance(x, torch.Tensor) and self.drops_nothing() and self.is_gelu()):
+            return False
+        return choose("depthwise3x3", x.permute(0, 2, 3, 1), self.dwconv.backend) != "reference"
+
+    @torch.jit.ignore
+    def drops_nothing(self) -> bool:
+        return not self.training or self.drop1.p == 0
+
+    @torch.jit.ignore
+    def is_gelu(self) -> bool:
+        layers = {self.act: nn.GELU, self.dwconv: ResidualDepthwiseConv}
+        return untouched(layers) and self.act.approximate == "none"
 
     @torch.jit.ignore
     def is_untouched(self) -> bool:
         """Whether the layers behind the norm do just what they were built for: no dropout, no hooks, no wrappers."""
-        if self.training and self.drop1.p > 0:
-            return False
-        layers = {self.fc1: nn.Conv2d, self.act: nn.GELU, self.dwconv: ResidualDepthwiseConv, self.fc2: nn.Conv2d}
-        plain = all(type(m) is t and not m._forward_hooks and not m._forward_pre_hooks for m, t in layers.items())
-        return plain and self.act.approximate == "none"
+        return self.drops_nothing() and self.is_gelu() and untouched({self.fc1: nn.Conv2d, self.fc2: nn.Conv2d})
 
     def fuse(self) -> "ConvFFN":
         if isinstance(self.norm, nn.BatchNorm2d):

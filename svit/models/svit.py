@@ -28,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from svit.layers import ConvFFN, Downsample, FinalConv, LayerScale, ResidualDepthwiseConv, Stem, SuperTokenAttention
+from svit.layers.fusing import untouched
 
 from .original import from_original, is_original
 
@@ -53,12 +54,13 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         norm_layer: LayerType = nn.BatchNorm2d,
         act_layer: LayerType = nn.GELU,
+        backend: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.pos_embed = ResidualDepthwiseConv(dim, **dd)
+        self.pos_embed = ResidualDepthwiseConv(dim, backend, **dd)
         self.norm1 = LayerNorm2d(dim, eps=1e-6, **dd)
         self.attn = SuperTokenAttention(
             dim,
@@ -68,19 +70,26 @@ class Block(nn.Module):
             differentiable_association=differentiable_association,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
+            backend=backend,
             **dd,
         )
         self.ls1 = nn.Identity() if layer_scale_init is None else LayerScale(dim, layer_scale_init, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.mlp = ConvFFN(dim, int(dim * mlp_ratio), proj_drop, norm_layer, act_layer, **dd)
+        self.mlp = ConvFFN(dim, int(dim * mlp_ratio), proj_drop, norm_layer, act_layer, backend, **dd)
         self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(dim, layer_scale_init, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pos_embed(x)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        x = self.add_attention(x)
         x = x + self.drop_path2(self.ls2(self.mlp(x)))
         return x
+
+    def add_attention(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
+            if self.attn.fuses(x) and untouched({self.norm1: LayerNorm2d, self.attn: SuperTokenAttention}):
+                return self.attn.add_to(x, self.norm1, lambda s: self.drop_path1(self.ls1(s)))
+        return x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
 
     @torch.no_grad()
     def fuse(self) -> "Block":
@@ -138,6 +147,8 @@ class SViT(nn.Module):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 in the first.
         norm_layer: the norm of stem, conv-FFN, downsampling and final convolution (that of the attention is LayerNorm).
         act_layer: the activation of stem and conv-FFN.
+        backend: of super-token attention and depthwise convolutions: a name that `svit.ops` knows, None for the best
+            that serves the input.
 
     Shape: (B, in_chans, H, W), any H and W of at least 1, to (B, num_classes).
 
@@ -166,6 +177,7 @@ class SViT(nn.Module):
         drop_path_rate: float = 0.0,
         norm_layer: LayerType = nn.BatchNorm2d,
         act_layer: LayerType = nn.GELU,
+        backend: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -207,6 +219,7 @@ class SViT(nn.Module):
                 attn_drop=attn_drop_rate,
                 norm_layer=norm_layer,
                 act_layer=act_layer,
+                backend=backend,
                 **dd,
             )
             downsample = Downsample(embed_dims[i - 1], dim, norm_layer, **dd) if i > 0 else nn.Identity()

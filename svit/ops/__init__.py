@@ -1,6 +1,11 @@
-"""Functions without parameters; the maths is in README.md beside this file."""
+"""Functions without parameters: super-token attention's sampling and spreading, the residual depthwise convolution.
 
-from . import onednn
-from .reference import depthwise3x3, sample, spread
+`functional.py` is for users, `reference.py` computes everything in PyTorch, `triton/` the same in fused kernels,
+`backends.py` chooses, `library.py` registers the ops as `torch.ops.svit`. docs/ops.md explains them.
+"""
 
-__all__ = ["depthwise3x3", "onednn", "sample", "spread"]
+from . import library, onednn
+from .backends import choose, info
+from .functional import aggregate, associate, depthwise3x3, sample, spread
+
+__all__ = ["aggregate", "associate", "choose", "depthwise3x3", "info", "library", "onednn", "sample", "spread"]

@@ -62,6 +62,7 @@ def conv_ffn(
             u = torch.ops.mkldnn._convolution_pointwise(
                 tile, weight1, bias1, [0, 0], [1, 1], [1, 1], 1, "gelu", [], "none"
             )
-            u = depthwise3x3(u, depthwise_weight, depthwise_bias)[:, :, row - first : row - first + rows]
+            u = depthwise3x3(u.permute(0, 2, 3, 1), depthwise_weight, depthwise_bias).permute(0, 3, 1, 2)
+            u = u[:, :, row - first : row - first + rows]
             out[image : image + images, :, row : row + rows] = F.conv2d(u, weight2, bias2)
     return out

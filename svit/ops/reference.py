@@ -1,6 +1,6 @@
-"""Super-token sampling in plain PyTorch: any device, any floating dtype, any cell. The oracle of every other backend.
+"""The ops in plain PyTorch: any device, any floating dtype, any cell. The oracle of every other backend.
 
-Shapes are named by these letters (the maths is in README.md beside this file):
+Shapes are named by these letters (the maths is in docs/ops.md):
 
     B  batch            H, W    pixels of the map         C  channels
     P  pixels a cell    hh, ww  cells of the grid, each with one super token
@@ -50,16 +50,6 @@ def autocasts(device: str) -> bool:
     return known and torch.is_autocast_enabled(device)
 
 
-@torch.fx.wrap
-def depthwise3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """x + depthwise 3x3 convolution of x: (B, C, H, W), weight (C, 1, 3, 3), bias (C,) to (B, C, H, W)."""
-    if computes_in_16_bit(x):
-        return x + F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
-    # The centre tap takes the residual in, which saves a pass; in 16 bit it would lose digits to the 1.
-    identity = F.pad(weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
-    return F.conv2d(x, weight + identity, bias, padding=1, groups=x.shape[1])
-
-
 def to_cells(x: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor:
     """Cuts a map (B, H, W, C) into cells (B, hh, ww, P, C), zero-padded on the right and the bottom to whole cells."""
     h, w = cell
@@ -94,37 +84,117 @@ def sum_neighbours(s: torch.Tensor) -> torch.Tensor:
     return torch.stack(shares).sum(0)
 
 
-def associate(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """q (B, hh, ww, 9, P), the softmax over 9 of <pixel, super token> / sqrt(C); x in cells, s (B, hh, ww, C).
+def associate_cells(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """q (B, hh, ww, 9, P) from cells (B, hh, ww, P, C) and super tokens (B, hh, ww, C).
 
     A neighbour outside the grid is a zero vector: its logit is 0 and it takes its share.
     """
     logits = torch.matmul(neighbours(s * x.shape[-1] ** -0.5), x.transpose(-1, -2))
-    return widen(logits).softmax(3)
+    return widen(logits).softmax(3).to(x.dtype)
 
 
-def aggregate(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Super tokens (B, hh, ww, C), the q-weighted means of the pixels of 9 cells; x in cells, q (B, hh, ww, 9, P)."""
-    total = sum_neighbours(wide_matmul(q, widen(x)))
-    mass = sum_neighbours(q.sum(-1, keepdim=True))
-    return total / (mass + 1e-12)
+def aggregate_cells(x: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Total (B, hh, ww, C) and mass (B, hh, ww) of each super token, float32 at least."""
+    q = widen(q)
+    return sum_neighbours(wide_matmul(q, widen(x))), sum_neighbours(q.sum(-1, keepdim=True)).squeeze(-1)
+
+
+def weighted_mean(total: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    return total / (mass.unsqueeze(-1) + 1e-12)
+
+
+def associate(x: torch.Tensor, s: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor:
+    return associate_cells(to_cells(x, cell), s)
+
+
+def aggregate(x: torch.Tensor, q: torch.Tensor, cell: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return aggregate_cells(to_cells(x, cell), q)
+
+
+def spread(
+    s: torch.Tensor,
+    q: torch.Tensor,
+    cell: tuple[int, int],
+    size: tuple[int, int],
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    cells = torch.matmul(q.to(s.dtype).transpose(-1, -2), neighbours(s))
+    y = from_cells(cells, cell, size)
+    return y if residual is None else (residual + y).to(residual.dtype)
 
 
 def sample(
-    x: torch.Tensor, cell: tuple[int, int], n_iter: int = 1, differentiable: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Super-token sampling of a map x (B, H, W, C): super tokens s (B, hh, ww, C), association q (B, hh, ww, 9, P)."""
+    x: torch.Tensor,
+    cell: tuple[int, int],
+    n_iter: int = 1,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    differentiable: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Super tokens s (B, hh, ww, C), association q (B, hh, ww, 9, P), mass (B, hh, ww)."""
+    if weight is not None:
+        x = F.layer_norm(x, [x.shape[-1]], weight, bias, eps).to(x.dtype)
     cells = to_cells(x, cell)
     # q is a constant to autograd (model and paper): s then depends on x through the last weighted mean alone.
     pixels = cells if differentiable else cells.detach()
     s = widen(pixels).mean(3)
-    q = associate(pixels, s.to(x.dtype))
+    q = associate_cells(pixels, s.to(x.dtype))
     for _ in range(n_iter - 1):
-        q = associate(pixels, aggregate(pixels, q).to(x.dtype))
-    return aggregate(cells, q).to(x.dtype), q
+        total, mass = aggregate_cells(pixels, q)
+        q = associate_cells(pixels, weighted_mean(total, mass).to(x.dtype))
+    total, mass = aggregate_cells(cells, q)
+    return weighted_mean(total, mass).to(x.dtype), q, mass
 
 
-def spread(s: torch.Tensor, q: torch.Tensor, cell: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
-    """Map (B, H, W, C) whose pixels are the q-weighted sums of their 9 super tokens; a missing one adds zero."""
-    cells = torch.matmul(q.to(s.dtype).transpose(-1, -2), neighbours(s))
-    return from_cells(cells, cell, size)
+def sample_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    q: torch.Tensor,
+    mass: torch.Tensor,
+    cell: tuple[int, int],
+    weight: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x and of the layer norm's weight and bias (float32 at least; empty without a norm)."""
+    share = widen(grad) / (mass.unsqueeze(-1) + 1e-12)
+    dx = spread(share, widen(q), cell, (x.shape[1], x.shape[2]))
+    if weight is None:
+        return dx.to(x.dtype), dx.new_empty(0), dx.new_empty(0)
+    x = widen(x)
+    mean = x.mean(-1, keepdim=True)
+    rstd = (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    normed = (x - mean) * rstd
+    dweight, dbias = (dx * normed).sum((0, 1, 2)), dx.sum((0, 1, 2))
+    dx = dx * weight
+    dx = rstd * (dx - dx.mean(-1, keepdim=True) - normed * (dx * normed).mean(-1, keepdim=True))
+    return dx.to(q.dtype), dweight, dbias
+
+
+def depthwise3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+    x = x.permute(0, 3, 1, 2)
+    if gelu:
+        x = F.gelu(x)
+    if computes_in_16_bit(x):
+        y = x + F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
+    else:
+        # The centre tap takes the residual in, which saves a pass; in 16 bit it would lose digits to the 1.
+        identity = F.pad(weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+        y = F.conv2d(x, weight + identity, bias, padding=1, groups=x.shape[1])
+    return y.permute(0, 2, 3, 1)
+
+
+def depthwise3x3_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gelu: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, weight and bias; the last two float32 at least."""
+    g, x, weight = (widen(t) for t in (grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight))
+    u = F.gelu(x) if gelu else x
+    C = x.shape[1]
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        g, u, weight, [C], [1, 1], [1, 1], [1, 1], False, [0, 0], C, [True, True, True]
+    )
+    dx = dx + g
+    if gelu:
+        dx = torch.ops.aten.gelu_backward(dx, x)
+    return dx.permute(0, 2, 3, 1).to(grad.dtype), dweight, dbias

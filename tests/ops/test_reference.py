@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from svit.ops import depthwise3x3, sample, spread
-from svit.ops.reference import aggregate, from_cells, neighbours, sum_neighbours, to_cells
+from svit.ops import aggregate, depthwise3x3, sample, spread
+from svit.ops.reference import from_cells, neighbours, sum_neighbours, to_cells
 
 SHAPES = [  # cell, H x W: whole grids, padding on one side and on both, one cell, one row of cells, odd cells
     ((4, 4), (8, 12)),
@@ -98,7 +98,8 @@ def test_association_gets_no_gradient_unless_asked():
     assert s.requires_grad
     # With q fixed the super tokens are linear in x: the gradient is that of the weighted means alone.
     (grad,) = torch.autograd.grad(s.sum(), x)
-    (expected,) = torch.autograd.grad(aggregate(to_cells(x, (2, 3)), q).sum(), x)
+    total, mass = aggregate(x, q, (2, 3))
+    (expected,) = torch.autograd.grad((total / (mass + 1e-12).unsqueeze(-1)).sum(), x)
     torch.testing.assert_close(grad, expected, rtol=0, atol=0)
     _, q = sample(x, (2, 3), 2, differentiable=True)
     assert q.requires_grad
@@ -112,47 +113,66 @@ def test_gradients_of_the_differentiable_association(n_iter):
 
 def test_gradients_with_fixed_association():
     q = torch.rand(1, 2, 3, 9, 4, dtype=torch.float64)
-    x = torch.randn(1, 2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 3, 5, 5, dtype=torch.float64, requires_grad=True)
     s = torch.randn(1, 2, 3, 5, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x: aggregate(x, q), x)
-    assert gradcheck(lambda s: spread(s, q, (2, 2), (3, 5)), s)
+    assert gradcheck(lambda x: aggregate(x, q, (2, 2)), x)
+    assert gradcheck(lambda s, x: spread(s, q, (2, 2), (3, 5), residual=x), (s, x))
+
+
+def test_aggregate_and_spread_are_adjoint():
+    x = torch.randn(2, 7, 8, 6, dtype=torch.float64)
+    s, q = sample(x, (3, 4))
+    (total, _), y = aggregate(x, q, (3, 4)), spread(s, q, (3, 4), (7, 8))
+    torch.testing.assert_close((total * s).sum(), (x * y).sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sums_run_in_float32(dtype):
-    # 9 cells of 32 x 32 pixels of about 30: a sum far above float16's 65504, whose mean is exact in both types.
-    x = torch.full((1, 96, 96, 8), 30.0, dtype=dtype)
+    # 9 cells of 32 x 32 pixels of 90: a sum far above float16's 65504, whose mean is exact in both types.
+    x = torch.full((1, 96, 96, 8), 90.0, dtype=dtype)
     s, q = sample(x, (32, 32))
-    assert (s.dtype, q.dtype) == (dtype, torch.float32)
-    assert torch.equal(s, torch.full_like(s, 30.0))
+    assert (s.dtype, q.dtype) == (dtype, dtype)
+    assert torch.equal(s, torch.full_like(s, 90.0))
+    total, mass = aggregate(x, q, (32, 32))
+    assert (total.dtype, mass.dtype) == (torch.float32, torch.float32)
+    assert total.max() > 65504
     with torch.autocast("cpu", dtype):
         s, q = sample(x.float(), (32, 32))
     assert q.dtype == torch.float32
-    torch.testing.assert_close(s.float(), torch.full((1, 3, 3, 8), 30.0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(s.float(), torch.full((1, 3, 3, 8), 90.0), rtol=1e-6, atol=0)
 
 
+def residual_depthwise(x, weight, bias, gelu=False):
+    """In float64, from NHWC to NHWC."""
+    x = x.double().permute(0, 3, 1, 2)
+    u = F.gelu(x) if gelu else x
+    y = u + F.conv2d(u, weight.double(), bias.double(), padding=1, groups=x.shape[1])
+    return y.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_depthwise_adds_its_input(dtype):
-    x = torch.randn(2, 4, 5, 6, dtype=dtype)
+def test_depthwise_adds_its_input(dtype, gelu):
+    x = torch.randn(2, 5, 6, 4, dtype=dtype)
     weight, bias = torch.randn(4, 1, 3, 3, dtype=dtype), torch.randn(4, dtype=dtype)
-    expected = x.double() + F.conv2d(x.double(), weight.double(), bias.double(), padding=1, groups=4)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 0.05}[dtype]
-    torch.testing.assert_close(depthwise3x3(x, weight, bias).double(), expected, rtol=tolerance, atol=tolerance)
+    y, expected = depthwise3x3(x, weight, bias, gelu), residual_depthwise(x, weight, bias, gelu)
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_depthwise_in_16_bit_keeps_the_digits_of_its_centre_tap():
     # 1 + 2**-9 is not a bfloat16: a residual folded into the tap would lose the tap altogether.
-    x = torch.ones(1, 1, 1, 1)
+    x = torch.full((1, 1, 1, 1), 256.0)
     weight = torch.zeros(1, 1, 3, 3)
     weight[..., 1, 1] = 2.0**-9
-    x = 256 * x
     with torch.autocast("cpu", torch.bfloat16):
         y = depthwise3x3(x, weight, torch.zeros(1))
     assert y.item() == 256.5
 
 
-def test_gradients_of_depthwise():
-    x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gradients_of_depthwise(gelu):
+    x = torch.randn(1, 4, 3, 2, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(depthwise3x3, (x, weight, bias))
+    assert gradcheck(lambda *args: depthwise3x3(*args, gelu), (x, weight, bias))

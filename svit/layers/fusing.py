@@ -1,0 +1,19 @@
+"""What decides whether layers may run as one fused step."""
+
+from timm.layers import is_scriptable, use_fused_attn
+from torch import nn
+
+
+def default_backend(backend: str | None) -> str | None:
+    """`backend`, or the reference where timm's switches ask for plain operations."""
+    if backend is None and (not use_fused_attn() or is_scriptable()):
+        return "reference"
+    return backend
+
+
+def untouched(layers: dict[nn.Module, type[nn.Module]]) -> bool:
+    """Whether each layer does just what it was built for: of that very class, without hooks or wrappers.
+
+    A fused path that goes round their forward methods must ask.
+    """
+    return all(type(m) is t and not m._forward_hooks and not m._forward_pre_hooks for m, t in layers.items())

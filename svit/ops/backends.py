@@ -1,0 +1,81 @@
+"""The choice of a backend. Each is a module with `usable(op, x) -> (bool, reason)` and the ops of library.py.
+
+To add one: write the module, name it in `MODULES` where it stands in the order of preference (docs/ops.md).
+"""
+
+import warnings
+from types import ModuleType
+
+import torch
+
+from . import reference, triton
+
+# The first usable one is taken. `reference` serves everything.
+MODULES: dict[str, ModuleType] = {"triton": triton}
+NAMES = (*MODULES, "reference")
+
+# Backend -> why it broke in this process: it is not chosen again.
+failures: dict[str, str] = {}
+
+
+def usable(name: str, op: str, x: torch.Tensor) -> tuple[bool, str]:
+    """Whether a backend serves `op` on the map x (B, H, W, C), and if not, why."""
+    if name in failures:
+        return False, failures[name]
+    return MODULES[name].usable(op, x)
+
+
+def choose(op: str, x: torch.Tensor, backend: str | None = None) -> str:
+    """Name of the backend that runs `op` on the map x (B, H, W, C): the one asked for, else the first usable one.
+
+    Raises:
+        ValueError: no such backend, or it does not serve x.
+    """
+    if backend is not None:
+        if backend not in NAMES:
+            raise ValueError(f"backend: expected one of {', '.join(NAMES)} or None, got {backend!r}")
+        if backend != "reference":
+            serves, reason = MODULES[backend].usable(op, x)
+            if not serves:
+                raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
+        return backend
+    # A trace is for other programs to read (ONNX, TorchScript, FLOP counters), which know PyTorch's operations only.
+    if not isinstance(x, torch.Tensor) or torch.jit.is_tracing():
+        return "reference"
+    for name in MODULES:
+        if usable(name, op, x)[0]:
+            return name
+    return "reference"
+
+
+def run(op: str, backend: str | None, x: torch.Tensor, *args):
+    """Runs `op` of a backend. One that was chosen, not asked for, may fail: then the next one runs, now and hereafter.
+
+    The failures meant here are those of compiling and launching kernels. Lack of memory is not one of them.
+    """
+    while True:
+        name = choose(op, x, backend)
+        if name == "reference":
+            return getattr(reference, op)(*args)
+        try:
+            return getattr(MODULES[name], op)(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if backend is not None:
+                raise
+            failures[name] = f"it failed before: {type(error).__name__}: {error}"
+            warnings.warn(f"svit.ops: the {name} backend is left out from now on, {failures[name]}", stacklevel=2)
+
+
+def info() -> None:
+    """Prints which backend serves each device and dtype of this machine, and why not the ones before it."""
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    print(f"svit.ops, torch {torch.__version__}, {triton.version}")
+    for device in devices:
+        if device != "cpu":
+            print(f"{device}: {torch.cuda.get_device_name(device)}")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            x = torch.empty(0, 1, 1, 64, device=device, dtype=dtype)
+            why = [f"not {name}: {reason}" for name in MODULES for ok, reason in [usable(name, "sample", x)] if not ok]
+            print(f"{device:8} {str(dtype).removeprefix('torch.'):8} -> {', '.join([choose('sample', x), *why])}")

@@ -1,0 +1,57 @@
+"""Checks of the arguments of the ops: a ValueError that names the argument, what came and what is expected."""
+
+import torch
+from torch import Tensor
+
+
+def expect_map(x: Tensor, name: str = "x") -> None:
+    if x.dim() != 4 or x.shape[1] < 1 or x.shape[2] < 1 or not x.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point map (B, H, W, C), got {list(x.shape)} {x.dtype}")
+
+
+def expect_cell(cell: tuple[int, int]) -> None:
+    if len(cell) != 2 or not all(isinstance(n, int) and n >= 1 for n in cell):
+        raise ValueError(f"cell: expected a height and a width of at least 1, got {cell!r}")
+
+
+def expect(t: Tensor, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> None:
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(t.shape)}")
+    if t.device != like.device:
+        raise ValueError(f"{name}: expected it on {like.device} like the rest, got {t.device}")
+    if dtype is not None and t.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {t.dtype}")
+
+
+def expect_constant(q: Tensor) -> None:
+    if q.requires_grad and torch.is_grad_enabled():
+        raise ValueError("q: expected a constant, got a tensor that requires grad; detach it, or see `differentiable`")
+
+
+def expect_grid(t: Tensor, name: str, x: Tensor, cell: tuple[int, int], last: tuple[int, ...]) -> None:
+    """t is (B, hh, ww, *last) for the cells of the map x, in its dtype."""
+    hh, ww = -(-x.shape[1] // cell[0]), -(-x.shape[2] // cell[1])
+    expect(t, name, (x.shape[0], hh, ww, *last), x, x.dtype)
+
+
+def expect_norm(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
+    if (weight is None) != (bias is None):
+        raise ValueError("weight, bias: expected both or none, got one")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            expect(t, name, (x.shape[3],), x)
+
+
+def expect_size(size: tuple[int, int], s: Tensor, cell: tuple[int, int]) -> None:
+    if len(size) != 2 or min(size) < 1 or [-(-n // c) for n, c in zip(size, cell, strict=True)] != list(s.shape[1:3]):
+        raise ValueError(f"size: expected H, W of {list(s.shape[1:3])} cells of {list(cell)}, got {list(size)}")
+
+
+def expect_rounds(n_iter: int) -> None:
+    if n_iter < 1:
+        raise ValueError(f"n_iter: expected at least 1, got {n_iter}")
+
+
+def expect_reference(backend: str | None) -> None:
+    if backend not in (None, "reference"):
+        raise ValueError(f"backend: expected 'reference' or None with differentiable=True, got {backend!r}")

@@ -1,0 +1,206 @@
+"""The functions that users call. They differentiate, follow autocast, check their arguments and choose the backend.
+
+Letters of the shapes: B batch, H x W pixels, C channels, hh x ww cells of P pixels with one super token each, 9 the
+3 x 3 super tokens around a pixel's own cell, row-major from the top left. docs/ops.md has the maths.
+
+`backend` is None for the best one that serves the input (svit.ops.info() tells which), or a name, which must serve it.
+Whatever the backend: softmax, mass and sums run in float32 at least, and q is a constant to autograd.
+"""
+
+import torch
+from torch import Tensor
+
+from . import checks, reference
+from .backends import choose
+from .reference import autocasts
+
+# TorchScript knows no other backend than the reference: each function begins with its part.
+
+
+def in_compute_dtype(x: Tensor) -> Tensor:
+    """x in the dtype that autocast asks for."""
+    if autocasts(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def checked() -> bool:
+    """Whether to look at shapes: under a compiler or tracer the comparisons would become part of the program."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def associate(x: Tensor, s: Tensor, cell: tuple[int, int], backend: str | None = None) -> Tensor:
+    """Soft association of each pixel with the 9 super tokens around its cell (paper: section 3.2). No gradient.
+
+    q = softmax over the 9 of <pixel, super token> / sqrt(C). A super token outside the grid is a zero vector: its logit
+    is 0 and it takes its share.
+
+    Args:
+        x: map (B, H, W, C); zero-padded on the right and the bottom to whole cells.
+        s: super tokens (B, hh, ww, C), same dtype.
+        cell: height and width of a cell in pixels.
+        backend: see above.
+
+    Returns:
+        q (B, hh, ww, 9, P), in the dtype of x.
+
+    Raises:
+        ValueError: an argument of another shape, dtype or device, or a backend that does not serve them.
+    """
+    checks.expect_cell(cell)
+    if checked():
+        checks.expect_map(x)
+        checks.expect_grid(s, "s", x, cell, (x.shape[3],))
+    x, s = in_compute_dtype(x.detach()), in_compute_dtype(s.detach())
+    if choose("associate", x, backend) == "reference":
+        return reference.associate(x, s, cell)
+    return torch.ops.svit.associate(x, s, cell, backend)
+
+
+def aggregate(x: Tensor, q: Tensor, cell: tuple[int, int], backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Per super token the q-weighted sum of the pixels of its 9 cells, and the mass, which is the sum of the weights.
+
+    Linear in x and the adjoint of `spread`.
+
+    Args:
+        x: map (B, H, W, C).
+        q: association (B, hh, ww, 9, P), same dtype; a constant.
+        cell: height and width of a cell in pixels.
+        backend: see above.
+
+    Returns:
+        total (B, hh, ww, C) and mass (B, hh, ww), float32 (float64 for float64). The super token is
+        total / (mass + 1e-12).
+
+    Raises:
+        ValueError: an argument of another shape, dtype or device, a q that requires grad, or a backend that does not
+            serve them.
+    """
+    checks.expect_cell(cell)
+    checks.expect_constant(q)
+    if checked():
+        checks.expect_map(x)
+        checks.expect_grid(q, "q", x, cell, (9, cell[0] * cell[1]))
+    x, q = in_compute_dtype(x), in_compute_dtype(q)
+    if choose("aggregate", x, backend) == "reference":
+        return reference.aggregate(x, q, cell)
+    return torch.ops.svit.aggregate(x, q, cell, backend)
+
+
+def spread(
+    s: Tensor,
+    q: Tensor,
+    cell: tuple[int, int],
+    size: tuple[int, int],
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Each pixel gets the q-weighted sum of its 9 super tokens; one outside the grid adds zero.
+
+    Linear in s and the adjoint of `aggregate`.
+
+    Args:
+        s: super tokens (B, hh, ww, C).
+        q: association (B, hh, ww, 9, P); a constant.
+        cell: height and width of a cell in pixels.
+        size: H and W of the map; hh x ww cells cover it.
+        residual: map (B, H, W, C) to add.
+        backend: see above.
+
+    Returns:
+        map (B, H, W, C), in the dtype of the residual if there is one, else of s.
+
+    Raises:
+        ValueError: an argument of another shape or device, or a backend that does not serve them.
+    """
+    if torch.jit.is_scripting():
+        return reference.spread(s, q, cell, size, residual)
+    else:
+        checks.expect_cell(cell)
+        if checked():
+            checks.expect_map(s, "s")
+            checks.expect_size(size, s, cell)
+            checks.expect(q, "q", (s.shape[0], s.shape[1], s.shape[2], 9, cell[0] * cell[1]), s)
+            if residual is not None:
+                checks.expect(residual, "residual", (s.shape[0], size[0], size[1], s.shape[3]), s)
+        if choose("spread", s, backend) == "reference":
+            return reference.spread(s, q, cell, size, residual)
+        checks.expect_constant(q)
+        s = in_compute_dtype(s)
+        return torch.ops.svit.spread(s, q.to(s.dtype), cell, size, residual, backend)
+
+
+def sample(
+    x: Tensor,
+    cell: tuple[int, int],
+    n_iter: int = 1,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    differentiable: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Super-token sampling (paper: section 3.2): cell means, then `n_iter` times `associate` and `aggregate`.
+
+    Args:
+        x: map (B, H, W, C).
+        cell: height and width of a cell in pixels.
+        n_iter: rounds of association, at least 1.
+        weight, bias: (C,) each, or both None. With them x is layer-normed over its channels first, with `eps`; the
+            padding is zero after the norm.
+        differentiable: lets the gradient through the association too, which only the reference does.
+        backend: see above.
+
+    Returns:
+        super tokens (B, hh, ww, C) and association q (B, hh, ww, 9, P), in the dtype of x.
+
+    Raises:
+        ValueError: an argument of another shape, dtype or device, or a backend that does not serve them.
+    """
+    if torch.jit.is_scripting():
+        s, q, _ = reference.sample(x, cell, n_iter, weight, bias, eps, differentiable)
+        return s, q
+    else:
+        checks.expect_cell(cell)
+        checks.expect_rounds(n_iter)
+        if checked():
+            checks.expect_map(x)
+            checks.expect_norm(weight, bias, x)
+        if differentiable:
+            checks.expect_reference(backend)
+            backend = "reference"
+        y = in_compute_dtype(x)
+        if choose("sample", y, backend) == "reference":
+            s, q, _ = reference.sample(x, cell, n_iter, weight, bias, eps, differentiable)
+        else:
+            s, q, _ = torch.ops.svit.sample(y, cell, n_iter, weight, bias, eps, backend)
+        return s, q
+
+
+def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, backend: str | None = None) -> Tensor:
+    """u + depthwise 3x3 convolution of u, zero-padded, with u = x, or u = GELU(x) (exact) if `gelu`.
+
+    Args:
+        x: map (B, H, W, C).
+        weight: (C, 1, 3, 3).
+        bias: (C,).
+        gelu: apply the GELU first.
+        backend: see above.
+
+    Returns:
+        map (B, H, W, C), in the dtype of x, or the one that autocast asks for.
+
+    Raises:
+        ValueError: an argument of another shape or device, or a backend that does not serve them.
+    """
+    if torch.jit.is_scripting():
+        return reference.depthwise3x3(x, weight, bias, gelu)
+    else:
+        if checked():
+            checks.expect_map(x)
+            checks.expect(weight, "weight", (x.shape[3], 1, 3, 3), x)
+            checks.expect(bias, "bias", (x.shape[3],), x)
+        y = in_compute_dtype(x)
+        if choose("depthwise3x3", y, backend) == "reference":
+            return reference.depthwise3x3(x, weight, bias, gelu)
+        return torch.ops.svit.depthwise3x3(y, weight, bias, gelu, backend)

@@ -1,0 +1,190 @@
+"""The ops of `torch.ops.svit`: schemas, shapes of the results, gradients. What computes them is chosen at each call.
+
+They take and give contiguous NHWC maps. The functions that users call stand in functional.py.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+
+from . import backends
+
+LIBRARY = Library("svit", "DEF")
+
+
+def define(schema: str) -> None:
+    """Defines an op whose last argument is `str? backend` and whose first is the map that the choice depends on."""
+    name, _, rest = schema.partition("(")
+    arguments, _, returns = rest.rpartition(") -> ")
+    LIBRARY.define(f"{name}({arguments}, str? backend=None) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def implementation(*args):
+        *args, backend = args
+        args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
+        # The first argument has the dtype, device and channels that the choice depends on.
+        return backends.run(name, backend, args[0], *args)
+
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+
+
+def grid(H: int, W: int, cell: list[int]) -> tuple[int, int]:
+    return (H + cell[0] - 1) // cell[0], (W + cell[1] - 1) // cell[1]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# Association: no gradient.
+
+define("associate(Tensor x, Tensor s, int[] cell) -> Tensor")
+
+
+@register_fake("svit::associate")
+def _(x, s, cell, backend=None):
+    B, H, W, C = x.shape
+    return x.new_empty(B, *grid(H, W, cell), 9, cell[0] * cell[1])
+
+
+register_autograd("svit::associate", lambda ctx, grad: (None,) * 4)
+
+# Aggregation and spreading: each the other's adjoint. q is a constant.
+
+define("aggregate(Tensor x, Tensor q, int[] cell) -> (Tensor, Tensor)")
+define("spread(Tensor s, Tensor q, int[] cell, SymInt[] size, Tensor? residual) -> Tensor")
+
+
+@register_fake("svit::aggregate")
+def _(x, q, cell, backend=None):
+    B, hh, ww = q.shape[:3]
+    dtype = wide(x.dtype)
+    return x.new_empty(B, hh, ww, x.shape[3], dtype=dtype), x.new_empty(B, hh, ww, dtype=dtype)
+
+
+@register_fake("svit::spread")
+def _(s, q, cell, size, residual, backend=None):
+    dtype = s.dtype if residual is None else residual.dtype
+    return s.new_empty(s.shape[0], *size, s.shape[3], dtype=dtype)
+
+
+def aggregate_context(ctx, inputs, output):
+    x, q, ctx.cell, ctx.backend = inputs
+    ctx.size, ctx.dtype = x.shape[1:3], x.dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q)
+
+
+def aggregate_backward(ctx, grad, _):
+    (q,) = ctx.saved_tensors
+    return torch.ops.svit.spread(grad.to(ctx.dtype), q, ctx.cell, ctx.size, None, ctx.backend), None, None, None
+
+
+def spread_context(ctx, inputs, output):
+    s, q, ctx.cell, size, residual, ctx.backend = inputs
+    ctx.dtype, ctx.residual_dtype = s.dtype, None if residual is None else residual.dtype
+    ctx.save_for_backward(q)
+
+
+def spread_backward(ctx, grad):
+    (q,) = ctx.saved_tensors
+    ds = dresidual = None
+    if ctx.needs_input_grad[0]:
+        ds = torch.ops.svit.aggregate(grad.to(q.dtype), q, ctx.cell, ctx.backend)[0].to(ctx.dtype)
+    if ctx.residual_dtype is not None:
+        dresidual = grad.to(ctx.residual_dtype)
+    return ds, None, None, None, dresidual, None
+
+
+register_autograd("svit::aggregate", aggregate_backward, setup_context=aggregate_context)
+register_autograd("svit::spread", spread_backward, setup_context=spread_context)
+
+# Sampling: layer norm (if weight and bias are given), cell means, then `n_iter` times association and aggregation.
+
+define(
+    "sample(Tensor x, int[] cell, int n_iter, Tensor? weight, Tensor? bias, float eps) "
+    "-> (Tensor s, Tensor q, Tensor mass)"
+)
+define(
+    "sample_backward(Tensor grad, Tensor x, Tensor q, Tensor mass, int[] cell, Tensor? weight, float eps) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+@register_fake("svit::sample")
+def _(x, cell, n_iter, weight, bias, eps, backend=None):
+    B, H, W, C = x.shape
+    hh, ww = grid(H, W, cell)
+    return (
+        x.new_empty(B, hh, ww, C),
+        x.new_empty(B, hh, ww, 9, cell[0] * cell[1]),
+        x.new_empty(B, hh, ww, dtype=wide(x.dtype)),
+    )
+
+
+@register_fake("svit::sample_backward")
+def _(grad, x, q, mass, cell, weight, eps, backend=None):
+    C = 0 if weight is None else x.shape[3]
+    return x.new_empty(x.shape), mass.new_empty(C), mass.new_empty(C)
+
+
+def sample_context(ctx, inputs, output):
+    x, ctx.cell, _, weight, bias, ctx.eps, ctx.backend = inputs
+    _, q, mass = output
+    ctx.mark_non_differentiable(q, mass)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, q, mass, weight)
+
+
+def sample_gradients(ctx, grad, *_):
+    x, q, mass, weight = ctx.saved_tensors
+    dx, dweight, dbias = torch.ops.svit.sample_backward(
+        grad.to(x.dtype), x, q, mass, ctx.cell, weight, ctx.eps, ctx.backend
+    )
+    if weight is None:
+        return dx, None, None, None, None, None, None
+    return dx, None, None, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
+
+
+register_autograd("svit::sample", sample_gradients, setup_context=sample_context)
+
+# x + depthwise 3x3 convolution, of x or of GELU(x).
+
+define("depthwise3x3(Tensor x, Tensor weight, Tensor bias, bool gelu) -> Tensor")
+define("depthwise3x3_backward(Tensor grad, Tensor x, Tensor weight, bool gelu) -> (Tensor, Tensor, Tensor)")
+
+
+@register_fake("svit::depthwise3x3")
+def _(x, weight, bias, gelu, backend=None):
+    return x.new_empty(x.shape)
+
+
+@register_fake("svit::depthwise3x3_backward")
+def _(grad, x, weight, gelu, backend=None):
+    dtype = wide(x.dtype)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(x.shape[3], dtype=dtype)
+
+
+def depthwise_context(ctx, inputs, output):
+    x, weight, bias, ctx.gelu, ctx.backend = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def depthwise_gradients(ctx, grad):
+    x, weight = ctx.saved_tensors
+    dx, dweight, dbias = torch.ops.svit.depthwise3x3_backward(grad.to(x.dtype), x, weight, ctx.gelu, ctx.backend)
+    return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
+
+
+register_autograd("svit::depthwise3x3", depthwise_gradients, setup_context=depthwise_context)
+
+
+def refuse_second_derivative(name: str):
+    def backward(ctx, *grads):
+        raise RuntimeError(f"svit::{name} has no second derivative; use backend='reference' for double backward")
+
+    return backward
+
+
+for _name in ("sample", "depthwise3x3"):
+    register_autograd(f"svit::{_name}_backward", refuse_second_derivative(_name))

@@ -1,0 +1,68 @@
+"""The Triton backend: any GPU that Triton serves; with TRITON_INTERPRET=1 in the environment the CPU too, for tests."""
+
+import os
+
+import torch
+
+try:
+    import triton
+
+    from .launch import (
+        aggregate,
+        associate,
+        depthwise3x3,
+        depthwise3x3_backward,
+        sample,
+        sample_backward,
+        spread,
+    )
+
+    version = f"triton {triton.__version__}"
+except ImportError as error:  # no Triton for macOS, Windows, and PyTorch builds without GPU support
+    version = f"no triton: {error}"
+    triton = None
+
+__all__ = [
+    "aggregate",
+    "associate",
+    "depthwise3x3",
+    "depthwise3x3_backward",
+    "sample",
+    "sample_backward",
+    "spread",
+    "usable",
+    "version",
+]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# A program holds all channels of a few pixels, and more than these fill its registers.
+MAX_CHANNELS = 1024
+
+
+def usable(op: str, x: torch.Tensor) -> tuple[bool, str]:
+    """Whether this backend serves `op` on the map x (B, H, W, C), and if not, why."""
+    if triton is None:
+        return False, version
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    if INTERPRETED:
+        dtypes = (torch.float32, torch.float16)  # it computes bfloat16 wrongly
+    elif x.device.type != "cuda":
+        return False, f"x is on {x.device.type}, it runs on GPUs"
+    if x.dtype not in dtypes:
+        return False, f"it computes in {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not in {x.dtype}"
+    C = x.shape[-1]
+    if C % 8 or C == 0:
+        return False, f"it needs a multiple of 8 channels, not {C}"
+    if C > MAX_CHANNELS and not op.startswith("depthwise3x3"):
+        return False, f"it serves up to {MAX_CHANNELS} channels, not {C}"
+    if not INTERPRETED and has_old_gpu(x):
+        return False, "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher"
+    return True, ""
+
+
+def has_old_gpu(x: torch.Tensor) -> bool:
+    # A map may claim to be on a GPU where there is none: a fake tensor, while a model is compiled or exported.
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(x.device) < (8, 0)

@@ -1,0 +1,182 @@
+"""Launches of the kernels, one function an op, with the signatures of library.py. Arguments come contiguous.
+
+Launch parameters stand in the table below: no autotuning, which would stall the first steps of every run.
+"""
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+
+from . import kernels
+
+# (C, h, w) -> warps of the programs that own a cell. Others follow `cell_launch`.
+WARPS = {(64, 8, 8): 4, (96, 8, 8): 8, (128, 4, 4): 2, (192, 4, 4): 4}
+
+# Elements of a program's tile in a super-token kernel, of at least 16 pixels.
+CELL_TILE = 8192
+
+# Rows of a strip in the depthwise kernels: more of them mean fewer rows read twice, and fewer programs.
+ROWS_FORWARD, ROWS_TAPS = 14, 56
+
+
+def launch(kernel, programs: int, like: Tensor, *args, **constants) -> None:
+    """Runs a kernel on the device of `like`; nothing if there is nothing to do."""
+    if programs:
+        guard = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
+        with guard:
+            kernel[(programs,)](*args, **constants)
+
+
+def cell_launch(x: Tensor, cell: list[int]) -> dict[str, int]:
+    C = x.shape[-1]
+    h, w = cell
+    block_c = max(triton.next_power_of_2(C), 16)
+    block_p = max(min(triton.next_power_of_2(h * w), CELL_TILE // block_c), 16)
+    warps = WARPS.get((C, h, w), 8 if block_c * block_p > 4096 else 4)
+    if x.dtype == torch.float32:  # twice the registers for the same tile
+        warps = min(2 * warps, 8)
+    return dict(C=C, CELL_H=h, CELL_W=w, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps)
+
+
+def grid(x: Tensor, cell: list[int]) -> tuple[int, int]:
+    return triton.cdiv(x.shape[1], cell[0]), triton.cdiv(x.shape[2], cell[1])
+
+
+def associate(x: Tensor, s: Tensor, cell: list[int]) -> Tensor:
+    B, H, W, C = x.shape
+    hh, ww = grid(x, cell)
+    q = x.new_empty(B, hh, ww, 9, cell[0] * cell[1])
+    launch(
+        kernels.associate_aggregate, B * hh * ww, x,
+        x, s, q, None, None, None, None, 0.0, C**-0.5, H, W, hh, ww,
+        NORM=False, ASSOCIATE=True, AGGREGATE=False, **cell_launch(x, cell),
+    )  # fmt: skip
+    return q
+
+
+def fold(partial: Tensor, partial_mass: Tensor, dtype: torch.dtype, mean: bool) -> tuple[Tensor, Tensor]:
+    B, hh, ww, _, C = partial.shape
+    s, mass = partial.new_empty(B, hh, ww, C, dtype=dtype), partial.new_empty(B, hh, ww)
+    cells, block_c = B * hh * ww, triton.next_power_of_2(C)
+    block_t = max(512 // block_c, 1)
+    launch(
+        kernels.fold, triton.cdiv(cells, block_t), s,
+        partial, partial_mass, s, mass, cells, hh, ww, C=C, MEAN=mean, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4,
+    )  # fmt: skip
+    return s, mass
+
+
+def partial_sums(q: Tensor, C: int) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:4], C, dtype=torch.float32), q.new_empty(q.shape[:4], dtype=torch.float32)
+
+
+def aggregate(x: Tensor, q: Tensor, cell: list[int]) -> tuple[Tensor, Tensor]:
+    B, H, W, C = x.shape
+    hh, ww = grid(x, cell)
+    total, mass = partial_sums(q, C)
+    launch(
+        kernels.associate_aggregate, B * hh * ww, x,
+        x, None, q, total, mass, None, None, 0.0, 0.0, H, W, hh, ww,
+        NORM=False, ASSOCIATE=False, AGGREGATE=True, **cell_launch(x, cell),
+    )  # fmt: skip
+    return fold(total, mass, torch.float32, mean=False)
+
+
+def sample(
+    x: Tensor, cell: list[int], n_iter: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, W, C = x.shape
+    hh, ww = grid(x, cell)
+    norm = weight is not None
+    parameters = cell_launch(x, cell)
+    s = x.new_empty(B, hh, ww, C)
+    q = x.new_empty(B, hh, ww, 9, cell[0] * cell[1])
+    total, mass = partial_sums(q, C)
+    launch(
+        kernels.cell_mean, B * hh * ww, x,
+        x, s, weight, bias, eps, H, W, hh, ww, NORM=norm, **parameters,
+    )  # fmt: skip
+    for _ in range(n_iter):
+        launch(
+            kernels.associate_aggregate, B * hh * ww, x,
+            x, s, q, total, mass, weight, bias, eps, C**-0.5, H, W, hh, ww,
+            NORM=norm, ASSOCIATE=True, AGGREGATE=True, **parameters,
+        )  # fmt: skip
+        s, folded_mass = fold(total, mass, x.dtype, mean=True)
+    return s, q, folded_mass
+
+
+def sample_backward(
+    grad: Tensor, x: Tensor, q: Tensor, mass: Tensor, cell: list[int], weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if weight is None:
+        return launch_spread(grad, q, mass, None, cell, x.shape[1:3]), mass.new_empty(0), mass.new_empty(0)
+    B, H, W, C = x.shape
+    hh, ww = grid(x, cell)
+    dx = torch.empty_like(x)
+    dnorm = mass.new_empty(B * hh * ww, 2, C)
+    launch(
+        kernels.norm_sample_backward, B * hh * ww, x,
+        grad, x, q, mass, weight, dx, dnorm, eps, H, W, hh, ww, **cell_launch(x, cell),
+    )  # fmt: skip
+    dweight, dbias = dnorm.sum(0)
+    return dx, dweight.clone(), dbias.clone()
+
+
+def spread(
+    s: Tensor, q: Tensor, cell: list[int], size: list[int], residual: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    return launch_spread(s, q, None, residual, cell, size)
+
+
+def launch_spread(
+    s: Tensor, q: Tensor, mass: Tensor | None, residual: Tensor | None, cell: list[int], size: list[int]
+) -> Tensor:
+    B, hh, ww, C = s.shape
+    H, W = size
+    y = s.new_empty(B, H, W, C, dtype=s.dtype if residual is None else residual.dtype)
+    launch(
+        kernels.spread, B * hh * ww, s,
+        s, q, mass, residual, y, H, W, hh, ww,
+        MEAN=mass is not None, RESIDUAL=residual is not None, **cell_launch(s, cell),
+    )  # fmt: skip
+    return y
+
+
+def strip_launch(x: Tensor, rows: int, halo: int) -> tuple[int, int, dict[str, int]]:
+    """Strips of all channels, programs, and the parameters of a depthwise kernel. A thread has 16 bytes of a pixel."""
+    B, H, W, C = x.shape
+    block_c = min(triton.next_power_of_2(C), 64)
+    block_w = max(min(128 * 16 // x.element_size() // block_c, triton.next_power_of_2(W + halo)), 4)
+    rows = min(rows, H)
+    strips = B * triton.cdiv(H, rows) * triton.cdiv(W, block_w - halo)
+    programs = strips * triton.cdiv(C, block_c)
+    return strips, programs, dict(C=C, ROWS=rows, BLOCK_W=block_w, BLOCK_C=block_c, num_warps=4)
+
+
+def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    B, H, W, C = x.shape
+    y = torch.empty_like(x)
+    _, programs, parameters = strip_launch(x, ROWS_FORWARD, halo=2)
+    launch(
+        kernels.depthwise, programs, x,
+        x, weight, bias, None, y, H, W, GELU=gelu, BACKWARD=False, SLOPE=False, **parameters,
+    )  # fmt: skip
+    return y
+
+
+def depthwise3x3_backward(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, W, C = x.shape
+    dx = torch.empty_like(x)
+    _, programs, parameters = strip_launch(x, ROWS_FORWARD, halo=2)
+    launch(
+        kernels.depthwise, programs, x,
+        grad, weight, None, x, dx, H, W, GELU=False, BACKWARD=True, SLOPE=gelu, **parameters,
+    )  # fmt: skip
+    strips, programs, parameters = strip_launch(x, ROWS_TAPS, halo=0)
+    partial = x.new_empty(strips, 10, C, dtype=torch.float32)
+    launch(kernels.depthwise_taps, programs, x, grad, x, partial, H, W, GELU=gelu, **parameters)
+    taps = partial.sum(0)
+    return dx, taps[:9].t().reshape(C, 1, 3, 3).contiguous(), taps[9].clone()
