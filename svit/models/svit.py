@@ -87,9 +87,17 @@ class Block(nn.Module):
 
     def add_attention(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
-            if self.attn.fuses(x) and untouched({self.norm1: LayerNorm2d, self.attn: SuperTokenAttention}):
-                return self.attn.add_to(x, self.norm1, lambda s: self.drop_path1(self.ls1(s)))
-        return x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+            if self.fuses_attention(x):
+                return self.attn.add_to(x, self.norm1, self.scale_attention)
+        return x + self.scale_attention(self.attn(self.norm1(x)))
+
+    def scale_attention(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop_path1(self.ls1(x))
+
+    @torch.jit.ignore
+    def fuses_attention(self, x: torch.Tensor) -> bool:
+        """Whether a backend takes norm and residual into the attention; it goes round their modules' forward."""
+        return self.attn.fuses(x) and untouched({self.norm1: LayerNorm2d, self.attn: SuperTokenAttention})
 
     @torch.no_grad()
     def fuse(self) -> "Block":

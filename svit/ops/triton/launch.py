@@ -17,6 +17,9 @@ WARPS = {(64, 8, 8): 4, (96, 8, 8): 8, (128, 4, 4): 2, (192, 4, 4): 4}
 # Elements of a program's tile in a super-token kernel, of at least 16 pixels.
 CELL_TILE = 8192
 
+# Bytes and channels of a row in a depthwise kernel: 16 bytes for each of 128 threads.
+ROW_TILE, ROW_CHANNELS = 128 * 16, 64
+
 # Rows of a strip in the depthwise kernels: more of them mean fewer rows read twice, and fewer programs.
 ROWS_FORWARD, ROWS_TAPS = 14, 56
 
@@ -60,7 +63,7 @@ def fold(partial: Tensor, partial_mass: Tensor, dtype: torch.dtype, mean: bool) 
     B, hh, ww, _, C = partial.shape
     s, mass = partial.new_empty(B, hh, ww, C, dtype=dtype), partial.new_empty(B, hh, ww)
     cells, block_c = B * hh * ww, triton.next_power_of_2(C)
-    block_t = max(512 // block_c, 1)
+    block_t = max(128 * 16 // dtype.itemsize // block_c, 1)
     launch(
         kernels.fold, triton.cdiv(cells, block_t), s,
         partial, partial_mass, s, mass, cells, hh, ww, C=C, MEAN=mean, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4,
@@ -146,10 +149,10 @@ def launch_spread(
 
 
 def strip_launch(x: Tensor, rows: int, halo: int) -> tuple[int, int, dict[str, int]]:
-    """Strips of all channels, programs, and the parameters of a depthwise kernel. A thread has 16 bytes of a pixel."""
+    """Strips of all channels, programs, and the parameters of a depthwise kernel; `halo` columns of a row are read only."""
     B, H, W, C = x.shape
-    block_c = min(triton.next_power_of_2(C), 64)
-    block_w = max(min(128 * 16 // x.element_size() // block_c, triton.next_power_of_2(W + halo)), 4)
+    block_c = min(triton.next_power_of_2(C), ROW_CHANNELS)
+    block_w = max(min(ROW_TILE // x.element_size() // block_c, triton.next_power_of_2(W + halo)), 4)
     rows = min(rows, H)
     strips = B * triton.cdiv(H, rows) * triton.cdiv(W, block_w - halo)
     programs = strips * triton.cdiv(C, block_c)

@@ -1,0 +1,38 @@
+"""The kernels run on a GPU, or on the CPU in Triton's interpreter, which must be asked for before Triton is imported:
+test_interpreter.py starts a process of its own for test_kernels.py."""
+
+import pytest
+import torch
+
+from svit.ops import triton
+from svit.ops.triton import launch
+
+if not (torch.cuda.is_available() or triton.INTERPRETED):
+    collect_ignore = ["test_kernels.py"]
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Memory comes filled with NaN: what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """Names of the kernels that ran."""
+    names = []
+    original = launch.launch
+
+    def recorded(kernel, *args, **constants):
+        names.append(kernel.__name__)
+        original(kernel, *args, **constants)
+
+    monkeypatch.setattr(launch, "launch", recorded)
+    return names
