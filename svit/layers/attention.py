@@ -34,7 +34,8 @@ class SuperTokenAttention(nn.Module):
         attn_drop: dropout rate of the attention weights among super tokens.
         proj_drop: dropout rate after the output projection.
         backend: what samples and spreads: a name that `svit.ops` knows, None for the best that serves the input. While
-            timm's fused attention is off, or a model for export or scripting is made, None means 'reference'.
+            timm's fused attention is off, or a model for export or scripting is made, None means 'reference'. A
+            differentiable association runs on no other.
 
     Shape: (B, dim, H, W) to the same, any floating dtype, H and W of at least 1. Channels-last is fastest.
 
@@ -69,7 +70,9 @@ class SuperTokenAttention(nn.Module):
         self.n_iter = n_iter
         self.differentiable_association = differentiable_association
         self.fused_attn = use_fused_attn()
-        self.backend = default_backend(backend)
+        if differentiable_association and backend not in (None, "reference"):
+            raise ValueError(f"backend: expected 'reference' for a differentiable association, got {backend!r}")
+        self.backend = "reference" if differentiable_association else default_backend(backend)
 
         self.qkv = nn.Conv2d(dim, 3 * dim, 1, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
@@ -94,7 +97,7 @@ class SuperTokenAttention(nn.Module):
     @torch.jit.ignore
     def fuses(self, x: torch.Tensor) -> bool:
         """Whether `add_to` serves x: super tokens, and a backend for which the norm and the sum come for nothing."""
-        if self.cell == (1, 1) or self.differentiable_association or not isinstance(x, torch.Tensor):
+        if self.cell == (1, 1) or not isinstance(x, torch.Tensor):
             return False
         return choose("sample", x.permute(0, 2, 3, 1), self.backend) != "reference"
 

@@ -4,8 +4,19 @@
 `backends.py` chooses, `library.py` registers the ops as `torch.ops.svit`. docs/ops.md explains them.
 """
 
-from . import library, onednn
+from . import flops, library, onednn
 from .backends import choose, info
 from .functional import aggregate, associate, depthwise3x3, sample, spread
 
-__all__ = ["aggregate", "associate", "choose", "depthwise3x3", "info", "library", "onednn", "sample", "spread"]
+__all__ = [
+    "aggregate",
+    "associate",
+    "choose",
+    "depthwise3x3",
+    "flops",
+    "info",
+    "library",
+    "onednn",
+    "sample",
+    "spread",
+]

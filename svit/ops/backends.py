@@ -28,20 +28,21 @@ def usable(name: str, op: str, x: torch.Tensor) -> tuple[bool, str]:
 def choose(op: str, x: torch.Tensor, backend: str | None = None) -> str:
     """Name of the backend that runs `op` on the map x (B, H, W, C): the one asked for, else the first usable one.
 
+    In a trace (torch.jit.trace, torch.fx) it is the reference, whatever was asked for.
+
     Raises:
         ValueError: no such backend, or it does not serve x.
     """
-    if backend is not None:
-        if backend not in NAMES:
-            raise ValueError(f"backend: expected one of {', '.join(NAMES)} or None, got {backend!r}")
-        if backend != "reference":
-            serves, reason = MODULES[backend].usable(op, x)
-            if not serves:
-                raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
-        return backend
+    if backend is not None and backend not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)} or None, got {backend!r}")
     # A trace is for other programs to read (ONNX, TorchScript, FLOP counters), which know PyTorch's operations only.
-    if not isinstance(x, torch.Tensor) or torch.jit.is_tracing():
+    if backend == "reference" or not isinstance(x, torch.Tensor) or torch.jit.is_tracing():
         return "reference"
+    if backend is not None:
+        serves, reason = MODULES[backend].usable(op, x)
+        if not serves:
+            raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
+        return backend
     for name in MODULES:
         if usable(name, op, x)[0]:
             return name

@@ -73,11 +73,11 @@ def aggregate(x: Tensor, q: Tensor, cell: tuple[int, int], backend: str | None =
         total / (mass + 1e-12).
 
     Raises:
-        ValueError: an argument of another shape, dtype or device, a q that requires grad, or a backend that does not
-            serve them.
+        ValueError: an argument of another shape, dtype or device, a q that requires grad (the reference alone, asked for
+            by name, differentiates with respect to it), or a backend that does not serve them.
     """
     checks.expect_cell(cell)
-    checks.expect_constant(q)
+    checks.expect_constant(q, backend)
     if checked():
         checks.expect_map(x)
         checks.expect_grid(q, "q", x, cell, (9, cell[0] * cell[1]))
@@ -111,12 +111,14 @@ def spread(
         map (B, H, W, C), in the dtype of the residual if there is one, else of s.
 
     Raises:
-        ValueError: an argument of another shape or device, or a backend that does not serve them.
+        ValueError: an argument of another shape or device, a q that requires grad (see `aggregate`), or a backend that
+            does not serve them.
     """
     if torch.jit.is_scripting():
         return reference.spread(s, q, cell, size, residual)
     else:
         checks.expect_cell(cell)
+        checks.expect_constant(q, backend)
         if checked():
             checks.expect_map(s, "s")
             checks.expect_size(size, s, cell)
@@ -125,7 +127,6 @@ def spread(
                 checks.expect(residual, "residual", (s.shape[0], size[0], size[1], s.shape[3]), s)
         if choose("spread", s, backend) == "reference":
             return reference.spread(s, q, cell, size, residual)
-        checks.expect_constant(q)
         s = in_compute_dtype(s)
         return torch.ops.svit.spread(s, q.to(s.dtype), cell, size, residual, backend)
 

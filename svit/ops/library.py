@@ -10,6 +10,7 @@ from torch.library import Library, register_autograd, register_fake
 from . import backends
 
 LIBRARY = Library("svit", "DEF")
+ops = torch.ops.svit
 
 
 def define(schema: str) -> None:
@@ -19,7 +20,7 @@ def define(schema: str) -> None:
     LIBRARY.define(f"{name}({arguments}, str? backend=None) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def implementation(*args):
-        *args, backend = args
+        *args, backend = args if len(args) > arguments.count(",") + 1 else (*args, None)  # a default does not come
         args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
         # The first argument has the dtype, device and channels that the choice depends on.
         return backends.run(name, backend, args[0], *args)
@@ -76,7 +77,7 @@ def aggregate_context(ctx, inputs, output):
 
 def aggregate_backward(ctx, grad, _):
     (q,) = ctx.saved_tensors
-    return torch.ops.svit.spread(grad.to(ctx.dtype), q, ctx.cell, ctx.size, None, ctx.backend), None, None, None
+    return ops.spread(grad.to(ctx.dtype), q, ctx.cell, ctx.size, None, ctx.backend), None, None, None
 
 
 def spread_context(ctx, inputs, output):
@@ -89,7 +90,7 @@ def spread_backward(ctx, grad):
     (q,) = ctx.saved_tensors
     ds = dresidual = None
     if ctx.needs_input_grad[0]:
-        ds = torch.ops.svit.aggregate(grad.to(q.dtype), q, ctx.cell, ctx.backend)[0].to(ctx.dtype)
+        ds = ops.aggregate(grad.to(q.dtype), q, ctx.cell, ctx.backend)[0].to(ctx.dtype)
     if ctx.residual_dtype is not None:
         dresidual = grad.to(ctx.residual_dtype)
     return ds, None, None, None, dresidual, None
@@ -137,9 +138,7 @@ def sample_context(ctx, inputs, output):
 
 def sample_gradients(ctx, grad, *_):
     x, q, mass, weight = ctx.saved_tensors
-    dx, dweight, dbias = torch.ops.svit.sample_backward(
-        grad.to(x.dtype), x, q, mass, ctx.cell, weight, ctx.eps, ctx.backend
-    )
+    dx, dweight, dbias = ops.sample_backward(grad.to(x.dtype), x, q, mass, ctx.cell, weight, ctx.eps, ctx.backend)
     if weight is None:
         return dx, None, None, None, None, None, None
     return dx, None, None, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
@@ -172,7 +171,7 @@ def depthwise_context(ctx, inputs, output):
 
 def depthwise_gradients(ctx, grad):
     x, weight = ctx.saved_tensors
-    dx, dweight, dbias = torch.ops.svit.depthwise3x3_backward(grad.to(x.dtype), x, weight, ctx.gelu, ctx.backend)
+    dx, dweight, dbias = ops.depthwise3x3_backward(grad.to(x.dtype), x, weight, ctx.gelu, ctx.backend)
     return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
 
 

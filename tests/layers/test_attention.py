@@ -1,10 +1,10 @@
-import goldens
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import set_fused_attn
 from torch.autograd import gradcheck
 
+import goldens
 from svit.layers import SuperTokenAttention
 
 

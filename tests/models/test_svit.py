@@ -1,4 +1,3 @@
-import goldens
 import pytest
 import timm
 import torch
@@ -8,6 +7,7 @@ from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
+import goldens
 import svit
 from svit.layers import LayerScale
 from svit.models import SViT

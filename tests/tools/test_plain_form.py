@@ -1,10 +1,10 @@
 """The baseline of the speed claims computes what the authors' code computes."""
 
-import goldens
 import pytest
 import timm
 import torch
 
+import goldens
 import svit  # noqa: F401
 from plain_form import PLAIN, plain_form
 

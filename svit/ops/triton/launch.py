@@ -149,7 +149,7 @@ def launch_spread(
 
 
 def strip_launch(x: Tensor, rows: int, halo: int) -> tuple[int, int, dict[str, int]]:
-    """Strips of all channels, programs, and the parameters of a depthwise kernel; `halo` columns of a row are read only."""
+    """Strips of all channels, programs, and the parameters of a depthwise kernel that writes all but `halo` columns."""
     B, H, W, C = x.shape
     block_c = min(triton.next_power_of_2(C), ROW_CHANNELS)
     block_w = max(min(ROW_TILE // x.element_size() // block_c, triton.next_power_of_2(W + halo)), 4)

@@ -1,0 +1,93 @@
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from svit.ops import backends, reference, sample
+
+X = torch.randn(1, 6, 6, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """A backend of its own, which computes by the reference and can be told to fail."""
+    module = SimpleNamespace(calls=[], error=None)
+
+    def run(*args):
+        module.calls.append(args)
+        if module.error:
+            raise module.error
+        x, cell, n_iter, weight, bias, eps = args
+        return reference.sample(x, cell, n_iter, weight, bias, eps)
+
+    module.sample = run
+    module.usable = lambda op, x: (x.shape[-1] == 8, "it likes 8 channels")
+    monkeypatch.setattr(backends, "MODULES", {"other": module})
+    monkeypatch.setattr(backends, "NAMES", ("other", "reference"))
+    monkeypatch.setattr(backends, "failures", {})
+    return module
+
+
+def test_the_first_usable_is_chosen(backend):
+    assert backends.choose("sample", X) == "other"
+    assert backends.choose("sample", X[..., :4]) == "reference"
+    assert backends.choose("sample", X, "reference") == "reference"
+    with pytest.raises(ValueError, match="'other' cannot run sample here: it likes 8 channels"):
+        backends.choose("sample", X[..., :4], "other")
+
+
+def test_chosen_backend_runs(backend):
+    s, q = sample(X, (2, 3))
+    assert len(backend.calls) == 1
+    expected = sample(X, (2, 3), backend="reference")
+    assert len(backend.calls) == 1
+    assert torch.equal(s, expected[0])
+    assert torch.equal(q, expected[1])
+
+
+def test_failure_falls_back_with_one_warning(backend):
+    backend.error = RuntimeError("ptxas said no")
+    expected = sample(X, (2, 3), backend="reference")[0]
+    with pytest.warns(UserWarning, match="other backend is left out.*RuntimeError: ptxas said no"):
+        assert torch.equal(sample(X, (2, 3))[0], expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(sample(X, (2, 3))[0], expected)
+    assert len(backend.calls) == 1
+    assert backends.usable("other", "sample", X) == (False, "it failed before: RuntimeError: ptxas said no")
+
+
+def test_failure_of_a_forced_backend_is_raised(backend):
+    backend.error = RuntimeError("ptxas said no")
+    with pytest.raises(RuntimeError, match="ptxas said no"):
+        sample(X, (2, 3), backend="other")
+    assert not backends.failures
+
+
+def test_lack_of_memory_is_no_failure_of_the_backend(backend):
+    backend.error = torch.OutOfMemoryError("out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(X, (2, 3))
+    assert not backends.failures
+
+
+def test_gradients_go_through_the_op(backend):
+    backend.sample_backward = reference.sample_backward
+    x = X.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(sample(x, (2, 3))[0].square().sum(), x)
+    (expected,) = torch.autograd.grad(sample(x, (2, 3), backend="reference")[0].square().sum(), x)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_autocast_decides_the_dtype(backend):
+    with torch.autocast("cpu", torch.bfloat16):
+        s, q = sample(X, (2, 3))
+    assert backend.calls[0][0].dtype == torch.bfloat16
+    assert s.dtype == q.dtype == torch.bfloat16
+
+
+def test_traces_take_the_reference(backend):
+    traced = torch.jit.trace(lambda x: sample(x, (2, 3), backend="other")[0], X, check_trace=False)
+    assert not backend.calls
+    assert "svit::" not in str(traced.graph)
