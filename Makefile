@@ -1,6 +1,8 @@
-# Two commands do everything on a fresh machine, each in an environment of its own:
+# Commands that do everything on a fresh machine, in environments of their own:
 #   make demo   train, evaluate and look at a small SViT on real images
 #   make test   lint and all tests
+# On a machine with an NVIDIA GPU:
+#   make gpu-check   the fused ops: tests, sanitizer, benchmarks, into docs/benchmarks
 PYTHON ?= python3
 TIMM := $(shell sed -n 's/^timm==//p' constraints.txt)
 SDIST := .venv-test/timm-$(TIMM)
@@ -9,13 +11,18 @@ PROJECT := setup.cfg pyproject.toml constraints.txt
 # PyTorch's threads wait for each other without burning the processor: on a busy machine the other way is many times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format clean
+PARTS ?= tests sanitizer ops models compiled
+
+.PHONY: demo test gpu-check lint format clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/python tools/demo.py
 
 test: lint $(SDIST)
 	SVIT_TIMM_SDIST=$(abspath $(SDIST)) .venv-test/bin/python -m pytest
+
+gpu-check: .venv-test/installed
+	.venv-test/bin/python tools/gpu_check.py --parts $(PARTS)
 
 lint: .venv-test/installed
 	.venv-test/bin/ruff check

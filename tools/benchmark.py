@@ -4,10 +4,11 @@
     python tools/benchmark.py svit_small plain:svit_small --img-size 800 1280 --batch-size 1
     python tools/benchmark.py svit_small swin_tiny_patch4_window7_224 --sweep 224 448 672 --plot time-per-pixel.png
 
-A model is any timm name; `plain:` before an SViT name takes the authors' operations (tools/plain_form.py), `fused:`
-folds what its `fuse()` folds, `compiled:` uses torch.compile. The models take turns, run by run, so that a slow moment
-of the machine meets them all; each runs in the memory format in which it is faster. Peak memory is what the model adds
-to a process of its own (on a GPU: the allocator's peak).
+A model is any timm name. Before it may stand, and add up: `plain:` for an SViT made of the authors' operations
+(tools/plain_form.py), `reference:` for one on PyTorch's operations (svit.ops), `folded:` to fold what its `fuse()`
+folds, `compiled:` for torch.compile, `graph:` to replay a CUDA graph of it. The models take turns, run by run, so that
+a slow moment of the machine meets them all; each runs in the memory format in which it is faster. Peak memory is what
+the model adds: to a process of its own, or on a GPU to what the allocator gave out before.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from torch import nn
 
 import svit
 from plain_form import plain_form
+from svit.ops import triton
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 
@@ -42,25 +44,68 @@ class Setting:
     train: bool
     amp: str | None
     device: str
+    dtype: str = "float32"
+
+    def autocast(self) -> torch.autocast:
+        # Without its cache of weights, which a CUDA graph would have to own.
+        dtype = getattr(torch, self.amp or "bfloat16")
+        return torch.autocast(self.device, dtype, enabled=self.amp is not None, cache_enabled=False)
+
+
+PREFIXES = ("plain", "reference", "folded", "compiled", "graph")
 
 
 def build(spec: str, setting: Setting) -> nn.Module:
-    """The model that `spec` names: [plain:|fused:|compiled:]timm_name."""
+    """The model that `spec` names: a timm name behind any of `PREFIXES`."""
     *prefixes, name = spec.split(":")
+    if unknown := set(prefixes) - set(PREFIXES):
+        raise SystemExit(f"error: {spec}: expected {', '.join(PREFIXES)} before a model, got {unknown.pop()}")
+    arguments = {"backend": "reference"} if "reference" in prefixes else {}
     # timm's models of a fixed input size must be told another one
-    fixed = timm.get_pretrained_cfg(name) is not None and timm.get_pretrained_cfg(name).fixed_input_size
-    model = timm.create_model(name, **({"img_size": setting.size} if fixed else {}))
-    model.train(setting.train).to(setting.device)
-    for prefix in prefixes:
-        if prefix == "plain":
-            model = plain_form(model)
-        elif prefix == "fused":
-            model = model.fuse()
-        elif prefix == "compiled":
-            model = torch.compile(model)
-        else:
-            raise SystemExit(f"error: {spec}: expected plain:, fused: or compiled: before a model, got {prefix}:")
+    if timm.get_pretrained_cfg(name) is not None and timm.get_pretrained_cfg(name).fixed_input_size:
+        arguments["img_size"] = setting.size
+    model = timm.create_model(name, **arguments)
+    model.train(setting.train).to(setting.device, getattr(torch, setting.dtype))
+    if "plain" in prefixes:
+        model = plain_form(model)
+    if "folded" in prefixes:
+        model = model.fuse()
+    if "compiled" in prefixes:
+        # Models of one class share the limit, beyond which they would run uncompiled.
+        torch._dynamo.config.recompile_limit = 64
+        model = torch.compile(model, dynamic=False)
+    if "graph" in prefixes:
+        if setting.device != "cuda" or setting.train:
+            raise SystemExit(f"error: {spec}: graph: is for inference on a GPU")
+        model = Replayed(model, setting)
     return model
+
+
+class Replayed(nn.Module):
+    """A CUDA graph of a model's inference, captured at the first call; for inputs of one shape and layout."""
+
+    def __init__(self, model: nn.Module, setting: Setting) -> None:
+        super().__init__()
+        self.model, self.setting, self.graph = model, setting, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.graph is None or self.x.stride() != x.stride():
+            self.capture(x)
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.y
+
+    def capture(self, x: torch.Tensor) -> None:
+        self.x = x.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), self.setting.autocast():
+            for _ in range(3):  # kernels compile and libraries start up outside of the capture
+                self.model(self.x)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph), self.setting.autocast():
+            self.y = self.model(self.x)
 
 
 class Candidate:
@@ -76,8 +121,9 @@ class Candidate:
         """Seconds of one forward pass, or of forward and backward."""
         s = self.setting
         self.model.to(memory_format=self.memory_format)
-        x = torch.randn(s.batch_size, 3, *s.size, device=s.device).contiguous(memory_format=self.memory_format)
-        amp = torch.autocast(s.device, getattr(torch, s.amp or "bfloat16"), enabled=s.amp is not None)
+        x = torch.randn(s.batch_size, 3, *s.size, device=s.device, dtype=getattr(torch, s.dtype))
+        x = x.contiguous(memory_format=self.memory_format)
+        amp = s.autocast()
         start = synchronized_time(s.device)
         if s.train:
             with amp:
@@ -98,7 +144,12 @@ def synchronized_time(device: str) -> float:
 
 
 def better_format(spec: str, setting: Setting) -> str:
-    """The memory format in which the model is faster: the median of three runs each, after one to warm up."""
+    """The memory format in which the model is faster: the median of three runs each, after one to warm up.
+
+    Two more compilations take longer than all of the runs: what is compiled or captured for a GPU runs channels-last.
+    """
+    if setting.device == "cuda" and {"compiled", "graph"} & set(spec.split(":")):
+        return "channels-last"
     model = build(spec, setting)
     medians = {}
     for memory_format in FORMATS:
@@ -114,9 +165,16 @@ def peak_memory(spec: str, memory_format: str, setting: Setting) -> float:
     candidate = Candidate(build(spec, setting), memory_format, setting)
     candidate.run()
     candidate.run()
-    if setting.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
     return resident_memory("VmHWM") - before
+
+
+def peak_memory_on_gpu(candidate: Candidate) -> float:
+    """MiB of the model and, at its peak, a run of it."""
+    weights = sum(t.nbytes for t in (*candidate.model.parameters(), *candidate.model.buffers()))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    candidate.run()
+    return (torch.cuda.max_memory_allocated() - before + weights) / 2**20
 
 
 def resident_memory(field: str) -> float:
@@ -151,6 +209,8 @@ def compare(specs: list[str], setting: Setting, runs: int) -> list[dict]:
 
     rows = []
     for spec, (memory_format, candidate) in candidates.items():
+        on_gpu = setting.device == "cuda"
+        memory = peak_memory_on_gpu(candidate) if on_gpu else peak_memory_elsewhere(spec, memory_format, setting)
         median = statistics.median(candidate.seconds)
         row = {
             "model": spec,
@@ -159,7 +219,7 @@ def compare(specs: list[str], setting: Setting, runs: int) -> list[dict]:
             "ms/img": 1e3 * median / setting.batch_size,
             "min": 1e3 * min(candidate.seconds) / setting.batch_size,
             "max": 1e3 * max(candidate.seconds) / setting.batch_size,
-            "peak MiB": peak_memory_elsewhere(spec, memory_format, setting),
+            "peak MiB": memory,
         }
         first = rows[0] if rows else row
         row["time ratio"] = row["ms/img"] / first["ms/img"]
@@ -183,6 +243,14 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
+def driver_version() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
 def environment(device: str) -> str:
     parts = [
         datetime.date.today().isoformat(),
@@ -193,6 +261,8 @@ def environment(device: str) -> str:
         f"timm {timm.__version__}",
         f"svit {svit.__version__}",
     ]
+    if device == "cuda":
+        parts += [f"driver {driver_version()}", triton.version, f"CUDA {torch.version.cuda}"]
     malloc = [f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")]
     return ", ".join(parts + malloc)
 
@@ -200,7 +270,8 @@ def environment(device: str) -> str:
 def title(setting: Setting, runs: int) -> str:
     mode = "forward + backward" if setting.train else "inference"
     h, w = setting.size
-    return f"{mode}, {setting.amp or 'float32'}, {h} x {w}, batch {setting.batch_size}, median of {runs} runs"
+    precision = f"{setting.amp} autocast" if setting.amp else setting.dtype
+    return f"{mode}, {precision}, {h} x {w}, batch {setting.batch_size}, median of {runs} runs"
 
 
 def table(rows: list[dict]) -> str:
@@ -238,6 +309,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--train", action="store_true", help="forward and backward instead of inference")
     parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast to this type")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="PyTorch's threads")
     parser.add_argument("--runs", type=int, default=10)
@@ -268,7 +340,7 @@ def main() -> None:
     sizes = [(n, n) for n in args.sweep] if args.sweep else [(args.img_size[0], args.img_size[-1])]
     results = {}
     for size in sizes:
-        setting = Setting(size, args.batch_size, args.train, args.amp, args.device)
+        setting = Setting(size, args.batch_size, args.train, args.amp, args.device, args.dtype)
         results[size] = compare(args.models, setting, args.runs)
         text = f"\n## {title(setting, args.runs)}\n\n{table(results[size])}\n"
         print(text)

@@ -73,8 +73,8 @@ def aggregate(x: Tensor, q: Tensor, cell: tuple[int, int], backend: str | None =
         total / (mass + 1e-12).
 
     Raises:
-        ValueError: an argument of another shape, dtype or device, a q that requires grad (the reference alone, asked for
-            by name, differentiates with respect to it), or a backend that does not serve them.
+        ValueError: an argument of another shape, dtype or device, a q that requires grad (the reference, asked
+            by name, differentiates by it), or a backend that does not serve them.
     """
     checks.expect_cell(cell)
     checks.expect_constant(q, backend)

@@ -134,7 +134,8 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Super tokens s (B, hh, ww, C), association q (B, hh, ww, 9, P), mass (B, hh, ww)."""
     if weight is not None:
-        x = F.layer_norm(x, [x.shape[-1]], weight, bias, eps).to(x.dtype)
+        # The parameters may be wider than x, and are where autocast chose the dtype of x.
+        x = F.layer_norm(widen(x), [x.shape[-1]], widen(weight), None if bias is None else widen(bias), eps).to(x.dtype)
     cells = to_cells(x, cell)
     # q is a constant to autograd (model and paper): s then depends on x through the last weighted mean alone.
     pixels = cells if differentiable else cells.detach()
@@ -172,7 +173,7 @@ def sample_backward(
 
 
 def depthwise3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-    x = x.permute(0, 3, 1, 2)
+    x, weight, bias = x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype)
     if gelu:
         x = F.gelu(x)
     if computes_in_16_bit(x):

@@ -116,3 +116,11 @@ def test_info(capsys):
     out = capsys.readouterr().out
     assert torch.__version__ in out
     assert "cpu      float32  -> reference, not triton: " in out
+
+
+def test_parameters_may_be_wider_than_the_map():
+    x = X.bfloat16()
+    y = depthwise3x3(x, WEIGHT, BIAS, True)
+    s, _ = sample(x, CELL, 1, BIAS, BIAS)
+    assert y.dtype == s.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), depthwise3x3(X, WEIGHT, BIAS, True), rtol=0.05, atol=0.2)

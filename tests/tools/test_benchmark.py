@@ -2,16 +2,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import benchmark
 import pytest
 import torch
+
+import benchmark
 
 TOOL = Path(benchmark.__file__)
 SETTING = benchmark.Setting((32, 48), 2, False, None, "cpu")
 
 
 @pytest.mark.parametrize(
-    "spec", ["test_svit", "plain:test_svit", "fused:test_svit", "resnet10t", "vit_tiny_patch16_224"]
+    "spec",
+    ["test_svit", "plain:test_svit", "folded:test_svit", "reference:test_svit", "resnet10t", "vit_tiny_patch16_224"],
 )
 def test_build_and_run(spec):
     model = benchmark.build(spec, SETTING)
@@ -32,8 +34,19 @@ def test_training_step_leaves_no_gradient(amp):
 
 
 def test_unknown_prefix():
-    with pytest.raises(SystemExit, match="fast:test_svit: expected plain:, fused: or compiled:"):
+    with pytest.raises(SystemExit, match=r"fast:test_svit: expected plain, .*, got fast"):
         benchmark.build("fast:test_svit", SETTING)
+
+
+def test_graphs_are_for_gpus():
+    with pytest.raises(SystemExit, match="graph:test_svit: graph: is for inference on a GPU"):
+        benchmark.build("graph:test_svit", SETTING)
+
+
+def test_reference_prefix_and_dtype():
+    model = benchmark.build("reference:test_svit", benchmark.Setting((32, 32), 2, False, None, "cpu", "bfloat16"))
+    assert model.stages[0].blocks[0].attn.backend == "reference"
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_compare_relates_rows_to_the_first(monkeypatch):

@@ -1,0 +1,164 @@
+"""What only a GPU can show, beside the kernels (tests/ops/triton/test_kernels.py): `make gpu-check` runs both."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import goldens
+import svit
+from svit.ops import depthwise3x3, reference, sample, spread
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU: make gpu-check", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def small() -> torch.nn.Module:
+    """SViT-S with the goldens' weights, in float32."""
+    model = timm.create_model("svit_small")
+    model.load_state_dict(goldens.state_dict("small"))
+    return model.cuda().eval()
+
+
+@pytest.fixture
+def golden() -> tuple[torch.Tensor, dict]:
+    return goldens.image(1, (2, 3, 200, 264)).float().cuda(), goldens.load("stvit_small_200x264")
+
+
+def test_it_is_used():
+    x = torch.empty(1, 8, 8, 64, device="cuda")
+    assert svit.ops.choose("sample", x) == "triton"
+    assert svit.ops.choose("depthwise3x3", x) == "triton"
+    svit.ops.info()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize("folded", [False, True])
+@torch.inference_mode()
+def test_golden_logits(small, golden, dtype, tolerance, folded):
+    x, expected = golden
+    model = copy.deepcopy(small).fuse() if folded else small
+    torch.backends.cudnn.allow_tf32, before = False, torch.backends.cudnn.allow_tf32
+    try:
+        with torch.autocast("cuda", dtype, enabled=dtype is not None):
+            logits = model(x)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert goldens.error(logits.cpu(), expected["logits"]) < tolerance
+
+
+@torch.inference_mode()
+def test_cuda_graph(small, golden):
+    x, _ = golden
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            small(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = small(x)
+        x.copy_(x.flip(-1).clone())
+        graph.replay()
+        torch.testing.assert_close(y, small(x), rtol=0.02, atol=0.02 * y.abs().max().item())
+
+
+@torch.inference_mode()
+def test_side_stream(small, golden):
+    x, _ = golden
+    expected = small(x)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        y = small(x)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_compiled_step(dtype):
+    torch.manual_seed(0)
+    model = timm.create_model("test_svit").cuda()
+    x = torch.randn(2, 3, 72, 56, device="cuda")
+    gradients = []
+    for module in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype is not None):
+            module(x).float().square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < (1e-3 if dtype is None else 0.1) * gradients[0].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_step_under_autocast_is_near_the_reference(dtype):
+    gradients = []
+    for backend in (None, "reference"):
+        torch.manual_seed(0)
+        model = timm.create_model("svit_tiny", drop_path_rate=0.3, backend=backend).cuda().train()
+        x = torch.randn(4, 3, 100, 132, device="cuda")
+        with torch.autocast("cuda", dtype):
+            loss = torch.nn.functional.cross_entropy(model(x), torch.arange(4, device="cuda"))
+        (loss * 16).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[1].norm()
+
+
+def test_training_takes_less_memory_than_the_reference():
+    peaks = []
+    for backend in (None, "reference"):
+        model = timm.create_model("svit_small", backend=backend).cuda()
+        x = torch.randn(8, 3, 224, 224, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(x).float().sum()
+        loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        del model, loss
+    assert peaks[0] < peaks[1]
+
+
+def test_maps_of_more_than_2_to_the_31_elements():
+    B, H, W, C = 3, 4096, 3072, 64  # 2.4e9
+    x = torch.zeros(B, H, W, C, device="cuda", dtype=torch.bfloat16)
+    corner = torch.randn(1, 64, 64, C, device="cuda", dtype=torch.bfloat16)
+    x[-1:, -64:, -64:] = corner
+    s, q = sample(x, (8, 8))
+    y = spread(s, q, (8, 8), (H, W))
+    inner = slice(-32, None)  # away from what lies beyond the corner
+    s64, q64, _ = reference.sample(corner.double(), (8, 8))
+    expected = reference.spread(s64, q64, (8, 8), (64, 64))[:, inner, inner]
+    assert (y[-1:, inner, inner].double() - expected).abs().max() < 0.03 * expected.abs().max()
+    taps, bias = torch.randn(C, 1, 3, 3, device="cuda"), torch.randn(C, device="cuda")
+    y = depthwise3x3(x, taps, bias)
+    expected = reference.depthwise3x3(corner.double(), taps.double(), bias.double())[:, 1:, 1:]
+    assert (y[-1:, -63:, -63:].double() - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_device(small, golden):
+    x, expected = golden
+    model = copy.deepcopy(small).to("cuda:1")
+    with torch.inference_mode():
+        logits = model(x.to("cuda:1"))
+    assert logits.device.index == 1
+    assert goldens.error(logits.cpu(), expected["logits"]) < 1e-3
+
+
+def test_distributed_step(tmp_path):
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = timm.create_model("test_svit").cuda()
+        x = torch.randn(2, 3, 64, 64, device="cuda")
+        model(x).sum().backward()
+        expected = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        DistributedDataParallel(model, device_ids=[0])(x).sum().backward()
+        for p, grad in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-3)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,306 @@
+"""Checks the fused ops on this machine's GPU, then measures them: one command, one dated results file.
+
+    python tools/gpu_check.py                          # everything, into docs/benchmarks/<date>-<gpu>.md
+    python tools/gpu_check.py --parts tests sanitizer  # some of: tests, sanitizer, ops, models, compiled
+
+tests: pytest on the GPU. sanitizer: NVIDIA's compute-sanitizer over every kernel. ops: attention half-blocks and
+depthwise convolutions. models: whole models against their plain form and other architectures. compiled: the same under
+torch.compile, which takes its time. Without a GPU the tests run in Triton's interpreter and the measurements on tiny
+models, to show that they work: no figure of theirs means anything, and none is kept.
+"""
+
+import argparse
+import datetime
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from benchmark import Setting, compare, device_name, environment, table, title
+from plain_form import PlainDepthwise, PlainLayerNorm, PlainSuperTokenAttention
+from svit.files import replacing
+from svit.layers import ResidualDepthwiseConv
+from svit.models.svit import Block
+from svit.ops import depthwise3x3, sample, spread
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("tests", "sanitizer", "ops", "models", "compiled")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+# Least time of a whole model at 4.3 TB/s if every fused step of this design moves just its bytes (docs/ops.md), ms.
+FLOORS = {
+    ("svit_small", (224, 224)): 3.35,
+    ("svit_base", (224, 224)): 6.5,
+    ("svit_large", (224, 224)): 9.1,
+    ("svit_small", (800, 1280)): 1.5,
+}
+PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "caformer_s18", "maxvit_tiny_tf_224")
+
+
+def run_tests() -> str:
+    """On a GPU the kernels themselves, without one the interpreter and the compiler."""
+    paths = ["tests/ops", "tests/layers", "tests/models/test_fused.py", "tests/test_gpu.py"]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("w") as out:
+            done = subprocess.run([sys.executable, "-m", "pytest", "-q", *paths], cwd=ROOT, stdout=out)
+        text = log.read_text()
+    print(text)
+    summary = re.sub(r" in [\d.]+s.*", "", text.strip().splitlines()[-1]).strip("= ")
+    if done.returncode:
+        raise SystemExit(f"error: the tests failed: {summary}")
+    return f"`pytest {' '.join(paths)}`: {summary}."
+
+
+def run_sanitizer() -> str:
+    """Every kernel, forward and backward, under each of compute-sanitizer's tools."""
+    if not GPU:
+        run_every_op()
+        return "compute-sanitizer: not run, there is no GPU. Its program ran on the CPU."
+    if not shutil.which("compute-sanitizer"):
+        raise SystemExit("error: compute-sanitizer, of the CUDA toolkit, is not on the PATH")
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        done = subprocess.run([*command, sys.executable, __file__, "--sanitizer-job"], cwd=ROOT, env=environment)
+        if done.returncode:
+            raise SystemExit(f"error: compute-sanitizer {tool} exited with {done.returncode}")
+    return "compute-sanitizer memcheck, racecheck, initcheck, synccheck: no errors."
+
+
+def run_every_op() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for C, cell in ((64, (8, 8)), (192, (4, 4)), (24, (3, 5))):
+            x = torch.randn(2, 13, 18, C, device=DEVICE, dtype=dtype, requires_grad=True)
+            weight, bias = (torch.randn(C, device=DEVICE, requires_grad=True) for _ in range(2))
+            taps = torch.randn(C, 1, 3, 3, device=DEVICE, requires_grad=True)
+            for norm in ((weight, bias), (None, None)):
+                s, q = sample(x, cell, 2, *norm)
+                y = spread(s, q, cell, (13, 18), residual=x)
+                for gelu in (False, True):
+                    depthwise3x3(y, taps, bias, gelu).float().square().sum().backward(retain_graph=True)
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def milliseconds(function: Callable[[], object]) -> float:
+    """Median time of a call. On a GPU by events, with a cold L2 cache."""
+    if GPU:
+        from triton.testing import do_bench
+
+        return do_bench(function, warmup=50, rep=200, return_mode="median")
+    return 1e3 * Timer("f()", globals={"f": function}).blocked_autorange(min_run_time=0.05).median
+
+
+def milliseconds_in_graph(function: Callable[[], object]) -> float:
+    """The same without the time between launches."""
+    if GPU:
+        from triton.testing import do_bench_cudagraph
+
+        return do_bench_cudagraph(function, rep=100, return_mode="median")
+    return float("nan")
+
+
+def bandwidth() -> float:
+    """Bytes a millisecond, read and written, of a large copy."""
+    x = torch.empty(2**29 if GPU else 2**22, dtype=torch.bfloat16, device=DEVICE)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / milliseconds(lambda: y.copy_(x))
+
+
+class Plain(nn.Module):
+    """norm, attention and residual as the authors' code runs them."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.norm, self.attn = block.norm1, block.attn
+        self.norm.__class__, self.attn.__class__ = PlainLayerNorm, PlainSuperTokenAttention
+        self.attn.register_buffer("one_hot", torch.eye(9).reshape(9, 1, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.attn(self.norm(x))
+
+
+class Half(nn.Module):
+    """The same as a block of ours runs them."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block.add_attention(x)
+
+
+class GeluDepthwise(nn.Module):
+    def __init__(self, conv: ResidualDepthwiseConv) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.conv, PlainDepthwise):
+            return self.conv(torch.nn.functional.gelu(x))
+        return self.conv(x, gelu=True)
+
+
+def plain_depthwise(dim: int) -> ResidualDepthwiseConv:
+    conv = ResidualDepthwiseConv(dim)
+    conv.__class__ = PlainDepthwise
+    return conv
+
+
+def half_block_bytes(B: int, H: int, W: int, C: int, cell: tuple[int, int]) -> int:
+    """What the four kernels of a half-block move in 16 bit: x three times in, once out, q, partial sums."""
+    pixels, cells = B * H * W, B * (H // cell[0]) * (W // cell[1])
+    return 2 * 4 * pixels * C + 2 * 2 * 9 * pixels + 2 * 4 * 9 * cells * C
+
+
+def row(name: str, model: nn.Module, x: torch.Tensor, floor: float, first: dict | None) -> dict:
+    model.to(DEVICE, x.dtype)
+    with torch.inference_mode():
+        forward = milliseconds(lambda: model(x))
+        graph = milliseconds_in_graph(lambda: model(x))
+    leaf = x.detach().requires_grad_()
+    grad = torch.randn_like(x)
+    leaves = [leaf, *model.parameters()]  # a block has some beside those of its half
+    both = milliseconds(lambda: torch.autograd.grad(model(leaf), leaves, grad, allow_unused=True))
+    found = {"what": name, "forward us": 1e3 * forward, "in a graph": 1e3 * graph, "forward + backward": 1e3 * both}
+    found["floor us"] = 1e3 * floor
+    for key in ("forward us", "forward + backward"):
+        found[f"x {key.removesuffix(' us')}"] = (first or found)[key] / found[key]
+    return found
+
+
+def measure_ops(batch: int, settings: list) -> Iterator[str]:
+    """Half-blocks (norm, super-token attention, residual) and depthwise convolutions, in bfloat16."""
+    rate = bandwidth()
+    yield f"Copying moves {rate / 1e9:.2f} TB/s; floors are bytes over that; `x`: times as fast as the first row."
+    dtype = torch.bfloat16
+    for C, heads, cell, (H, W), B in settings:
+        B = B or batch
+        x = torch.randn(B, C, H, W, device=DEVICE, dtype=dtype)
+        nhwc = x.contiguous(memory_format=torch.channels_last)
+        floor = half_block_bytes(B, H, W, C, cell) / rate
+        rows = [row("plain, float32", Plain(Block(C, heads, cell)), x.float(), 2 * floor, None)]
+        rows.append(row("plain", Plain(Block(C, heads, cell)), x, floor, rows[0]))
+        rows.append(row("plain, channels-last", Plain(Block(C, heads, cell)), nhwc, floor, rows[0]))
+        rows.append(row("reference", Half(Block(C, heads, cell, backend="reference")), nhwc, floor, rows[0]))
+        rows.append(row("svit", Half(Block(C, heads, cell)), nhwc, floor, rows[0]))
+        yield f"\n### Half-block, {B} x {H} x {W} x {C}, cell {cell[0]} x {cell[1]}\n\n{numbers(rows)}"
+        for factor, wrap in ((1, lambda conv: conv), (4, GeluDepthwise)):
+            wide = torch.randn(B, factor * C, H, W, device=DEVICE, dtype=dtype)
+            wide = wide.contiguous(memory_format=torch.channels_last)
+            floor = 2 * wide.nbytes / rate
+            rows = [row("plain", wrap(plain_depthwise(factor * C)), wide, floor, None)]
+            rows.append(row("svit", wrap(ResidualDepthwiseConv(factor * C)), wide, floor, rows[0]))
+            name = "GELU, depthwise, residual" if factor == 4 else "Depthwise, residual"
+            yield f"\n### {name}, {B} x {H} x {W} x {factor * C}\n\n{numbers(rows)}"
+
+
+def numbers(rows: list[dict]) -> str:
+    return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".1f")
+
+
+def ours(name: str, *forms: str) -> list[str]:
+    return [f"{form}{name}" for form in forms]
+
+
+def model_runs(compiled: bool) -> Iterator[tuple[list[str], Setting]]:
+    """What to compare, in which setting; the first model is the one that the ratios refer to."""
+    names = ("svit_small", "svit_base", "svit_large") if GPU else ("test_svit",)
+    peers = PEERS if GPU else ("resnet10t",)
+    graph = ["graph:", "graph:folded:"] if GPU else ["folded:"]
+    c = "compiled:"
+    if compiled and not GPU:
+        yield ours("test_svit", "", c), Setting((64, 64), 2, False, None, DEVICE)
+        return
+    for name in names:
+        for size, batch in (((224, 224), 128), ((800, 1280), 2)) if GPU else (((64, 64), 2),):
+            others = list(peers) if name == names[0] and size[0] == size[1] else []
+            if compiled:
+                forms = ours(name, "plain:", c, f"{c}folded:", f"{c}plain:", f"{c}reference:")
+                yield [*forms, *(c + peer for peer in others)], Setting(size, batch, False, "bfloat16", DEVICE)
+                forms = ours(name, "plain:", c, f"{c}plain:", f"{c}reference:")
+                yield [*forms, *(c + peer for peer in others)], Setting(size, batch, True, "bfloat16", DEVICE)
+                continue
+            forms = ours(name, "plain:", "reference:", "", "folded:", *graph)
+            yield [*forms, *others], Setting(size, batch, False, "bfloat16", DEVICE)
+            yield [*forms, *others], Setting(size, batch, False, None, DEVICE, "bfloat16")
+            yield ours(name, "plain:", "reference:", ""), Setting(size, batch, False, None, DEVICE)
+            yield [*ours(name, "plain:", "reference:", ""), *others], Setting(size, batch, True, "bfloat16", DEVICE)
+            yield ours(name, "plain:", "reference:", ""), Setting(size, batch, True, None, DEVICE)
+
+
+def measure_models(compiled: bool, runs: int) -> Iterator[str]:
+    rate = bandwidth()
+    for specs, setting in model_runs(compiled):
+        rows = compare(specs, setting, runs)
+        for r in rows:
+            name = r["model"].split(":")[-1]
+            floor = FLOORS.get((name, setting.size)) if not setting.train else None
+            r["floor ms/img"] = floor * 4.3e9 / rate / setting.batch_size if floor else None
+        yield f"\n### {title(setting, runs)}\n\n{table(rows)}"
+        if GPU:
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+
+
+OPS = [  # C, heads, cell, H x W, batch if not the usual one
+    (64, 1, (8, 8), (56, 56), None),
+    (128, 2, (4, 4), (28, 28), None),
+    (96, 2, (8, 8), (56, 56), None),
+    (192, 3, (4, 4), (28, 28), None),
+    (64, 1, (8, 8), (200, 320), 2),
+    (128, 2, (4, 4), (100, 160), 2),
+]
+
+
+def part(name: str, runs: int) -> Iterator[str]:
+    if name == "tests":
+        yield run_tests()
+    elif name == "sanitizer":
+        yield run_sanitizer()
+    elif name == "ops":
+        yield from measure_ops(128, OPS) if GPU else measure_ops(1, [(16, 2, (4, 4), (16, 16), None)])
+    else:
+        yield from measure_models(name == "compiled", runs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--output", type=Path, help="results file instead of docs/benchmarks/<date>-<gpu>.md")
+    parser.add_argument("--runs", type=int, default=20 if GPU else 2)
+    parser.add_argument("--sanitizer-job", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.sanitizer_job:
+        return run_every_op()
+
+    slug = re.sub(r"\W+", "-", device_name(DEVICE).lower()).strip("-")
+    output = args.output or (ROOT / "docs/benchmarks" / f"{datetime.date.today()}-{slug}.md" if GPU else None)
+    lines = [f"# {device_name(DEVICE)}\n\n{environment(DEVICE)}\n\n`python tools/gpu_check.py`"]
+    for name in args.parts:
+        lines.append(f"\n## {name}\n")
+        print(lines[-1], flush=True)
+        for text in part(name, args.runs):
+            print(text, flush=True)
+            lines.append(text)
+            if output:  # after each step: a run that is cut off leaves what it found
+                output.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(output) as path:
+                    path.write_text("\n".join(lines) + "\n")
+    print(f"\nwritten to {output}" if GPU else "\nno GPU: the kernels ran in the interpreter, no figure above counts")
+
+
+if __name__ == "__main__":
+    main()
