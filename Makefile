@@ -11,7 +11,7 @@ PROJECT := setup.cfg pyproject.toml constraints.txt
 # PyTorch's threads wait for each other without burning the processor: on a busy machine the other way is many times slower.
 export OMP_WAIT_POLICY ?= passive
 
-PARTS ?= tests sanitizer ops models compiled
+PARTS ?= tests sanitizer ops inference training compiled
 
 .PHONY: demo test gpu-check lint format clean
 

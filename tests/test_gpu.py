@@ -16,6 +16,11 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU: make gpu-check", allow_module_level=True)
 
 
+@pytest.fixture(autouse=True)
+def float32_is_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="module")
 def small() -> torch.nn.Module:
     """SViT-S with the goldens' weights, in float32."""
@@ -42,12 +47,8 @@ def test_it_is_used():
 def test_golden_logits(small, golden, dtype, tolerance, folded):
     x, expected = golden
     model = copy.deepcopy(small).fuse() if folded else small
-    torch.backends.cudnn.allow_tf32, before = False, torch.backends.cudnn.allow_tf32
-    try:
-        with torch.autocast("cuda", dtype, enabled=dtype is not None):
-            logits = model(x)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    with torch.autocast("cuda", dtype, enabled=dtype is not None):
+        logits = model(x)
     assert goldens.error(logits.cpu(), expected["logits"]) < tolerance
 
 
@@ -134,9 +135,13 @@ def test_maps_of_more_than_2_to_the_31_elements():
     expected = reference.spread(s64, q64, (8, 8), (64, 64))[:, inner, inner]
     assert (y[-1:, inner, inner].double() - expected).abs().max() < 0.03 * expected.abs().max()
     taps, bias = torch.randn(C, 1, 3, 3, device="cuda"), torch.randn(C, device="cuda")
-    y = depthwise3x3(x, taps, bias)
-    expected = reference.depthwise3x3(corner.double(), taps.double(), bias.double())[:, 1:, 1:]
-    assert (y[-1:, -63:, -63:].double() - expected).abs().max() < 0.03 * expected.abs().max()
+    leaf, corner64 = x.requires_grad_(), corner.double().requires_grad_()
+    y = depthwise3x3(leaf, taps, bias)
+    expected = reference.depthwise3x3(corner64, taps.double(), bias.double())
+    assert (y[-1:, -63:, -63:].double() - expected[:, 1:, 1:]).abs().max() < 0.03 * expected.abs().max()
+    (grad,) = torch.autograd.grad(y[-1:, inner, inner].sum(), leaf)
+    (expected,) = torch.autograd.grad(expected[:, inner, inner].sum(), corner64)
+    assert (grad[-1:, -64:, -64:].double() - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -150,7 +155,7 @@ def test_second_device(small, golden):
 
 
 def test_distributed_step(tmp_path):
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = timm.create_model("test_svit").cuda()
         x = torch.randn(2, 3, 64, 64, device="cuda")

@@ -169,7 +169,9 @@ def peak_memory(spec: str, memory_format: str, setting: Setting) -> float:
 
 
 def peak_memory_on_gpu(candidate: Candidate) -> float:
-    """MiB of the model and, at its peak, a run of it."""
+    """MiB of the model and, at its peak, a run of it; NaN for a graph, which took its memory when it was captured."""
+    if isinstance(candidate.model, Replayed):
+        return float("nan")
     weights = sum(t.nbytes for t in (*candidate.model.parameters(), *candidate.model.buffers()))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -1,12 +1,14 @@
 """Checks the fused ops on this machine's GPU, then measures them: one command, one dated results file.
 
     python tools/gpu_check.py                          # everything, into docs/benchmarks/<date>-<gpu>.md
-    python tools/gpu_check.py --parts tests sanitizer  # some of: tests, sanitizer, ops, models, compiled
+    python tools/gpu_check.py --parts tests sanitizer  # some of: tests, sanitizer, ops, inference, training, compiled
+    python tools/gpu_check.py --parts inference --models svit_small
 
 tests: pytest on the GPU. sanitizer: NVIDIA's compute-sanitizer over every kernel. ops: attention half-blocks and
-depthwise convolutions. models: whole models against their plain form and other architectures. compiled: the same under
-torch.compile, which takes its time. Without a GPU the tests run in Triton's interpreter and the measurements on tiny
-models, to show that they work: no figure of theirs means anything, and none is kept.
+depthwise convolutions. inference, training: whole models against their plain form and other architectures. compiled:
+both under torch.compile, which takes its time. What fails is written down, and the rest goes on. Without a GPU the
+tests run in Triton's interpreter and the measurements on tiny models, to show that they work: no figure of theirs means
+anything, and none is kept.
 """
 
 import argparse
@@ -17,7 +19,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +36,8 @@ from svit.models.svit import Block
 from svit.ops import depthwise3x3, sample, spread
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("tests", "sanitizer", "ops", "models", "compiled")
+PARTS = ("tests", "sanitizer", "ops", "inference", "training", "compiled")
+MODELS = ("svit_small", "svit_base", "svit_large")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -48,9 +52,15 @@ FLOORS = {
 PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "caformer_s18", "maxvit_tiny_tf_224")
 
 
+class CheckFailed(Exception):
+    """A part of the check has failed; the others can still run."""
+
+
 def run_tests() -> str:
     """On a GPU the kernels themselves, without one the interpreter and the compiler."""
     paths = ["tests/ops", "tests/layers", "tests/models/test_fused.py", "tests/test_gpu.py"]
+    if GPU:  # what stands in for one takes minutes
+        paths += [f"--ignore=tests/ops/triton/test_{name}.py" for name in ("interpreter", "sass")]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w") as out:
@@ -59,7 +69,7 @@ def run_tests() -> str:
     print(text)
     summary = re.sub(r" in [\d.]+s.*", "", text.strip().splitlines()[-1]).strip("= ")
     if done.returncode:
-        raise SystemExit(f"error: the tests failed: {summary}")
+        raise CheckFailed(f"the tests failed: {summary}")
     return f"`pytest {' '.join(paths)}`: {summary}."
 
 
@@ -69,13 +79,13 @@ def run_sanitizer() -> str:
         run_every_op()
         return "compute-sanitizer: not run, there is no GPU. Its program ran on the CPU."
     if not shutil.which("compute-sanitizer"):
-        raise SystemExit("error: compute-sanitizer, of the CUDA toolkit, is not on the PATH")
+        raise CheckFailed("compute-sanitizer, of the CUDA toolkit, is not on the PATH")
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         done = subprocess.run([*command, sys.executable, __file__, "--sanitizer-job"], cwd=ROOT, env=environment)
         if done.returncode:
-            raise SystemExit(f"error: compute-sanitizer {tool} exited with {done.returncode}")
+            raise CheckFailed(f"compute-sanitizer {tool} exited with {done.returncode}")
     return "compute-sanitizer memcheck, racecheck, initcheck, synccheck: no errors."
 
 
@@ -216,41 +226,46 @@ def ours(name: str, *forms: str) -> list[str]:
     return [f"{form}{name}" for form in forms]
 
 
-def model_runs(compiled: bool) -> Iterator[tuple[list[str], Setting]]:
+def model_runs(part: str, models: Sequence[str]) -> Iterator[tuple[list[str], Setting]]:
     """What to compare, in which setting; the first model is the one that the ratios refer to."""
-    names = ("svit_small", "svit_base", "svit_large") if GPU else ("test_svit",)
-    peers = PEERS if GPU else ("resnet10t",)
-    graph = ["graph:", "graph:folded:"] if GPU else ["folded:"]
-    c = "compiled:"
-    if compiled and not GPU:
-        yield ours("test_svit", "", c), Setting((64, 64), 2, False, None, DEVICE)
+    if not GPU:
+        forms = ours("test_svit", "", "compiled:") if part == "compiled" else ours("test_svit", "plain:", "folded:")
+        yield [*forms, "resnet10t"], Setting((64, 64), 2, part == "training", None, DEVICE)
         return
-    for name in names:
-        for size, batch in (((224, 224), 128), ((800, 1280), 2)) if GPU else (((64, 64), 2),):
-            others = list(peers) if name == names[0] and size[0] == size[1] else []
-            if compiled:
+    c = "compiled:"
+    for name in models:
+        for size, batch in (((224, 224), 128), ((800, 1280), 2)):
+            peers = PEERS if name == MODELS[0] and size[0] == size[1] else ()
+            if part == "compiled":
                 forms = ours(name, "plain:", c, f"{c}folded:", f"{c}plain:", f"{c}reference:")
-                yield [*forms, *(c + peer for peer in others)], Setting(size, batch, False, "bfloat16", DEVICE)
+                yield [*forms, *(c + peer for peer in peers)], Setting(size, batch, False, "bfloat16", DEVICE)
                 forms = ours(name, "plain:", c, f"{c}plain:", f"{c}reference:")
-                yield [*forms, *(c + peer for peer in others)], Setting(size, batch, True, "bfloat16", DEVICE)
-                continue
-            forms = ours(name, "plain:", "reference:", "", "folded:", *graph)
-            yield [*forms, *others], Setting(size, batch, False, "bfloat16", DEVICE)
-            yield [*forms, *others], Setting(size, batch, False, None, DEVICE, "bfloat16")
-            yield ours(name, "plain:", "reference:", ""), Setting(size, batch, False, None, DEVICE)
-            yield [*ours(name, "plain:", "reference:", ""), *others], Setting(size, batch, True, "bfloat16", DEVICE)
-            yield ours(name, "plain:", "reference:", ""), Setting(size, batch, True, None, DEVICE)
+                yield [*forms, *(c + peer for peer in peers)], Setting(size, batch, True, "bfloat16", DEVICE)
+            elif part == "inference":
+                forms = ours(name, "plain:", "reference:", "", "folded:", "graph:", "graph:folded:")
+                yield [*forms, *peers], Setting(size, batch, False, "bfloat16", DEVICE)
+                yield [*forms, *peers], Setting(size, batch, False, None, DEVICE, "bfloat16")
+                yield ours(name, "plain:", "reference:", ""), Setting(size, batch, False, None, DEVICE)
+            else:
+                forms = ours(name, "plain:", "reference:", "")
+                yield [*forms, *peers], Setting(size, batch, True, "bfloat16", DEVICE)
+                yield forms, Setting(size, batch, True, None, DEVICE)
 
 
-def measure_models(compiled: bool, runs: int) -> Iterator[str]:
+def measure_models(part: str, models: Sequence[str], runs: int) -> Iterator[str]:
     rate = bandwidth()
-    for specs, setting in model_runs(compiled):
-        rows = compare(specs, setting, runs)
+    for specs, setting in model_runs(part, models):
+        heading = f"\n### {title(setting, runs)}\n\n"
+        try:
+            rows = compare(specs, setting, runs)
+        except torch.OutOfMemoryError:
+            yield f"{heading}FAILED: {', '.join(specs)} need more memory than there is"
+            continue
         for r in rows:
             name = r["model"].split(":")[-1]
             floor = FLOORS.get((name, setting.size)) if not setting.train else None
             r["floor ms/img"] = floor * 4.3e9 / rate / setting.batch_size if floor else None
-        yield f"\n### {title(setting, runs)}\n\n{table(rows)}"
+        yield heading + table(rows)
         if GPU:
             torch.compiler.reset()
             torch.cuda.empty_cache()
@@ -266,20 +281,26 @@ OPS = [  # C, heads, cell, H x W, batch if not the usual one
 ]
 
 
-def part(name: str, runs: int) -> Iterator[str]:
-    if name == "tests":
-        yield run_tests()
-    elif name == "sanitizer":
-        yield run_sanitizer()
-    elif name == "ops":
-        yield from measure_ops(128, OPS) if GPU else measure_ops(1, [(16, 2, (4, 4), (16, 16), None)])
-    else:
-        yield from measure_models(name == "compiled", runs)
+def part(name: str, args: argparse.Namespace) -> Iterator[str]:
+    """Runs a part, a piece of its results at a time; one that begins with FAILED ends it."""
+    try:
+        if name == "tests":
+            yield run_tests()
+        elif name == "sanitizer":
+            yield run_sanitizer()
+        elif name == "ops":
+            yield from measure_ops(128, OPS) if GPU else measure_ops(1, [(16, 2, (4, 4), (16, 16), None)])
+        else:
+            yield from measure_models(name, args.models, args.runs)
+    except Exception as error:
+        traceback.print_exc()
+        yield f"FAILED: {error}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--output", type=Path, help="results file instead of docs/benchmarks/<date>-<gpu>.md")
     parser.add_argument("--runs", type=int, default=20 if GPU else 2)
     parser.add_argument("--sanitizer-job", action="store_true", help=argparse.SUPPRESS)
@@ -289,11 +310,13 @@ def main() -> None:
 
     slug = re.sub(r"\W+", "-", device_name(DEVICE).lower()).strip("-")
     output = args.output or (ROOT / "docs/benchmarks" / f"{datetime.date.today()}-{slug}.md" if GPU else None)
-    lines = [f"# {device_name(DEVICE)}\n\n{environment(DEVICE)}\n\n`python tools/gpu_check.py`"]
+    lines = [
+        f"# {device_name(DEVICE)}\n\n{environment(DEVICE)}\n\n`python tools/gpu_check.py {' '.join(sys.argv[1:])}`"
+    ]
     for name in args.parts:
         lines.append(f"\n## {name}\n")
         print(lines[-1], flush=True)
-        for text in part(name, args.runs):
+        for text in part(name, args):
             print(text, flush=True)
             lines.append(text)
             if output:  # after each step: a run that is cut off leaves what it found
@@ -301,6 +324,8 @@ def main() -> None:
                 with replacing(output) as path:
                     path.write_text("\n".join(lines) + "\n")
     print(f"\nwritten to {output}" if GPU else "\nno GPU: the kernels ran in the interpreter, no figure above counts")
+    if any("FAILED" in line for line in lines):
+        raise SystemExit("error: something failed, see above")
 
 
 if __name__ == "__main__":

@@ -89,13 +89,9 @@ class ConvFFN(nn.Module):
     @torch.jit.ignore
     def fuses_gelu(self, x: torch.Tensor) -> bool:
         """Whether the depthwise convolution takes the GELU in, which only a fused backend does in the same pass."""
-        if not (isinstance(x, torch.Tensor) and self.drops_nothing() and self.is_gelu()):
+        if not (isinstance(x, torch.Tensor) and drops_nothing(self.drop1) and self.is_gelu()):
             return False
         return choose("depthwise3x3", x.permute(0, 2, 3, 1), self.dwconv.backend) != "reference"
-
-    @torch.jit.ignore
-    def drops_nothing(self) -> bool:
-        return not self.training or self.drop1.p == 0
 
     @torch.jit.ignore
     def is_gelu(self) -> bool:
@@ -105,13 +101,20 @@ class ConvFFN(nn.Module):
     @torch.jit.ignore
     def is_untouched(self) -> bool:
         """Whether the layers behind the norm do just what they were built for: no dropout, no hooks, no wrappers."""
-        return self.drops_nothing() and self.is_gelu() and untouched({self.fc1: nn.Conv2d, self.fc2: nn.Conv2d})
+        convolutions = {self.fc1: nn.Conv2d, self.fc2: nn.Conv2d}
+        return drops_nothing(self.drop1) and drops_nothing(self.drop2) and self.is_gelu() and untouched(convolutions)
 
     def fuse(self) -> "ConvFFN":
         if isinstance(self.norm, nn.BatchNorm2d):
             fold_norm_before(self.norm, self.fc1)
             self.norm = nn.Identity()
         return self
+
+
+def drops_nothing(drop: nn.Module) -> bool:
+    if type(drop) is nn.Identity:
+        return True
+    return untouched({drop: nn.Dropout}) and (not drop.training or drop.p == 0)
 
 
 class Stem(nn.Module):

@@ -12,8 +12,12 @@ def default_backend(backend: str | None) -> str | None:
 
 
 def untouched(layers: dict[nn.Module, type[nn.Module]]) -> bool:
-    """Whether each layer does just what it was built for: of that very class, without hooks or wrappers.
+    """Whether each layer does just what it was built for: of that very class, its forward its own, without hooks.
 
     A fused path that goes round their forward methods must ask.
     """
-    return all(type(m) is t and not m._forward_hooks and not m._forward_pre_hooks for m, t in layers.items())
+    return all(type(m) is t and not hooked(m) and "forward" not in vars(m) for m, t in layers.items())
+
+
+def hooked(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)

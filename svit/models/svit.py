@@ -97,7 +97,13 @@ class Block(nn.Module):
     @torch.jit.ignore
     def fuses_attention(self, x: torch.Tensor) -> bool:
         """Whether a backend takes norm and residual into the attention; it goes round their modules' forward."""
-        return self.attn.fuses(x) and untouched({self.norm1: LayerNorm2d, self.attn: SuperTokenAttention})
+        norm, scale, drop_path = self.norm1, self.ls1, self.drop_path1
+        if not untouched({norm: LayerNorm2d, self.attn: SuperTokenAttention}) or norm.weight is None:
+            return False
+        # Scale and drop path, which come after the attention, move before the spreading: factors may, others may not.
+        if type(scale) not in (LayerScale, nn.Identity) or type(drop_path) not in (DropPath, nn.Identity):
+            return False
+        return norm.bias is not None and self.attn.fuses(x)
 
     @torch.no_grad()
     def fuse(self) -> "Block":

@@ -7,6 +7,7 @@ import warnings
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 from . import reference, triton
 
@@ -14,15 +15,26 @@ from . import reference, triton
 MODULES: dict[str, ModuleType] = {"triton": triton}
 NAMES = (*MODULES, "reference")
 
-# Backend -> why it broke in this process: it is not chosen again.
-failures: dict[str, str] = {}
+# (backend, op, channels, dtype) -> why it broke in this process: the backend is not chosen again for these.
+failures: dict[tuple, str] = {}
+
+
+def problem(name: str, op: str, x: torch.Tensor) -> tuple:
+    return name, op, x.shape[-1], x.dtype
 
 
 def usable(name: str, op: str, x: torch.Tensor) -> tuple[bool, str]:
     """Whether a backend serves `op` on the map x (B, H, W, C), and if not, why."""
-    if name in failures:
-        return False, failures[name]
+    if (key := problem(name, op, x)) in failures:
+        return False, failures[key]
     return MODULES[name].usable(op, x)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work, which look into PyTorch's operations only."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def choose(op: str, x: torch.Tensor, backend: str | None = None) -> str:
@@ -43,6 +55,8 @@ def choose(op: str, x: torch.Tensor, backend: str | None = None) -> str:
         if not serves:
             raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
         return backend
+    if transformed():
+        return "reference"
     for name in MODULES:
         if usable(name, op, x)[0]:
             return name
@@ -52,21 +66,25 @@ def choose(op: str, x: torch.Tensor, backend: str | None = None) -> str:
 def run(op: str, backend: str | None, x: torch.Tensor, *args):
     """Runs `op` of a backend. One that was chosen, not asked for, may fail: then the next one runs, now and hereafter.
 
-    The failures meant here are those of compiling and launching kernels. Lack of memory is not one of them.
+    The failures meant here are those of compiling and launching kernels. Lack of memory is not one of them, nor a
+    caller's error.
     """
     while True:
         name = choose(op, x, backend)
         if name == "reference":
-            return getattr(reference, op)(*args)
+            results = getattr(reference, op)(*args)
+            return results.contiguous() if torch.is_tensor(results) else tuple(t.contiguous() for t in results)
         try:
             return getattr(MODULES[name], op)(*args)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, ValueError):
             raise
         except Exception as error:
-            if backend is not None:
+            if backend is not None or "out of memory" in str(error).lower():
                 raise
-            failures[name] = f"it failed before: {type(error).__name__}: {error}"
-            warnings.warn(f"svit.ops: the {name} backend is left out from now on, {failures[name]}", stacklevel=2)
+            reason = f"it failed before: {type(error).__name__}: {error}"
+            failures[problem(name, op, x)] = reason
+            what = f"{op} of {x.shape[-1]} channels in {x.dtype}"
+            warnings.warn(f"svit.ops: the {name} backend is left out for {what} from now on, {reason}", stacklevel=2)
 
 
 def info() -> None:

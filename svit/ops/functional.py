@@ -153,7 +153,8 @@ def sample(
         backend: see above.
 
     Returns:
-        super tokens (B, hh, ww, C) and association q (B, hh, ww, 9, P), in the dtype of x.
+        super tokens (B, hh, ww, C) and association q (B, hh, ww, 9, P), in the dtype of x; under autocast a fused
+        backend gives them in its dtype.
 
     Raises:
         ValueError: an argument of another shape, dtype or device, or a backend that does not serve them.
@@ -189,7 +190,7 @@ def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, ba
         backend: see above.
 
     Returns:
-        map (B, H, W, C), in the dtype of x, or the one that autocast asks for.
+        map (B, H, W, C), in the dtype of x.
 
     Raises:
         ValueError: an argument of another shape or device, or a backend that does not serve them.
@@ -201,7 +202,7 @@ def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, ba
             checks.expect_map(x)
             checks.expect(weight, "weight", (x.shape[3], 1, 3, 3), x)
             checks.expect(bias, "bias", (x.shape[3],), x)
-        y = in_compute_dtype(x)
-        if choose("depthwise3x3", y, backend) == "reference":
+        # Autocast has no say: the sum is a residual's, and keeps the dtype of x on every backend.
+        if choose("depthwise3x3", x, backend) == "reference":
             return reference.depthwise3x3(x, weight, bias, gelu)
-        return torch.ops.svit.depthwise3x3(y, weight, bias, gelu, backend)
+        return torch.ops.svit.depthwise3x3(x, weight, bias, gelu, backend)

@@ -3,18 +3,23 @@
 They take and give contiguous NHWC maps. The functions that users call stand in functional.py.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from . import backends
+from . import backends, checks
 
 LIBRARY = Library("svit", "DEF")
 ops = torch.ops.svit
 
 
-def define(schema: str) -> None:
-    """Defines an op whose last argument is `str? backend` and whose first is the map that the choice depends on."""
+def define(schema: str, check: Callable[..., None] = lambda *_: None) -> None:
+    """Defines an op whose last argument is `str? backend` and whose first is the map that the choice depends on.
+
+    `check` takes the others and raises a ValueError if they do not fit together; kernels trust their arguments.
+    """
     name, _, rest = schema.partition("(")
     arguments, _, returns = rest.rpartition(") -> ")
     LIBRARY.define(f"{name}({arguments}, str? backend=None) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -22,6 +27,7 @@ def define(schema: str) -> None:
     def implementation(*args):
         *args, backend = args if len(args) > arguments.count(",") + 1 else (*args, None)  # a default does not come
         args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
+        check(*args)
         # The first argument has the dtype, device and channels that the choice depends on.
         return backends.run(name, backend, args[0], *args)
 
@@ -38,7 +44,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 # Association: no gradient.
 
-define("associate(Tensor x, Tensor s, int[] cell) -> Tensor")
+
+def check_associate(x, s, cell):
+    checks.expect_map(x)
+    checks.expect_cell(cell)
+    checks.expect_grid(s, "s", x, cell, (x.shape[3],))
+
+
+define("associate(Tensor x, Tensor s, int[] cell) -> Tensor", check_associate)
 
 
 @register_fake("svit::associate")
@@ -51,8 +64,24 @@ register_autograd("svit::associate", lambda ctx, grad: (None,) * 4)
 
 # Aggregation and spreading: each the other's adjoint. q is a constant.
 
-define("aggregate(Tensor x, Tensor q, int[] cell) -> (Tensor, Tensor)")
-define("spread(Tensor s, Tensor q, int[] cell, SymInt[] size, Tensor? residual) -> Tensor")
+
+def check_aggregate(x, q, cell):
+    checks.expect_map(x)
+    checks.expect_cell(cell)
+    checks.expect_grid(q, "q", x, cell, (9, cell[0] * cell[1]))
+
+
+def check_spread(s, q, cell, size, residual):
+    checks.expect_map(s, "s")
+    checks.expect_cell(cell)
+    checks.expect_size(size, s, cell)
+    checks.expect(q, "q", (*s.shape[:3], 9, cell[0] * cell[1]), s, s.dtype)
+    if residual is not None:
+        checks.expect(residual, "residual", (s.shape[0], *size, s.shape[3]), s)
+
+
+define("aggregate(Tensor x, Tensor q, int[] cell) -> (Tensor, Tensor)", check_aggregate)
+define("spread(Tensor s, Tensor q, int[] cell, SymInt[] size, Tensor? residual) -> Tensor", check_spread)
 
 
 @register_fake("svit::aggregate")
@@ -101,9 +130,18 @@ register_autograd("svit::spread", spread_backward, setup_context=spread_context)
 
 # Sampling: layer norm (if weight and bias are given), cell means, then `n_iter` times association and aggregation.
 
+
+def check_sample(x, cell, n_iter, weight, bias, eps):
+    checks.expect_map(x)
+    checks.expect_cell(cell)
+    checks.expect_rounds(n_iter)
+    checks.expect_norm(weight, bias, x)
+
+
 define(
     "sample(Tensor x, int[] cell, int n_iter, Tensor? weight, Tensor? bias, float eps) "
-    "-> (Tensor s, Tensor q, Tensor mass)"
+    "-> (Tensor s, Tensor q, Tensor mass)",
+    check_sample,
 )
 define(
     "sample_backward(Tensor grad, Tensor x, Tensor q, Tensor mass, int[] cell, Tensor? weight, float eps) "
@@ -148,7 +186,14 @@ register_autograd("svit::sample", sample_gradients, setup_context=sample_context
 
 # x + depthwise 3x3 convolution, of x or of GELU(x).
 
-define("depthwise3x3(Tensor x, Tensor weight, Tensor bias, bool gelu) -> Tensor")
+
+def check_depthwise(x, weight, bias, gelu):
+    checks.expect_map(x)
+    checks.expect(weight, "weight", (x.shape[3], 1, 3, 3), x)
+    checks.expect(bias, "bias", (x.shape[3],), x)
+
+
+define("depthwise3x3(Tensor x, Tensor weight, Tensor bias, bool gelu) -> Tensor", check_depthwise)
 define("depthwise3x3_backward(Tensor grad, Tensor x, Tensor weight, bool gelu) -> (Tensor, Tensor, Tensor)")
 
 

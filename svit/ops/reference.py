@@ -189,7 +189,8 @@ def depthwise3x3_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gelu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, weight and bias; the last two float32 at least."""
-    g, x, weight = (widen(t) for t in (grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight))
+    g, x = (widen(t.permute(0, 3, 1, 2)) for t in (grad, x))
+    weight = weight.to(x.dtype)
     u = F.gelu(x) if gelu else x
     C = x.shape[1]
     dx, dweight, dbias = torch.ops.aten.convolution_backward(

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import forward_ad as fwAD
 
 from svit.ops import backends, reference, sample
 
@@ -49,7 +50,10 @@ def test_chosen_backend_runs(backend):
 def test_failure_falls_back_with_one_warning(backend):
     backend.error = RuntimeError("ptxas said no")
     expected = sample(X, (2, 3), backend="reference")[0]
-    with pytest.warns(UserWarning, match="other backend is left out.*RuntimeError: ptxas said no"):
+    with pytest.warns(
+        UserWarning,
+        match=r"other backend is left out for sample of 8 channels in torch.float32.*RuntimeError: ptxas said no",
+    ):
         assert torch.equal(sample(X, (2, 3))[0], expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -91,3 +95,38 @@ def test_traces_take_the_reference(backend):
     traced = torch.jit.trace(lambda x: sample(x, (2, 3), backend="other")[0], X, check_trace=False)
     assert not backend.calls
     assert "svit::" not in str(traced.graph)
+
+
+def test_only_what_failed_is_left_out(backend):
+    backend.error = RuntimeError("no")
+    with pytest.warns(UserWarning):
+        sample(X, (2, 3))
+    backend.error = None
+    assert backends.choose("sample", X) == "reference"
+    assert backends.choose("spread", X) == "other"
+    assert backends.choose("sample", X.half()) == "other"
+
+
+def test_a_callers_error_is_no_failure_of_the_backend(backend):
+    with pytest.raises(ValueError, match="n_iter: expected at least 1, got 0"):
+        torch.ops.svit.sample(X, [2, 3], 0, None, None, 1e-6)
+    with pytest.raises(ValueError, match="size: expected H, W"):
+        torch.ops.svit.spread(*sample(X, (2, 3)), [2, 3], [60, 6], None)
+    backend.error = RuntimeError("Triton Error [CUDA]: out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sample(X, (2, 3))
+    assert not backends.failures
+
+
+def test_transforms_take_the_reference(backend):
+    def f(x):
+        return sample(x, (2, 3))[0]
+
+    _, tangent = torch.func.jvp(f, (X,), (X,))
+    expected = torch.func.jvp(lambda x: sample(x, (2, 3), backend="reference")[0], (X,), (X,))[1]
+    assert torch.equal(tangent, expected)
+    assert tangent.abs().sum() > 0
+    assert torch.func.grad(lambda x: f(x).sum())(X).shape == X.shape
+    with fwAD.dual_level():
+        assert fwAD.unpack_dual(f(fwAD.make_dual(X, X))).tangent is not None
+    assert not backend.calls

@@ -45,21 +45,35 @@ def test_parts_that_run_anywhere(tmp_path):
 
 @CPU
 def test_models_are_compared_with_the_plain_form():
-    runs = list(gpu_check.model_runs(compiled=False))
-    assert all(specs[0] == "plain:test_svit" for specs, _ in runs)
-    assert {(s.train, s.amp, s.dtype) for _, s in runs} == {
-        (False, "bfloat16", "float32"),
-        (False, None, "bfloat16"),
-        (False, None, "float32"),
-        (True, "bfloat16", "float32"),
-        (True, None, "float32"),
-    }
-    text = next(gpu_check.measure_models(compiled=False, runs=1))
-    assert "| plain:test_svit" in text
-    assert "| resnet10t" in text
+    for part in ("inference", "training"):
+        text = next(gpu_check.measure_models(part, (), runs=1))
+        assert "forward + backward" in text if part == "training" else "inference, float32" in text
+        assert text.index("| plain:test_svit") < text.index("| folded:test_svit") < text.index("| resnet10t")
 
 
-def test_failing_tests_stop_it(monkeypatch):
+def test_what_a_gpu_would_compare(monkeypatch):
+    monkeypatch.setattr(gpu_check, "GPU", True)
+    runs = list(gpu_check.model_runs("inference", gpu_check.MODELS))
+    assert all(specs[0].startswith("plain:") for specs, _ in runs)
+    assert {(s.size, s.batch_size) for _, s in runs} == {((224, 224), 128), ((800, 1280), 2)}
+    assert {(s.amp, s.dtype) for _, s in runs} == {("bfloat16", "float32"), (None, "bfloat16"), (None, "float32")}
+    assert sum(set(gpu_check.PEERS) < set(specs) for specs, _ in runs) == 2
+    assert all(s.train for _, s in gpu_check.model_runs("training", ["svit_small"]))
+    specs, _ = next(gpu_check.model_runs("compiled", ["svit_small"]))
+    assert {"compiled:svit_small", "compiled:plain:svit_small", "compiled:convnext_tiny"} < set(specs)
+
+
+def test_lack_of_memory_is_written_down(monkeypatch):
+    def compare(*_):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(gpu_check, "compare", compare)
+    assert "FAILED: plain:test_svit, folded:test_svit" in next(gpu_check.measure_models("training", (), 1))
+
+
+def test_failing_tests_are_written_down_and_end_in_an_error(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_check, "ROOT", gpu_check.ROOT / "tests" / "data")  # where there are none of them
-    with pytest.raises(SystemExit, match="error: the tests failed"):
-        gpu_check.run_tests()
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--parts", "tests", "--output", str(tmp_path / "out.md")])
+    with pytest.raises(SystemExit, match="error: something failed"):
+        gpu_check.main()
+    assert "FAILED: the tests failed" in (tmp_path / "out.md").read_text()

@@ -36,8 +36,8 @@ __all__ = [
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# A program holds all channels of a few pixels, and more than these fill its registers.
-MAX_CHANNELS = 1024
+# A program holds all channels of 16 pixels and 16 super tokens: these fill its registers and shared memory.
+MAX_BYTES = 2048
 
 
 def usable(op: str, x: torch.Tensor) -> tuple[bool, str]:
@@ -54,8 +54,8 @@ def usable(op: str, x: torch.Tensor) -> tuple[bool, str]:
     C = x.shape[-1]
     if C % 8 or C == 0:
         return False, f"it needs a multiple of 8 channels, not {C}"
-    if C > MAX_CHANNELS and not op.startswith("depthwise3x3"):
-        return False, f"it serves up to {MAX_CHANNELS} channels, not {C}"
+    if C * x.element_size() > MAX_BYTES and not op.startswith("depthwise3x3"):
+        return False, f"it serves up to {MAX_BYTES // x.element_size()} channels in {x.dtype}, not {C}"
     if not INTERPRETED and has_old_gpu(x):
         return False, "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher"
     return True, ""

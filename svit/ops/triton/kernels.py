@@ -5,16 +5,19 @@ to 16 for the tensor cores, and keeps q as (16, P), its softmax running over the
 it writes as partial sums, which `fold` gathers.
 
 Products of float32 run on the tensor cores too, as three of TF32 ("tf32x3": 21 bits of the operands, where plain TF32
-keeps 10).
+keeps 10); AMD's GPUs have no such mode.
 
 Depthwise kernels: a program owns a strip of the map, some columns wide and some channels deep, and walks down its rows.
 Each row is read once, and its GELU computed once, for the three rows of results that need it.
 
-Offsets of a cell or a strip from the start of the map are 64 bit wide; those inside it fit into 32.
+Offsets of a cell or a strip from the start of the map are 64 bit wide; those inside it must fit into 32.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
 # Triton compiles a kernel anew for a size of 1 and for multiples of 16, unless told not to. What there is to gain from
 # that lies in C, a constant, and a detector sees many sizes.
@@ -127,7 +130,7 @@ def associate_aggregate(
         v = load_pixels(x, weight, bias, eps, first, offset, inside, c, C, NORM).to(x.dtype.element_ty)
         at, exists = shares(q, cell, k, p, P)
         if ASSOCIATE:
-            logits = tl.dot(near, tl.trans(v), input_precision="tf32x3") * scale
+            logits = tl.dot(near, tl.trans(v), input_precision=PRECISION) * scale
             logits = tl.where((k < 9)[:, None], logits, float("-inf"))
             e = tl.exp(logits - tl.max(logits, 0)[None, :])
             share = (e / tl.sum(e, 0)[None, :]).to(q.dtype.element_ty)
@@ -136,7 +139,7 @@ def associate_aggregate(
         else:
             share = tl.load(at, mask=exists, other=0.0)
         if AGGREGATE:
-            sums += tl.dot(share, v, input_precision="tf32x3")
+            sums += tl.dot(share, v, input_precision=PRECISION)
             masses += tl.sum(share.to(tl.float32), 1)
     if AGGREGATE:
         row = cell.to(tl.int64) * 9
@@ -183,7 +186,7 @@ def spread_cell(
         offset, inside = neighbour(k, i, j, hh, ww)
         weight = tl.load(mass + cell.to(tl.int64) + offset, mask=inside, other=1.0)
         share = (share.to(tl.float32) / (weight + 1e-12)[:, None]).to(near.dtype)
-    return tl.dot(tl.trans(share), near, input_precision="tf32x3")
+    return tl.dot(tl.trans(share), near, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -229,6 +232,7 @@ def norm_sample_backward(
         g = spread_cell(grad, q, mass, cell, i, j, p, hh, ww, c, k, C, CELL_H * CELL_W, True)
         g = tl.where(inside[:, None], g, 0.0)  # the padding is a constant zero, not the norm of anything
         v, rstd = normalize(load_map(x, first, offset, inside, c, C).to(tl.float32), c, C, eps)
+        v = tl.where(inside[:, None], v, 0.0)  # with eps = 0 the norm of zeros is not a number
         dweight += tl.sum(g * v, 0)
         dbias += tl.sum(g, 0)
         g *= w[None, :]

@@ -14,14 +14,15 @@ from . import kernels
 # (C, h, w) -> warps of the programs that own a cell. Others follow `cell_launch`.
 WARPS = {(64, 8, 8): 4, (96, 8, 8): 8, (128, 4, 4): 2, (192, 4, 4): 4}
 
-# Elements of a program's tile in a super-token kernel, of at least 16 pixels.
-CELL_TILE = 8192
+# Bytes of a program's tile in a super-token kernel, of at least 16 pixels.
+CELL_TILE = 2**14
 
 # Bytes and channels of a row in a depthwise kernel: 16 bytes for each of 128 threads.
 ROW_TILE, ROW_CHANNELS = 128 * 16, 64
 
-# Rows of a strip in the depthwise kernels: more of them mean fewer rows read twice, and fewer programs.
-ROWS_FORWARD, ROWS_TAPS = 14, 56
+# Rows of a strip in the depthwise kernels: the last that the map fills, or the first. More of them mean fewer rows read
+# twice, and fewer programs; each number is a kernel to compile.
+ROWS_FORWARD, ROWS_TAPS = (7, 14), (7, 14, 28, 56)
 
 
 def launch(kernel, programs: int, like: Tensor, *args, **constants) -> None:
@@ -36,11 +37,12 @@ def cell_launch(x: Tensor, cell: list[int]) -> dict[str, int]:
     C = x.shape[-1]
     h, w = cell
     block_c = max(triton.next_power_of_2(C), 16)
-    block_p = max(min(triton.next_power_of_2(h * w), CELL_TILE // block_c), 16)
+    block_p = max(min(triton.next_power_of_2(h * w), CELL_TILE // x.element_size() // block_c), 16)
     warps = WARPS.get((C, h, w), 8 if block_c * block_p > 4096 else 4)
     if x.dtype == torch.float32:  # twice the registers for the same tile
         warps = min(2 * warps, 8)
-    return dict(C=C, CELL_H=h, CELL_W=w, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps)
+    # One stage: a loop over a large cell's pixels, if prefetched, would want more shared memory than some GPUs have.
+    return dict(C=C, CELL_H=h, CELL_W=w, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps, num_stages=1)
 
 
 def grid(x: Tensor, cell: list[int]) -> tuple[int, int]:
@@ -148,12 +150,12 @@ def launch_spread(
     return y
 
 
-def strip_launch(x: Tensor, rows: int, halo: int) -> tuple[int, int, dict[str, int]]:
+def strip_launch(x: Tensor, choices: tuple[int, ...], halo: int) -> tuple[int, int, dict[str, int]]:
     """Strips of all channels, programs, and the parameters of a depthwise kernel that writes all but `halo` columns."""
     B, H, W, C = x.shape
     block_c = min(triton.next_power_of_2(C), ROW_CHANNELS)
     block_w = max(min(ROW_TILE // x.element_size() // block_c, triton.next_power_of_2(W + halo)), 4)
-    rows = min(rows, H)
+    rows = max((n for n in choices if n <= H), default=choices[0])
     strips = B * triton.cdiv(H, rows) * triton.cdiv(W, block_w - halo)
     programs = strips * triton.cdiv(C, block_c)
     return strips, programs, dict(C=C, ROWS=rows, BLOCK_W=block_w, BLOCK_C=block_c, num_warps=4)

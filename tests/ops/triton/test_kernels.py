@@ -365,3 +365,70 @@ def test_whole_step_again(reentry, device, launches):
             assert torch.equal(first, second)
         else:  # PyTorch's own convolutions and attention need not be reproducible on a GPU
             torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
+def change_norm(block):
+    block.norm1 = timm.layers.LayerNorm2d(16, affine=False)
+
+
+def change_forward(block):
+    forward = block.norm1.forward
+    block.norm1.forward = lambda x: 2 * forward(x)
+
+
+def change_scale(block):
+    block.ls1 = torch.nn.Tanh()
+
+
+def change_attention(block):
+    block.attn = torch.nn.Identity()
+
+
+def change_dropout(block):
+    block.mlp.drop1 = torch.nn.Identity()
+
+
+def change_backward(block):
+    block.norm1.register_full_backward_hook(lambda module, grad_in, grad_out: None)
+
+
+@pytest.mark.parametrize(
+    "change", [change_norm, change_forward, change_scale, change_attention, change_dropout, change_backward]
+)
+def test_changed_blocks_compute_what_they_were_changed_to(change, device):
+    results = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        block = Block(16, 2, 4, backend=backend)
+        change(block)
+        results.append(block.to(device).train()(random(2, 16, 8, 8, seed=26, device=device)))
+    assert_close(results[0], results[1].double().cpu(), torch.float32)
+
+
+def test_dropout_that_is_left_on_drops(device):
+    block = Block(16, 2, 4, proj_drop=0.5, backend="triton").to(device).eval()
+    x = random(1, 16, 8, 8, seed=27, device=device)
+    with torch.no_grad():
+        assert torch.equal(block(x), block(x))
+        block.mlp.drop1.train()
+        assert not torch.equal(block(x), block(x))
+
+
+def test_norm_of_nothing_has_no_part_in_the_gradient(device):
+    x = random(1, 5, 5, 16, seed=28, device=device).requires_grad_()
+    weight, bias = torch.ones(16, device=device).requires_grad_(), torch.zeros(16, device=device).requires_grad_()
+    s, _ = sample(x, (4, 4), 1, weight, bias, eps=0.0, backend="triton")
+    s.square().sum().backward()
+    assert weight.grad.isfinite().all()
+
+
+def test_residual_stream_keeps_its_dtype_under_autocast(device):
+    for backend in ("triton", "reference"):
+        block = Block(16, 2, 4, layer_scale_init=1e-6, backend=backend).to(device)
+        x = random(1, 16, 8, 8, seed=29, device=device)
+        if device == "cuda":
+            with torch.autocast("cuda", torch.bfloat16):
+                assert block(x).dtype == block.pos_embed(x).dtype == torch.float32
+        else:  # in float16, which the interpreter computes
+            with torch.autocast("cpu", torch.float16):
+                assert block(x).dtype == block.pos_embed(x).dtype == torch.float32
