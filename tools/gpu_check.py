@@ -310,9 +310,8 @@ def main() -> None:
 
     slug = re.sub(r"\W+", "-", device_name(DEVICE).lower()).strip("-")
     output = args.output or (ROOT / "docs/benchmarks" / f"{datetime.date.today()}-{slug}.md" if GPU else None)
-    lines = [
-        f"# {device_name(DEVICE)}\n\n{environment(DEVICE)}\n\n`python tools/gpu_check.py {' '.join(sys.argv[1:])}`"
-    ]
+    command = " ".join(["python tools/gpu_check.py", *sys.argv[1:]])
+    lines = [f"# {device_name(DEVICE)}\n\n{environment(DEVICE)}\n\n`{command}`"]
     for name in args.parts:
         lines.append(f"\n## {name}\n")
         print(lines[-1], flush=True)
