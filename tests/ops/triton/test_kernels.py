@@ -5,9 +5,11 @@ import math
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
+from torch.nn.parallel import DistributedDataParallel
 
 import goldens
 import svit  # noqa: F401
@@ -432,3 +434,18 @@ def test_residual_stream_keeps_its_dtype_under_autocast(device):
         else:  # in float16, which the interpreter computes
             with torch.autocast("cpu", torch.float16):
                 assert block(x).dtype == block.pos_embed(x).dtype == torch.float32
+
+
+def test_distributed_step(device, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = timm.create_model("test_svit", backend="triton").to(device)
+        x = random(2, 3, 33, 40, seed=30, device=device)
+        model(x).sum().backward()
+        expected = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        DistributedDataParallel(model)(x).sum().backward()
+        for p, grad in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-3)
+    finally:
+        dist.destroy_process_group()
