@@ -322,7 +322,7 @@ def main() -> None:
                 output.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(output) as path:
                     path.write_text("\n".join(lines) + "\n")
-    print(f"\nwritten to {output}" if GPU else "\nno GPU: the kernels ran in the interpreter, no figure above counts")
+    print(f"\nwritten to {output}" if GPU else "\nno GPU: none of the figures above counts")
     if any("FAILED" in line for line in lines):
         raise SystemExit("error: something failed, see above")
 

@@ -248,7 +248,8 @@ def norm_sample_backward(
 def upper_tail(v):
     """1 - Phi(|v|), Phi the normal distribution, to 1e-7 (Abramowitz and Stegun 7.1.26), and exp(-v^2 / 2).
 
-    A third of the instructions of erf, which would keep the arithmetic units busy for longer than the memory.
+    A GELU of 24 instructions a value instead of 33 with erf (sm_90), in a kernel whose arithmetic takes about as long
+    as its memory; the derivative needs the exponential anyway.
     """
     t = 1.0 / (1.0 + 0.23164189 * tl.abs(v))
     e = tl.exp(-0.5 * v * v)
