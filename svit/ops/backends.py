@@ -66,8 +66,8 @@ def choose(op: str, x: torch.Tensor, backend: str | None = None) -> str:
 def run(op: str, backend: str | None, x: torch.Tensor, *args):
     """Runs `op` of a backend. One that was chosen, not asked for, may fail: then the next one runs, now and hereafter.
 
-    The failures meant here are those of compiling and launching kernels. Lack of memory is not one of them, nor a
-    caller's error.
+    The failures meant here are those of compiling and launching kernels. Lack of memory is not one of them; a caller's
+    error has been found before.
     """
     while True:
         name = choose(op, x, backend)
@@ -76,7 +76,7 @@ def run(op: str, backend: str | None, x: torch.Tensor, *args):
             return results.contiguous() if torch.is_tensor(results) else tuple(t.contiguous() for t in results)
         try:
             return getattr(MODULES[name], op)(*args)
-        except (torch.OutOfMemoryError, ValueError):
+        except torch.OutOfMemoryError:
             raise
         except Exception as error:
             if backend is not None or "out of memory" in str(error).lower():
