@@ -55,3 +55,28 @@ def expect_rounds(n_iter: int) -> None:
 def expect_reference(backend: str | None) -> None:
     if backend not in (None, "reference"):
         raise ValueError(f"backend: expected 'reference' or None with differentiable=True, got {backend!r}")
+
+
+def check_associate(x, s, cell):
+    expect_map(x)
+    expect_cell(cell)
+    expect_grid(s, "s", x, cell, (x.shape[3],))
+
+
+def check_aggregate(x, q, cell):
+    expect_map(x)
+    expect_cell(cell)
+    expect_grid(q, "q", x, cell, (9, cell[0] * cell[1]))
+
+
+def check_sample(x, cell, n_iter, weight, bias, eps):
+    expect_map(x)
+    expect_cell(cell)
+    expect_rounds(n_iter)
+    expect_norm(weight, bias, x)
+
+
+def check_depthwise(x, weight, bias, gelu):
+    expect_map(x)
+    expect(weight, "weight", (x.shape[3], 1, 3, 3), x)
+    expect(bias, "bias", (x.shape[3],), x)

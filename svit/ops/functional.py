@@ -49,8 +49,7 @@ def associate(x: Tensor, s: Tensor, cell: tuple[int, int], backend: str | None =
     """
     checks.expect_cell(cell)
     if checked():
-        checks.expect_map(x)
-        checks.expect_grid(s, "s", x, cell, (x.shape[3],))
+        checks.check_associate(x, s, cell)
     x, s = in_compute_dtype(x.detach()), in_compute_dtype(s.detach())
     if choose("associate", x, backend) == "reference":
         return reference.associate(x, s, cell)
@@ -79,8 +78,7 @@ def aggregate(x: Tensor, q: Tensor, cell: tuple[int, int], backend: str | None =
     checks.expect_cell(cell)
     checks.expect_constant(q, backend)
     if checked():
-        checks.expect_map(x)
-        checks.expect_grid(q, "q", x, cell, (9, cell[0] * cell[1]))
+        checks.check_aggregate(x, q, cell)
     x, q = in_compute_dtype(x), in_compute_dtype(q)
     if choose("aggregate", x, backend) == "reference":
         return reference.aggregate(x, q, cell)
@@ -166,8 +164,7 @@ def sample(
         checks.expect_cell(cell)
         checks.expect_rounds(n_iter)
         if checked():
-            checks.expect_map(x)
-            checks.expect_norm(weight, bias, x)
+            checks.check_sample(x, cell, n_iter, weight, bias, eps)
         if differentiable:
             checks.expect_reference(backend)
             backend = "reference"
@@ -199,9 +196,7 @@ def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, ba
         return reference.depthwise3x3(x, weight, bias, gelu)
     else:
         if checked():
-            checks.expect_map(x)
-            checks.expect(weight, "weight", (x.shape[3], 1, 3, 3), x)
-            checks.expect(bias, "bias", (x.shape[3],), x)
+            checks.check_depthwise(x, weight, bias, gelu)
         # Autocast has no say: the sum is a residual's, and keeps the dtype of x on every backend.
         if choose("depthwise3x3", x, backend) == "reference":
             return reference.depthwise3x3(x, weight, bias, gelu)

@@ -45,13 +45,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 # Association: no gradient.
 
 
-def check_associate(x, s, cell):
-    checks.expect_map(x)
-    checks.expect_cell(cell)
-    checks.expect_grid(s, "s", x, cell, (x.shape[3],))
-
-
-define("associate(Tensor x, Tensor s, int[] cell) -> Tensor", check_associate)
+define("associate(Tensor x, Tensor s, int[] cell) -> Tensor", checks.check_associate)
 
 
 @register_fake("svit::associate")
@@ -65,12 +59,6 @@ register_autograd("svit::associate", lambda ctx, grad: (None,) * 4)
 # Aggregation and spreading: each the other's adjoint. q is a constant.
 
 
-def check_aggregate(x, q, cell):
-    checks.expect_map(x)
-    checks.expect_cell(cell)
-    checks.expect_grid(q, "q", x, cell, (9, cell[0] * cell[1]))
-
-
 def check_spread(s, q, cell, size, residual):
     checks.expect_map(s, "s")
     checks.expect_cell(cell)
@@ -80,7 +68,7 @@ def check_spread(s, q, cell, size, residual):
         checks.expect(residual, "residual", (s.shape[0], *size, s.shape[3]), s)
 
 
-define("aggregate(Tensor x, Tensor q, int[] cell) -> (Tensor, Tensor)", check_aggregate)
+define("aggregate(Tensor x, Tensor q, int[] cell) -> (Tensor, Tensor)", checks.check_aggregate)
 define("spread(Tensor s, Tensor q, int[] cell, SymInt[] size, Tensor? residual) -> Tensor", check_spread)
 
 
@@ -131,17 +119,10 @@ register_autograd("svit::spread", spread_backward, setup_context=spread_context)
 # Sampling: layer norm (if weight and bias are given), cell means, then `n_iter` times association and aggregation.
 
 
-def check_sample(x, cell, n_iter, weight, bias, eps):
-    checks.expect_map(x)
-    checks.expect_cell(cell)
-    checks.expect_rounds(n_iter)
-    checks.expect_norm(weight, bias, x)
-
-
 define(
     "sample(Tensor x, int[] cell, int n_iter, Tensor? weight, Tensor? bias, float eps) "
     "-> (Tensor s, Tensor q, Tensor mass)",
-    check_sample,
+    checks.check_sample,
 )
 define(
     "sample_backward(Tensor grad, Tensor x, Tensor q, Tensor mass, int[] cell, Tensor? weight, float eps) "
@@ -187,13 +168,7 @@ register_autograd("svit::sample", sample_gradients, setup_context=sample_context
 # x + depthwise 3x3 convolution, of x or of GELU(x).
 
 
-def check_depthwise(x, weight, bias, gelu):
-    checks.expect_map(x)
-    checks.expect(weight, "weight", (x.shape[3], 1, 3, 3), x)
-    checks.expect(bias, "bias", (x.shape[3],), x)
-
-
-define("depthwise3x3(Tensor x, Tensor weight, Tensor bias, bool gelu) -> Tensor", check_depthwise)
+define("depthwise3x3(Tensor x, Tensor weight, Tensor bias, bool gelu) -> Tensor", checks.check_depthwise)
 define("depthwise3x3_backward(Tensor grad, Tensor x, Tensor weight, bool gelu) -> (Tensor, Tensor, Tensor)")
 
 

@@ -130,9 +130,7 @@ def sample_backward(
     return dx, dweight.clone(), dbias.clone()
 
 
-def spread(
-    s: Tensor, q: Tensor, cell: list[int], size: list[int], residual: Tensor | None = None
-) -> Tensor:  # fmt: skip
+def spread(s: Tensor, q: Tensor, cell: list[int], size: list[int], residual: Tensor | None) -> Tensor:
     return launch_spread(s, q, None, residual, cell, size)
 
 
