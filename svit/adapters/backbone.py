@@ -1,0 +1,265 @@
+"""A model of timm as a backbone of mmengine's."""
+
+import difflib
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from mmengine.dist import barrier, is_main_process
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from timm.layers import LayerNorm2d
+from timm.models import adapt_input_conv, group_parameters
+from torch import nn
+from torch.hub import download_url_to_file, get_dir
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import svit.models  # noqa: F401  registers the models
+from svit.convert import CheckpointError, differences, listing, read_state_dict
+from svit.models.original import from_original, is_original
+
+__all__ = ["TimmBackbone"]
+
+
+@MODELS.register_module()
+class TimmBackbone(BaseModule):
+    """The feature maps of a hierarchical model of timm, SViT's before all, for detectors and segmentors.
+
+    Its weights stand under "model", with the names that timm gives them, the norms of the outputs under "norm0",
+    "norm1" and so on.
+
+    Args:
+        arch: name of a model in timm, such as 'svit_small'; a tag ('convnext_tiny.in1k') plays no part.
+        in_channels: channels of the image.
+        out_indices: which of the model's feature maps (timm's `feature_info`) to return, in rising order. A SViT has
+            four, one a stage, of stride 4, 8, 16 and 32.
+        frozen_stages: parameters that are not trained, whose BatchNorms use their running statistics and whose dropout
+            is off: -1 for none, 0 for the stem, i for the stem and the first i stages.
+        norm_eval: keep every BatchNorm at its running statistics in training (its weight and bias still learn).
+        with_cp: recompute blocks in the backward pass instead of keeping their activations.
+        out_norm: a LayerNorm over the channels of each map returned.
+        drop_path_rate: stochastic depth of the last block, rising from 0 in the first; None for the model's default.
+        stoken_size: SViT's cells, one value a stage; None for the model's own.
+        convert_weights: take checkpoints with the key names of SViT's authors, too.
+        model_args: further keywords of `timm.create_model`, such as `dict(strict_img_size=False)` for a Swin.
+        pretrained: deprecated: path of a checkpoint. Use `init_cfg`.
+        init_cfg: `dict(type='Pretrained', checkpoint=...)` with a path or an http(s) address of a checkpoint: one of
+            ours, of timm's, of SViT's authors or of a whole detector or segmentor. An entry `prefix` says under which
+            name the backbone stands in it (found by itself for "backbone."). None: the model's own start values.
+
+    Shape: (B, in_channels, H, W) to a tuple of maps (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i])),
+    contiguous in this order. SViT takes any H and W.
+
+    Attributes:
+        channels, strides: of the maps returned, a tuple each.
+
+    Raises:
+        ValueError: an unknown model, one without feature maps, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        out_norm: bool = True,
+        drop_path_rate: float | None = None,
+        stoken_size: Sequence[int | tuple[int, int]] | None = None,
+        convert_weights: bool = True,
+        model_args: dict | None = None,
+        pretrained: str | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        if pretrained is not None:
+            if init_cfg is not None:
+                raise ValueError(f"pretrained: expected None beside init_cfg, got {pretrained!r}")
+            warnings.warn(
+                "pretrained is deprecated; use init_cfg=dict(type='Pretrained', checkpoint=...)",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            init_cfg = dict(type="Pretrained", checkpoint=pretrained)
+        super().__init__(init_cfg)
+        self.arch = arch
+        self.norm_eval = norm_eval
+        self.convert_weights = convert_weights
+
+        options = {"drop_path_rate": drop_path_rate, "stoken_size": stoken_size, **(model_args or {})}
+        model = create_model(arch, in_channels, {k: v for k, v in options.items() if v is not None})
+        self.out_indices = check_out_indices(out_indices, model, arch)
+        info = [model.feature_info[i] for i in self.out_indices]
+        self.channels = tuple(i["num_chs"] for i in info)
+        self.strides = tuple(i["reduction"] for i in info)
+
+        # What the maps do not need goes, so that every parameter gets a gradient; checkpoints still hold it.
+        self.pruned_keys = set(model.state_dict())
+        model.prune_intermediate_layers(list(self.out_indices), prune_norm=True, prune_head=True)
+        self.pruned_keys -= set(model.state_dict())
+        del model.num_classes  # mmdet's NumClassCheckHook takes whatever has one for a head
+        self.model = model
+        if with_cp:
+            model.set_grad_checkpointing(True)
+        for i, dim in enumerate(self.channels):
+            self.add_module(f"norm{i}", LayerNorm2d(dim, eps=1e-6) if out_norm else nn.Identity())
+
+        # Layers from the input on: by stage for freezing, by block for the decay of the learning rate.
+        stages = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+        self.depths = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        if not -1 <= frozen_stages <= max(stages.values()):
+            raise ValueError(f"frozen_stages: expected -1 to {max(stages.values())} for {arch}, got {frozen_stages!r}")
+        self.frozen_modules = self.freeze({name for name, stage in stages.items() if stage <= frozen_stages})
+
+    def freeze(self, names: set[str]) -> list[nn.Module]:
+        """Stops the training of the parameters named; returns the modules that hold no other ones."""
+        for name, param in self.model.named_parameters():
+            if name in names:
+                param.requires_grad = False
+        frozen = []
+        for module in self.model.modules():
+            params = list(module.parameters())
+            if params and not any(p.requires_grad for p in params):
+                frozen.append(module)
+        return frozen
+
+    def train(self, mode: bool = True) -> "TimmBackbone":
+        """Training or eval mode, in which frozen stages, and with `norm_eval` all BatchNorms, stay in eval mode."""
+        super().train(mode)
+        for module in self.frozen_modules:
+            module.eval()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        maps = self.model.forward_intermediates(
+            x, indices=list(self.out_indices), output_fmt="NCHW", intermediates_only=True
+        )
+        return tuple(getattr(self, f"norm{i}")(m).contiguous() for i, m in enumerate(maps))
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """The layer of a parameter, from 0 for the stem on, and the number of layers.
+
+        The last layer is everything that follows the model: the norms of the outputs and whatever does not begin with
+        `prefix`, the name of the backbone in the whole.
+        """
+        num_layers = max(self.depths.values()) + 2
+        name = param_name.removeprefix(prefix)
+        if not param_name.startswith(prefix) or not name.startswith("model."):
+            return num_layers - 1, num_layers
+        return self.depths[name.removeprefix("model.")], num_layers
+
+    def init_weights(self) -> None:
+        """Loads the checkpoint of `init_cfg`; without one, the model keeps the start values that timm gave it.
+
+        Raises:
+            CheckpointError: there is no such file, it cannot be read, or it does not fit the model.
+            ValueError: `init_cfg` is of another type than 'Pretrained'.
+        """
+        # Not the parent's, which would call the model's own init_weights() after the weights are in.
+        self._is_init = True
+        if not self.init_cfg:
+            return
+        kind = self.init_cfg.get("type") if isinstance(self.init_cfg, dict) else self.init_cfg
+        if kind != "Pretrained" and getattr(kind, "__name__", None) != "PretrainedInit":
+            raise ValueError(f"init_cfg: expected dict(type='Pretrained', checkpoint=...), got {self.init_cfg!r}")
+        self.load(self.init_cfg["checkpoint"], self.init_cfg.get("prefix"))
+
+    def load(self, checkpoint: str, prefix: str | None = None) -> None:
+        """Loads the weights of a file or an address into the model; see `init_cfg` and `init_weights`."""
+        file = find_checkpoint(checkpoint, self.arch)
+        state_dict = select(read_state_dict(file), prefix)
+        if self.convert_weights and is_original(state_dict):
+            state_dict = from_original(state_dict)
+        expected = self.model.state_dict()
+        state_dict = {k: v for k, v in state_dict.items() if k not in self.pruned_keys}
+        # An image of other channels than the checkpoint's: its first convolution is summed up or repeated, as in timm.
+        first = self.model.pretrained_cfg.get("first_conv")
+        key = f"{first}.weight"
+        if isinstance(first, str) and key in state_dict and key in expected and state_dict[key].shape[1] == 3:
+            state_dict[key] = adapt_input_conv(expected[key].shape[1], state_dict[key])
+
+        if not set(state_dict) & set(expected):
+            raise CheckpointError(f"{checkpoint}: holds no weight of {self.arch}; it has {listing(state_dict)}")
+        problems = {kind: keys for kind, keys in differences(state_dict, expected).items() if keys}
+        if problems:
+            what = "; ".join(f"{kind}: {len(keys)} ({listing(keys, 3)})" for kind, keys in problems.items())
+            raise CheckpointError(f"{checkpoint}: is not of {self.arch}; {what}")
+        self.model.load_state_dict(state_dict)
+        print_log(f"{self.arch}: loaded {len(state_dict)} tensors from {checkpoint}", "current", logging.INFO)
+
+
+def create_model(arch: str, in_channels: int, options: dict) -> nn.Module:
+    """The model of timm, checked to have feature maps."""
+    if not timm.is_model(arch):
+        close = ", ".join(difflib.get_close_matches(arch, timm.list_models()))
+        raise ValueError(f"arch: no model {arch!r} in timm" + (f"; did you mean {close}?" if close else ""))
+    try:
+        model = timm.create_model(arch, in_chans=in_channels, **options)
+    except TypeError as error:  # not every model has every option
+        raise ValueError(f"arch: {arch} does not take {', '.join(options)}: {error}") from error
+    needed = ("feature_info", "forward_intermediates", "prune_intermediate_layers", "group_matcher")
+    missing = [name for name in needed if not hasattr(model, name)]
+    if missing:
+        raise ValueError(f"arch: expected a model with feature maps, {arch} has no {', '.join(missing)}")
+    return model
+
+
+def check_out_indices(out_indices: Sequence[int], model: nn.Module, arch: str) -> tuple[int, ...]:
+    indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
+    known = range(len(model.feature_info))
+    if not indices or any(i not in known for i in indices) or list(indices) != sorted(set(indices)):
+        maps = ", ".join(f"{i} of stride {info['reduction']}" for i, info in enumerate(model.feature_info))
+        raise ValueError(f"out_indices: expected rising numbers of {arch}'s feature maps ({maps}), got {out_indices!r}")
+    return indices
+
+
+def find_checkpoint(checkpoint: str, arch: str, download: bool = True) -> Path:
+    """The file of a path or an address; what an address names is kept where PyTorch keeps such files."""
+    if checkpoint.startswith(("http://", "https://")):
+        file = Path(get_dir(), "checkpoints", checkpoint.rpartition("/")[2].partition("?")[0])
+        if download and is_main_process() and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            download_url_to_file(checkpoint, str(file))
+        if download:
+            barrier()
+        return file
+    file = Path(checkpoint).expanduser()
+    if not file.is_file():
+        raise CheckpointError(f"{checkpoint}: no such file. {how_to_get_weights(arch)}")
+    return file
+
+
+def how_to_get_weights(arch: str) -> str:
+    """Where a model's ImageNet weights are, how a config is pointed to them, and how to do without."""
+    name = arch.partition(".")[0]
+    published = {"svit_small", "svit_base", "svit_large"}
+    if name in published:
+        theirs = f"stvit-{name.removeprefix('svit_')}-224.pth"
+        where = f"ImageNet weights: get {theirs} from the links at https://github.com/hhb072/STViT (as it is, or converted)"
+    else:
+        where = f"Train {name} for classification, or save weights that timm has, to get such a file"
+    return (
+        f"{where} and point to it with --cfg-options model.backbone.init_cfg.checkpoint=FILE. "
+        "To train from scratch on purpose: --cfg-options model.backbone.init_cfg=None"
+    )
+
+
+def select(state_dict: dict[str, torch.Tensor], prefix: str | None) -> dict[str, torch.Tensor]:
+    """The backbone's part of a checkpoint, under the model's own names."""
+    if prefix is None and any(k.startswith("backbone.") for k in state_dict):
+        prefix = "backbone"
+    if prefix:
+        start = prefix.removesuffix(".") + "."
+        state_dict = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
+    if any(k.startswith("model.") for k in state_dict):  # a TimmBackbone's, whose output norms are left behind
+        state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+    return state_dict

@@ -1,0 +1,221 @@
+"""The configs that come with the package: found by name, pointed to data, checked before a long run."""
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
+
+import svit
+
+from .backbone import find_checkpoint
+
+__all__ = ["ConfigError", "check_data", "check_weights", "config_names", "find_config", "fit_to_machine", "load_config"]
+
+
+class ConfigError(ValueError):
+    """A config cannot be found or used; the message says what is wrong with which part of it."""
+
+
+def folder() -> Path:
+    """Where the configs are: inside the package once it is installed, beside it in a checkout."""
+    package = Path(svit.__file__).parent
+    inside = package / "mm_configs"
+    return inside if inside.is_dir() else package.parent / "mm_configs"
+
+
+def config_names() -> list[str]:
+    """Names of all configs, such as 'mask-rcnn_svit-s_fpn_1x_coco'."""
+    return sorted(path.stem for kind in ("mmdet", "mmseg") for path in (folder() / kind).glob("*.py"))
+
+
+def find_config(name: str) -> Path:
+    """The file of a config: the path of one, or the name of one of ours, with or without '.py'.
+
+    Raises:
+        ConfigError: there is neither such a file nor such a name.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.name == name:
+        for kind in ("mmdet", "mmseg"):
+            ours = folder() / kind / f"{name.removesuffix('.py')}.py"
+            if ours.is_file():
+                return ours
+    close = ", ".join(difflib.get_close_matches(path.name.removesuffix(".py"), config_names()))
+    raise ConfigError(f"config: no such file or name: {name}" + (f"; did you mean {close}?" if close else ""))
+
+
+def load_config(name: str, options: dict[str, Any] | None = None, data_root: str | None = None) -> Config:
+    """Reads a config, with its package's modules registered and its default scope set.
+
+    Args:
+        name: as in `find_config`.
+        options: values to replace, by dotted names, as mmengine's `Config.merge_from_dict` takes them.
+        data_root: the folder of the data, in place of the config's `data_root` wherever that stands.
+
+    Raises:
+        ConfigError: no such config, one that cannot be read or is none of a model, or `data_root` for a config
+            without one.
+    """
+    path = find_config(name)
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:  # a config is a program: anything can happen
+        raise ConfigError(f"{path}: cannot be read as a config ({type(error).__name__}: {error})") from error
+    if "model" not in config:
+        raise ConfigError(f"{path}: expected a config of a detector or segmentor, it has no `model`")
+    if data_root is not None:
+        if "data_root" not in config:
+            raise ConfigError(f"{path}: has no data_root that {data_root} could replace")
+        config = Config(move_data(config.to_dict(), str(config.data_root), data_root), filename=str(path))
+    if options:
+        config.merge_from_dict(options)
+    init_scope(config)
+    return config
+
+
+def move_data(value: Any, old: str, new: str) -> Any:
+    """`value` with every path under the folder `old` moved under `new`."""
+    if isinstance(value, dict):
+        return {k: move_data(v, old, new) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(move_data(v, old, new) for v in value)
+    if isinstance(value, str) and value.rstrip("/") == old.rstrip("/"):
+        return new
+    if isinstance(value, str) and value.startswith(old.rstrip("/") + "/"):
+        return str(Path(new, value[len(old.rstrip("/")) + 1 :]))
+    return value
+
+
+def init_scope(config: Config) -> None:
+    """Registers the modules of the package that a config is written for, and makes it the default to find them in."""
+    scope = config.get("default_scope", "mmengine")
+    if scope == "mmdet":
+        from mmdet.utils import register_all_modules
+    elif scope == "mmseg":
+        from mmseg.utils import register_all_modules
+    else:
+        init_default_scope(scope)
+        return
+    register_all_modules(init_default_scope=True)
+
+
+def check_weights(config: Config) -> None:
+    """Whether the checkpoint that the backbone starts from is there.
+
+    Raises:
+        CheckpointError: it is not; says where to get it and how to do without.
+    """
+    backbone = config.model.get("backbone", {})
+    init = backbone.get("init_cfg")
+    if backbone.get("type") == "TimmBackbone" and init:
+        find_checkpoint(init["checkpoint"], backbone.arch, download=False)
+
+
+def check_data(config: Config, *splits: str) -> None:
+    """Whether folders and annotations of the splits ('train', 'val', 'test') are there and can be read.
+
+    Raises:
+        ConfigError: a folder or file is missing, annotations are no JSON or not COCO's, none of the classes is in
+            them, or a head has another number of classes.
+    """
+    for split in splits:
+        loader = config.get(f"{split}_dataloader") or {}
+        for dataset in datasets(loader.get("dataset")):
+            check_dataset(dataset, f"{split}_dataloader.dataset")
+            if classes_of(dataset):
+                check_heads(config.model, classes_of(dataset))
+        evaluators = config.get(f"{split}_evaluator") if split != "train" else None
+        for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators or {}]:
+            if evaluator.get("ann_file"):
+                check_annotations(Path(evaluator["ann_file"]), f"{split}_evaluator.ann_file")
+
+
+def datasets(dataset: dict | None) -> Iterator[dict]:
+    """A data set, or those that it wraps."""
+    if dataset is None:
+        return
+    inner = dataset.get("datasets") or ([dataset["dataset"]] if "dataset" in dataset else [])
+    if not inner:
+        yield dataset
+    for part in inner:
+        yield from datasets(part)
+
+
+def check_dataset(dataset: dict, where: str) -> None:
+    root = Path(dataset.get("data_root") or "")
+    if not root.is_dir():
+        raise ConfigError(f"{where}.data_root: no such folder: {root}. Give yours with --data-root")
+    for key, prefix in (dataset.get("data_prefix") or {}).items():
+        if prefix and not (root / prefix).is_dir():
+            raise ConfigError(f"{where}.data_prefix.{key}: no such folder: {root / prefix}")
+    if dataset.get("ann_file"):
+        file = root / dataset["ann_file"]
+        found = check_annotations(file, f"{where}.ann_file")
+        classes = classes_of(dataset)
+        if found is not None and classes and not set(classes) & found:
+            raise ConfigError(
+                f"{where}.metainfo.classes: none of {', '.join(list(classes)[:5])} ... is a category of {file}, which "
+                f"has {', '.join(sorted(found)[:5])}"
+            )
+
+
+def classes_of(dataset: dict) -> Sequence[str]:
+    """The classes of a data set: the config's own, else those of its type, else none."""
+    kind = DATASETS.get(dataset["type"]) if isinstance(dataset["type"], str) else dataset["type"]
+    own = (dataset.get("metainfo") or {}).get("classes")
+    return own or getattr(kind, "METAINFO", {}).get("classes", ())
+
+
+def check_heads(model: Any, classes: Sequence[str], name: str = "model") -> None:
+    """Whether every head has an output for each class."""
+    if isinstance(model, dict):
+        outputs = model.get("num_classes")
+        if outputs is not None and outputs != len(classes) and not name.endswith("rpn_head"):
+            raise ConfigError(f"{name}.num_classes: expected {len(classes)}, the classes of the data, got {outputs}")
+        for key, value in model.items():
+            check_heads(value, classes, f"{name}.{key}")
+    elif isinstance(model, (list, tuple)):
+        for i, value in enumerate(model):
+            check_heads(value, classes, f"{name}.{i}")
+
+
+def check_annotations(file: Path, where: str) -> set[str] | None:
+    """Names of the categories in a file of COCO's format; None for a file that is no JSON by its name."""
+    if not file.is_file():
+        raise ConfigError(f"{where}: no such file: {file}")
+    if file.suffix != ".json":
+        return None
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:  # also bytes that are no text
+        raise ConfigError(f"{where}: {file} is not JSON ({error})") from error
+    wanted = ("images", "annotations", "categories")
+    missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ConfigError(f"{where}: {file} is not in COCO's format, it has no {', '.join(missing)}")
+    return {category["name"] for category in content["categories"]}
+
+
+def fit_to_machine(config: Config) -> None:
+    """Without a GPU: processes that talk over gloo, and BatchNorm in place of SyncBN, which needs a GPU."""
+    if torch.cuda.is_available():
+        return
+    config.env_cfg.dist_cfg = dict(backend="gloo")
+    config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+    config.sync_bn = None
+    config.model = without_sync_bn(config.model)
+
+
+def without_sync_bn(value: Any) -> Any:
+    if isinstance(value, dict):
+        return type(value)({k: without_sync_bn(v) for k, v in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_sync_bn(v) for v in value)
+    return "BN" if value == "SyncBN" else value
