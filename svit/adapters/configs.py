@@ -21,7 +21,7 @@ class ConfigError(ValueError):
     """A config cannot be found or used; the message says what is wrong with which part of it."""
 
 
-def folder() -> Path:
+def configs_folder() -> Path:
     """Where the configs are: inside the package once it is installed, beside it in a checkout."""
     package = Path(svit.__file__).parent
     inside = package / "mm_configs"
@@ -30,7 +30,7 @@ def folder() -> Path:
 
 def config_names() -> list[str]:
     """Names of all configs, such as 'mask-rcnn_svit-s_fpn_1x_coco'."""
-    return sorted(path.stem for kind in ("mmdet", "mmseg") for path in (folder() / kind).glob("*.py"))
+    return sorted(path.stem for kind in ("mmdet", "mmseg") for path in (configs_folder() / kind).glob("*.py"))
 
 
 def find_config(name: str) -> Path:
@@ -44,7 +44,7 @@ def find_config(name: str) -> Path:
         return path
     if path.name == name:
         for kind in ("mmdet", "mmseg"):
-            ours = folder() / kind / f"{name.removesuffix('.py')}.py"
+            ours = configs_folder() / kind / f"{name.removesuffix('.py')}.py"
             if ours.is_file():
                 return ours
     close = ", ".join(difflib.get_close_matches(path.name.removesuffix(".py"), config_names()))
@@ -152,9 +152,14 @@ def check_dataset(dataset: dict, where: str) -> None:
     root = Path(dataset.get("data_root") or "")
     if not root.is_dir():
         raise ConfigError(f"{where}.data_root: no such folder: {root}. Give yours with --data-root")
+    suffixes = {"img_path": "img_suffix", "seg_map_path": "seg_map_suffix"}  # of mmseg, which lists the folders
     for key, prefix in (dataset.get("data_prefix") or {}).items():
-        if prefix and not (root / prefix).is_dir():
-            raise ConfigError(f"{where}.data_prefix.{key}: no such folder: {root / prefix}")
+        folder = root / prefix
+        if prefix and not folder.is_dir():
+            raise ConfigError(f"{where}.data_prefix.{key}: no such folder: {folder}")
+        suffix = dataset.get(suffixes.get(key))
+        if suffix and next(folder.rglob(f"*{suffix}"), None) is None:
+            raise ConfigError(f"{where}.data_prefix.{key}: no file that ends in {suffix} in {folder}")
     if dataset.get("ann_file"):
         file = root / dataset["ann_file"]
         found = check_annotations(file, f"{where}.ann_file")

@@ -1,0 +1,110 @@
+"""Draws what a detector of MMDetection or a segmentor of MMSegmentation finds in images.
+
+    python tools/mm_infer.py mask-rcnn_svit-s_fpn_1x_coco epoch_12.pth street.jpg --out found.png
+    python tools/mm_infer.py svit-s_upernet_8xb2-160k_ade20k-512x512 iter_160000.pth a.jpg b.jpg --out pictures/
+
+Boxes, masks and scores, or the classes laid over the image. CONFIG is a file or the name of one that comes with the
+package.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from mm_train import drop_start_weights, failed
+from mmengine.config import DictAction
+from PIL import Image
+
+from svit.adapters.configs import ConfigError, load_config
+from svit.adapters.images import problem_with
+from svit.files import replacing
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 0 or 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of the whole model, as mm_train.py writes it")
+    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
+    parser.add_argument(
+        "--out", metavar="PATH", type=Path, required=True, help="a picture, or a folder, where several are drawn"
+    )
+    parser.add_argument("--score", metavar="S", type=float, default=0.3, help="least score to draw; default: 0.3")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cfg-options", metavar="KEY=VALUE", nargs="+", action=DictAction)
+    args = parser.parse_args(argv)
+    try:
+        targets = plan(args.images, args.out)
+        if not Path(args.checkpoint).is_file():
+            raise ConfigError(f"checkpoint: no such file: {args.checkpoint}")
+        config = load_config(args.config, args.cfg_options)
+        drop_start_weights(config)
+        draw = segmentor if config.get("default_scope") == "mmseg" else detector
+        look = draw(config, args.checkpoint, args.device, args.score)
+    except ValueError as error:
+        return failed(error)
+    for image, target in targets.items():
+        picture, found = look(str(image))
+        with replacing(target) as part:
+            Image.fromarray(picture).save(part)
+        print(f"{image} -> {target}: {found}")
+    return 0
+
+
+def plan(images: list[Path], out: Path) -> dict[Path, Path]:
+    """Which picture goes where; every image is looked at before the first is drawn."""
+    for image in images:
+        problem = problem_with(image)
+        if problem:
+            raise ConfigError(f"{image}: {problem}")
+    if len(images) == 1 and out.suffix:
+        if not out.parent.is_dir():
+            raise ConfigError(f"--out: there is no folder {out.parent}")
+        return {images[0]: out}
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out: expected a folder for {len(images)} images, got {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    targets = {image: out / f"{image.stem}.png" for image in images}
+    if len(set(targets.values())) < len(images):
+        raise ConfigError(f"--out: two of the images would be drawn to the same file in {out}")
+    return targets
+
+
+def detector(config, checkpoint: str, device: str, score: float):
+    """A function from an image's path to the picture (H, W, 3) and what was found in words."""
+    from mmdet.apis import DetInferencer
+
+    inferencer = DetInferencer(model=config, weights=checkpoint, device=device, show_progress=False)
+    classes = inferencer.model.dataset_meta["classes"]
+
+    def look(image: str) -> tuple[np.ndarray, str]:
+        result = inferencer(image, return_vis=True, pred_score_thr=score)
+        found = result["predictions"][0]
+        counts = Counter(classes[i] for i, s in zip(found["labels"], found["scores"], strict=True) if s >= score)
+        return result["visualization"][0], ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing"
+
+    return look
+
+
+def segmentor(config, checkpoint: str, device: str, score: float):
+    """A function from an image's path to the picture (H, W, 3) and what was found in words."""
+    from mmseg.apis import MMSegInferencer
+
+    inferencer = MMSegInferencer(model=config, weights=checkpoint, device=device)
+    classes = inferencer.model.dataset_meta["classes"]
+
+    def look(image: str) -> tuple[np.ndarray, str]:
+        result = inferencer(image, return_vis=True)
+        labels, counts = np.unique(result["predictions"], return_counts=True)
+        order = np.argsort(-counts)
+        shares = [f"{counts[i] / counts.sum():.0%} {classes[labels[i]]}" for i in order]
+        return result["visualization"], ", ".join(shares)
+
+    return look
+
+
+if __name__ == "__main__":
+    sys.exit(main())
