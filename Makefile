@@ -1,15 +1,29 @@
 # Commands that do everything on a fresh machine, in environments of their own:
 #   make demo   train, evaluate and look at a small SViT on real images
-#   make test   lint and all tests
+#   make test   lint and all tests, with MMDetection and MMSegmentation; MM=onedl takes their maintained forks
 # On a machine with an NVIDIA GPU:
 #   make gpu-check   the fused ops: tests, sanitizer, benchmarks, into docs/benchmarks
 PYTHON ?= python3
 TIMM := $(shell sed -n 's/^timm==//p' constraints.txt)
-SDIST := .venv-test/timm-$(TIMM)
 PROJECT := setup.cfg pyproject.toml constraints.txt
 
 # PyTorch's threads wait for each other without burning the processor: on a busy machine the other way is many times slower.
 export OMP_WAIT_POLICY ?= passive
+
+# Which MMDetection and MMSegmentation: upstream's or the forks, each in an environment of its own.
+MM ?= upstream
+ifeq ($(MM),upstream)
+TESTENV := .venv-test
+EXTRA := mm
+MMCV := mmcv==2.1.0
+else ifeq ($(MM),onedl)
+TESTENV := .venv-test-onedl
+EXTRA := mm-onedl
+MMCV := onedl-mmcv==2.3.6
+else
+$(error MM: expected upstream or onedl, got $(MM))
+endif
+SDIST := $(TESTENV)/timm-$(TIMM)
 
 PARTS ?= tests sanitizer ops inference training compiled
 
@@ -19,21 +33,21 @@ demo: .venv-demo/installed
 	.venv-demo/bin/python tools/demo.py
 
 test: lint $(SDIST)
-	SVIT_TIMM_SDIST=$(abspath $(SDIST)) .venv-test/bin/python -m pytest
+	SVIT_TIMM_SDIST=$(abspath $(SDIST)) $(TESTENV)/bin/python -m pytest
 
-gpu-check: .venv-test/installed
-	.venv-test/bin/python tools/gpu_check.py --parts $(PARTS)
+gpu-check: $(TESTENV)/installed
+	$(TESTENV)/bin/python tools/gpu_check.py --parts $(PARTS)
 
-lint: .venv-test/installed
-	.venv-test/bin/ruff check
-	.venv-test/bin/ruff format --check
+lint: $(TESTENV)/installed
+	$(TESTENV)/bin/ruff check
+	$(TESTENV)/bin/ruff format --check
 
-format: .venv-test/installed
-	.venv-test/bin/ruff check --fix
-	.venv-test/bin/ruff format
+format: $(TESTENV)/installed
+	$(TESTENV)/bin/ruff check --fix
+	$(TESTENV)/bin/ruff format
 
 clean:
-	rm -rf .venv-demo .venv-test outputs build dist *.egg-info
+	rm -rf .venv-demo .venv-test .venv-test-onedl work_dirs outputs build dist *.egg-info
 
 .venv-demo/installed: $(PROJECT)
 	@echo "Installing the demo's environment into .venv-demo; PyTorch is a large download."
@@ -41,14 +55,19 @@ clean:
 	.venv-demo/bin/pip install --constraint constraints.txt --editable ".[demo]"
 	touch $@
 
-.venv-test/installed: $(PROJECT)
-	@echo "Installing the tests' environment into .venv-test; PyTorch is a large download."
-	$(PYTHON) -m venv .venv-test
-	.venv-test/bin/pip install --constraint constraints.txt --editable ".[dev]"
+# mmcv comes as source only. It is built against the PyTorch of this environment, hence without isolation, and with its
+# operators for the CPU; for a GPU set FORCE_CUDA=1 (and delete the wheel that pip may have kept: pip cache remove mmcv).
+$(TESTENV)/installed: $(PROJECT)
+	@echo "Installing the tests' environment into $(TESTENV); PyTorch is a large download."
+	$(PYTHON) -m venv $(TESTENV)
+	$(TESTENV)/bin/pip install --constraint constraints.txt --editable ".[dev,$(EXTRA)]"
+	@echo "Building $(MMCV): about 12 minutes on two cores, once; pip keeps the result."
+	FORCE_CUDA=$${FORCE_CUDA:-0} MMCV_WITH_OPS=1 $(TESTENV)/bin/pip install --constraint constraints.txt \
+		--no-build-isolation "$(MMCV)"
 	touch $@
 
 # timm's own tests come only with its source distribution.
-$(SDIST): .venv-test/installed
-	.venv-test/bin/pip download "timm==$(TIMM)" --no-deps --no-binary timm --dest .venv-test/sdist
-	tar -xzf .venv-test/sdist/timm-$(TIMM).tar.gz -C .venv-test
+$(SDIST): $(TESTENV)/installed
+	$(TESTENV)/bin/pip download "timm==$(TIMM)" --no-deps --no-binary timm --dest $(TESTENV)/sdist
+	tar -xzf $(TESTENV)/sdist/timm-$(TIMM).tar.gz -C $(TESTENV)
 	touch $@

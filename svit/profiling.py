@@ -35,19 +35,28 @@ def attention_macs(inputs: list, outputs: list) -> int:
     return prod(rows) * k[-2] * (q[-1] + e)
 
 
+def nothing(inputs: list, outputs: list) -> int:
+    return 0
+
+
 # Operation of a torch.jit trace -> function from the values that go in and come out of it (torch._C.Value) to its MACs:
 # the form that fvcore takes, and mmengine too.
 HANDLES: dict[str, Handle] = {
     "aten::matmul": matmul_macs,
     "aten::scaled_dot_product_attention": attention_macs,
+    # mmcv's, which interpolates maps in regions. fvcore leaves out by name only what is no Python function.
+    "prim::PythonOp.RoIAlignFunction": nothing,
 }
+
+# fvcore's names of the operations of convolution and linear layers.
+LAYERS = frozenset({"conv", "linear", "addmm"})
 
 _MOVES = (
     "clone expand_as im2col meshgrid new_ones ones_like pad pixel_shuffle pixel_unshuffle repeat repeat_interleave "
     "reshape_as unfold"
 )
 _ELEMENTWISE = (
-    "abs add ceil clamp_max clamp_min cos div exp log maximum minimum mul neg pow reciprocal rsqrt rsub sign sin sqrt "
+    "abs add ceil clamp_max clamp_min cos div exp log log2 maximum minimum mul neg pow reciprocal rsqrt rsub sign sin sqrt "
     "square sub where"
 )
 _ACTIVATIONS = (
@@ -97,7 +106,9 @@ def analysis(model: nn.Module, inputs: torch.Tensor | tuple[torch.Tensor, ...]) 
     return flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
 
 
-def count(model: nn.Module, img_size: int | tuple[int, int], in_chans: int = 3) -> Count:
+def count(
+    model: nn.Module, img_size: int | tuple[int, int], in_chans: int = 3, attention_products: bool = True
+) -> Count:
     """Parameters and MACs of `model` in eval mode for one image (1, in_chans, H, W).
 
     It runs the model once, where its parameters are, with the memory and the time of one inference: the meta device
@@ -107,6 +118,8 @@ def count(model: nn.Module, img_size: int | tuple[int, int], in_chans: int = 3) 
         model: any module that takes an image; left as it was.
         img_size: height and width of the image: an int or a pair.
         in_chans: channels of the image.
+        attention_products: False counts convolution and linear layers alone, as the paper does for detection and
+            segmentation: neither attention nor association, nor norms.
 
     Raises:
         ModuleNotFoundError: fvcore is not installed.
@@ -116,12 +129,15 @@ def count(model: nn.Module, img_size: int | tuple[int, int], in_chans: int = 3) 
     image = torch.zeros(1, in_chans, *pair(img_size, "img_size"), device=like.device, dtype=like.dtype)
     flops = analysis(model, image)
     with evaluating(model), torch.no_grad():
-        macs = int(flops.total())
+        found = flops.by_module_and_operator()
+    found = {
+        name: {op: int(n) for op, n in ops.items() if attention_products or op in LAYERS} for name, ops in found.items()
+    }
     return Count(
         params=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        macs=macs,
-        by_module={name: int(n) for name, n in flops.by_module().items()},
-        by_operator={name: int(n) for name, n in flops.by_operator().items()},
+        macs=sum(found[""].values()),
+        by_module={name: sum(ops.values()) for name, ops in found.items()},
+        by_operator=found[""],
         unsupported=dict(flops.unsupported_ops()),
     )
 

@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -23,7 +25,9 @@ for name in {ABSENT}:
     assert importlib.util.find_spec(name) is None, name
 import pathlib, sys, timm, torch, svit
 assert pathlib.Path(svit.__file__).is_relative_to(sys.prefix), svit.__file__
-assert (pathlib.Path(svit.__file__).parent / "py.typed").is_file()
+package = pathlib.Path(svit.__file__).parent
+assert (package / "py.typed").is_file()
+assert not list(package.parent.glob("mm_configs"))
 for name in timm.list_models(module="svit"):
     device = "meta" if name in ("svit_small", "svit_base", "svit_large") else "cpu"
     model = timm.create_model(name, device=device).eval()
@@ -44,7 +48,7 @@ def run(*command) -> str:
 def built(tmp_path_factory) -> Path:
     """A folder with the wheel and the sdist, built from a copy of the sources."""
     folder = tmp_path_factory.mktemp("build")
-    for name in ("svit", "README.md", "LICENSE", "pyproject.toml", "setup.cfg"):
+    for name in ("svit", "mm_configs", "README.md", "LICENSE", "pyproject.toml", "setup.cfg"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", folder)
@@ -99,9 +103,29 @@ def test_bare_environment(built, kind, tmp_path):
     assert run(python, "-I", "-c", SMOKE).startswith("version ")
 
 
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_complete(built, kind):
+    """Every module and every config is in the package, the configs inside it."""
+    expected = {f"svit/{f.relative_to(ROOT / 'svit')}" for f in (ROOT / "svit").rglob("*.py")}
+    inside = "svit/mm_configs" if kind == "wheel" else "mm_configs"
+    expected |= {f"{inside}/{f.relative_to(ROOT / 'mm_configs')}" for f in (ROOT / "mm_configs").rglob("*.py")}
+    if kind == "wheel":
+        (archive,) = built.glob("*.whl")
+        found = zipfile.ZipFile(archive).namelist()
+    else:
+        (archive,) = built.glob("*.tar.gz")
+        found = [name.partition("/")[2] for name in tarfile.open(archive).getnames()]
+    assert len(expected) > 60
+    assert expected <= set(found), expected - set(found)
+
+
 def test_layers_know_no_model():
-    """Imports point one way: models -> layers -> ops."""
-    above = {"ops": ["layers", "models"], "layers": ["models"]}
+    """Imports point one way: adapters -> models -> layers -> ops."""
+    above = {
+        "ops": ["layers", "models", "adapters"],
+        "layers": ["models", "adapters"],
+        "models": ["adapters", "profiling", "convert"],
+    }
     for package, forbidden in above.items():
         for file in (ROOT / "svit" / package).rglob("*.py"):
             names = re.findall(r"^\s*(?:from|import) +(?:svit\.|\.\.)(\w+)", file.read_text(), re.MULTILINE)

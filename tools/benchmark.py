@@ -4,7 +4,8 @@
     python tools/benchmark.py svit_small plain:svit_small --img-size 800 1280 --batch-size 1
     python tools/benchmark.py svit_small swin_tiny_patch4_window7_224 --sweep 224 448 672 --plot time-per-pixel.png
 
-A model is any timm name. Before it may stand, and add up: `plain:` for an SViT made of the authors' operations
+A model is any timm name. Before it may stand, and add up: `maps:` for its feature maps alone, without what follows the
+last one, as detectors and segmentors use it; `plain:` for an SViT made of the authors' operations
 (tools/plain_form.py), `reference:` for one on PyTorch's operations (svit.ops), `folded:` to fold what its `fuse()`
 folds, `compiled:` for torch.compile, `graph:` to replay a CUDA graph of it. The models take turns, run by run, so that
 a slow moment of the machine meets them all; each runs in the memory format in which it is faster. Peak memory is what
@@ -52,7 +53,7 @@ class Setting:
         return torch.autocast(self.device, dtype, enabled=self.amp is not None, cache_enabled=False)
 
 
-PREFIXES = ("plain", "reference", "folded", "compiled", "graph")
+PREFIXES = ("maps", "plain", "reference", "folded", "compiled", "graph")
 
 
 def build(spec: str, setting: Setting) -> nn.Module:
@@ -70,6 +71,8 @@ def build(spec: str, setting: Setting) -> nn.Module:
         model = plain_form(model)
     if "folded" in prefixes:
         model = model.fuse()
+    if "maps" in prefixes:
+        model = Maps(model)
     if "compiled" in prefixes:
         # Models of one class share the limit, beyond which they would run uncompiled.
         torch._dynamo.config.recompile_limit = 64
@@ -79,6 +82,19 @@ def build(spec: str, setting: Setting) -> nn.Module:
             raise SystemExit(f"error: {spec}: graph: is for inference on a GPU")
         model = Replayed(model, setting)
     return model
+
+
+class Maps(nn.Module):
+    """All feature maps of a model, each summed up to one value; what follows the last one is cut off."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.indices = model.prune_intermediate_layers(list(range(len(model.feature_info))), prune_norm=True)
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = self.model.forward_intermediates(x, self.indices, output_fmt="NCHW", intermediates_only=True)
+        return torch.stack([m.float().mean() for m in maps])
 
 
 class Replayed(nn.Module):

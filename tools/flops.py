@@ -1,9 +1,11 @@
-"""Parameters and multiply-accumulates (MACs) of models, for one image.
+"""Parameters and multiply-accumulates (MACs) of models, detectors and segmentors, for one image.
 
     python tools/flops.py svit_small svit_base swin_tiny_patch4_window7_224
     python tools/flops.py svit_small --img-size 800 1280 --per-module
     python tools/flops.py svit_small svit_base svit_large --img-size 384 --json flops.json
+    python tools/flops.py mask-rcnn_svit-s_fpn_1x_coco --shape 800 1280 --no-attention-products
 
+A detector or segmentor is a config file or the name of one that comes with the package (needs svit[mm]).
 docs/flops.md says what counts.
 """
 
@@ -13,10 +15,14 @@ import difflib
 import io
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import timm
 from tabulate import tabulate
+from torch import nn
 
 import svit  # noqa: F401  registers the models
 from svit.files import replacing
@@ -31,6 +37,16 @@ PUBLISHED = {
     ("svit_large", (224, 224)): 15_597_000_000,
     ("svit_large", (384, 384)): 49_748_000_000,
 }
+# (backbone, detector or segmentor, image) -> the paper's figure, which leaves attention out: --no-attention-products.
+PUBLISHED_DENSE = {
+    ("svit_small", "MaskRCNN", (800, 1280)): 252_000_000_000,
+    ("svit_base", "MaskRCNN", (800, 1280)): 359_000_000_000,
+    ("svit_large", "MaskRCNN", (800, 1280)): 470_000_000_000,
+    ("svit_base", "CascadeRCNN", (800, 1280)): 837_000_000_000,
+    ("svit_small", "UPerHead", (512, 2048)): 926_000_000_000,
+    ("svit_base", "UPerHead", (512, 2048)): 1_036_000_000_000,
+    ("svit_large", "UPerHead", (512, 2048)): 1_151_000_000_000,
+}
 COLUMNS = ["model", "img_size", "params", "macs", "published_macs"]
 MODULE_DEPTH = 4  # stages.0.blocks.0
 
@@ -42,12 +58,18 @@ class FlopsError(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 0 or 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", metavar="MODEL", nargs="+", help="a model of timm or svit")
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="a model of timm or svit, or a config")
     parser.add_argument(
         "--img-size",
+        "--shape",
         metavar="N",
         nargs="+",
-        help="one number: a square, two: height and width; default: each model's own",
+        help="one number: a square, two: height and width; default: each model's own (a config has none)",
+    )
+    parser.add_argument(
+        "--no-attention-products",
+        action="store_true",
+        help="convolution and linear layers alone, as the paper counts detection and segmentation",
     )
     parser.add_argument("--per-module", action="store_true", help="a table of each model's modules too")
     output = parser.add_mutually_exclusive_group()
@@ -57,11 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     target = args.json or args.csv
     try:
         img_size = parse_size(args.img_size)
-        for name in args.models:
-            check_name(name)
+        builders = [builder(name, img_size) for name in args.models]
         if target and not target.parent.is_dir():  # before the work, not after
             raise FlopsError(f"{target}: there is no folder {target.parent}")
-        rows = [measure(name, img_size, args.per_module) for name in args.models]
+        products = not args.no_attention_products
+        rows = [measure(*pair, args.per_module, products) for pair in zip(args.models, builders, strict=True)]
         print(summary(rows))
         if target:
             write(target, as_json(rows) if args.json else as_csv(rows))
@@ -80,31 +102,73 @@ def parse_size(values: list[str] | None) -> tuple[int, int] | None:
     return int(values[0]), int(values[-1])
 
 
-def check_name(name: str) -> None:
-    if not timm.is_model(name):
-        close = ", ".join(difflib.get_close_matches(name, timm.list_models()))
-        raise FlopsError(f"{name}: no such model" + (f"; did you mean {close}?" if close else ""))
+@dataclass
+class Built:
+    """A model, the image it takes and the published figures that it has."""
+
+    model: nn.Module
+    in_chans: int
+    size: tuple[int, int]
+    published: int | None
+    published_layers: int | None  # of convolution and linear layers alone
 
 
-def measure(name: str, img_size: tuple[int, int] | None, per_module: bool) -> dict:
+def builder(name: str, img_size: tuple[int, int] | None) -> Callable[[], Built]:
+    """What builds a model or the model of a config, if there is one of that name."""
+    if timm.is_model(name):
+        return lambda: build_model(name, img_size)
+    known = timm.list_models()
+    try:
+        from svit.adapters import ConfigError, config_names, load_config
+    except ModuleNotFoundError as error:
+        if name.endswith(".py"):
+            raise FlopsError(f"{name}: a config needs {error.name}; pip install 'svit[mm]', and mmcv") from error
+    else:
+        if name.endswith(".py") or name in config_names():
+            if img_size is None:
+                raise FlopsError(f"{name}: a config has no image size of its own; give --shape H W")
+            try:
+                return partial(build_config, load_config(name), img_size)
+            except ConfigError as error:
+                raise FlopsError(str(error)) from error
+        known += config_names()
+    close = ", ".join(difflib.get_close_matches(name, known))
+    raise FlopsError(f"{name}: no such model" + (f"; did you mean {close}?" if close else ""))
+
+
+def build_model(name: str, img_size: tuple[int, int] | None) -> Built:
+    model = timm.create_model(name)
+    in_chans, *own_size = model.pretrained_cfg["input_size"]
+    size = img_size or tuple(own_size)
+    if model.pretrained_cfg.get("fixed_input_size") and size != tuple(own_size):
+        model = timm.create_model(name, img_size=size)
+    return Built(model, in_chans, size, PUBLISHED.get((model.pretrained_cfg["architecture"], size)), None)
+
+
+def build_config(config, size: tuple[int, int]) -> Built:
+    from svit.adapters.counting import ImageToHeads
+
+    backbone = config.model.backbone
+    kind = config.model.get("decode_head", config.model).type
+    published = PUBLISHED_DENSE.get((backbone.get("arch"), kind, size))
+    return Built(ImageToHeads(config), backbone.get("in_channels", 3), size, None, published)
+
+
+def measure(name: str, build: Callable[[], Built], per_module: bool, attention_products: bool) -> dict:
     """The row of one model. What could not be counted goes to stderr, a table of the modules to stdout."""
     try:
-        model = timm.create_model(name)
-        in_chans, *own_size = model.pretrained_cfg["input_size"]
-        size = img_size or tuple(own_size)
-        if model.pretrained_cfg.get("fixed_input_size") and size != tuple(own_size):
-            model = timm.create_model(name, img_size=size)
-        result = count(model, size, in_chans)
+        built = build()
+        result = count(built.model, built.size, built.in_chans, attention_products)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise FlopsError(f"{name} at {show(img_size) if img_size else 'its own size'}: {first_line(error)}") from error
+        raise FlopsError(f"{name}: {first_line(error)}") from error
 
-    for op, times in result.unsupported.items():
+    for op, times in result.unsupported.items() if attention_products else ():
         print(f"warning: {name}: {op} counts as 0 (runs {times} times)", file=sys.stderr)
     if per_module:
-        print(f"{name} at {show(size)}\n{modules(result)}\n")
-    architecture = model.pretrained_cfg["architecture"]
-    published = PUBLISHED.get((architecture, size))
-    return dict(zip(COLUMNS, (name, list(size), result.params, result.macs, published), strict=True))
+        print(f"{name} at {show(built.size)}\n{modules(result)}\n")
+    published = built.published if attention_products else built.published_layers
+    name = Path(name).stem if name.endswith(".py") else name
+    return dict(zip(COLUMNS, (name, list(built.size), result.params, result.macs, published), strict=True))
 
 
 def show(size: list[int] | tuple[int, ...]) -> str:

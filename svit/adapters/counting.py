@@ -10,43 +10,58 @@ from torch import nn
 
 from svit.profiling import HANDLES
 
-__all__ = ["PROPOSALS", "ImageToHeads", "register_flop_handles"]
+__all__ = ["DETECTIONS", "PROPOSALS", "ImageToHeads", "register_flop_handles"]
 
-# Regions that a two-stage detector looks at, of every image: what its RPN proposes at most.
-PROPOSALS = 1000
+# Regions of every image that a two-stage detector passes to its box heads, all that its RPN may propose, and to its mask
+# heads, all that it may find.
+PROPOSALS, DETECTIONS = 1000, 100
 
 
 class ImageToHeads(nn.Module):
     """A detector or segmentor as one function of an image, up to the raw outputs of its heads.
 
     Without what depends on the image's content and on training: no post-processing, no auxiliary head. A two-stage
-    detector always gets `PROPOSALS` regions, whatever its RPN finds; of these mmdet's Mask R-CNN passes all to the box
-    head and 100 to the mask head.
+    detector always has `PROPOSALS` regions in its box heads and `DETECTIONS` in its mask heads, whatever its RPN finds.
 
-    Shape: (1, C, H, W), any output.
+    Args:
+        config: as `load_config` gives it.
+
+    Shape: (1, C, H, W) to a tuple of tensors.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
-        self.model.init_cfg = None
         for name in [name for name, _ in self.model.named_children() if name.startswith("auxiliary_head")]:
             delattr(self.model, name)
-        rpn = getattr(self.model, "rpn_head", None)
-        if rpn is not None:
-            rpn.predict = lambda maps, samples, rescale=False: propose(rpn(maps), maps[0])
+        self.rpn_outputs = ()
+        if hasattr(self.model, "rpn_head"):
+            self.model.rpn_head.predict = self.propose
+        if hasattr(getattr(self.model, "roi_head", None), "_refine_roi"):  # a cascade
+            self.model.roi_head.forward = self.cascade
+
+    def propose(self, maps: tuple[torch.Tensor, ...], *_, **__) -> list[InstanceData]:
+        """In place of the RPN's `predict`: runs it, and proposes the same regions whatever it finds."""
+        self.rpn_outputs = self.model.rpn_head(maps)
+        return [InstanceData(bboxes=maps[0].new_tensor([[0.0, 0.0, 64.0, 64.0]]).repeat(PROPOSALS, 1))]
+
+    def cascade(self, maps: tuple[torch.Tensor, ...], proposals: list[InstanceData], samples: list) -> tuple:
+        """In place of a cascade's `forward`, which passes every region to the mask heads."""
+        from mmdet.structures.bbox import bbox2roi
+
+        head = self.model.roi_head
+        rois, *found = head._refine_roi(
+            maps, bbox2roi([p.bboxes for p in proposals]), [s.metainfo for s in samples], (PROPOSALS,)
+        )
+        rois = torch.cat(rois)[:DETECTIONS]
+        return *found, *(head._mask_forward(stage, maps, rois)["mask_preds"] for stage in range(head.num_stages))
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         size = tuple(image.shape[-2:])
         meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0))
         outputs = self.model(image, [BaseDataElement(metainfo=meta)], mode="tensor")
-        return tuple(tensors(outputs))
-
-
-def propose(outputs: object, like: torch.Tensor) -> list[InstanceData]:
-    """Regions that do not depend on the RPN's outputs, of one size and place."""
-    boxes = like.new_tensor([[0.0, 0.0, 64.0, 64.0]]).repeat(PROPOSALS, 1)
-    return [InstanceData(bboxes=boxes)]
+        # The RPN's are outputs too: what no output depends on is left out of a trace.
+        return tuple(tensors((outputs, self.rpn_outputs)))
 
 
 def tensors(value: object) -> list[torch.Tensor]:
@@ -54,7 +69,7 @@ def tensors(value: object) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
-        value = value.values()
+        value = list(value.values())
     return [tensor for part in value for tensor in tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
