@@ -85,7 +85,7 @@ def convert(
     return name
 
 
-def read_state_dict(source: Path, ema: bool) -> StateDict:
+def read_state_dict(source: Path, ema: bool = False) -> StateDict:
     """The weights in a file, without the prefixes of DistributedDataParallel and torch.compile."""
     checkpoint = load(source)
     if not isinstance(checkpoint, dict):

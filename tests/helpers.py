@@ -1,5 +1,6 @@
 """Shared by the tests."""
 
+import importlib
 import os
 
 import pytest
@@ -8,3 +9,14 @@ import pytest
 def missing(what: str) -> None:
     """Ends a test that needs `what`: skipped on a developer's machine, failed in CI, where nothing may be missing."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(f"missing: {what}")
+
+
+def needs_mm() -> None:
+    """For the top of a test module that needs MMDetection and MMSegmentation with mmcv's compiled operators."""
+    try:
+        for name in ("mmcv.ops", "mmdet", "mmseg"):
+            importlib.import_module(name)
+    except ImportError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"missing: mmdet, mmsegmentation or mmcv with its operators ({error})", allow_module_level=True)

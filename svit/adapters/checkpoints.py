@@ -1,5 +1,8 @@
 """mmengine's checkpoints under `torch.load(weights_only=True)`, PyTorch's default."""
 
+from collections.abc import Callable
+from pickle import UnpicklingError
+
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
@@ -11,10 +14,20 @@ def allow_mmengine_checkpoints() -> None:
     """Lets `torch.load` build what a Runner's checkpoint holds beside tensors: its history of the logged values.
 
     That is mmengine's HistoryBuffer and the parts of NumPy arrays of numbers, all plain data. Without it, loading or
-    resuming fails with PyTorch from 2.6 on; nothing that could execute code is allowed.
+    resuming fails with PyTorch from 2.6 on; nothing that could execute code is allowed. A history names its own
+    methods, which takes a `getattr`: `method_of_history` stands in for it.
     """
+    HistoryBuffer()  # the first one sets up which statistics there are
     core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
     kinds = {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64)}
     torch.serialization.add_safe_globals(
-        [HistoryBuffer, np.ndarray, np.dtype, core._reconstruct, core.scalar, *sorted(kinds, key=lambda k: k.__name__)]
+        [HistoryBuffer, (method_of_history, "builtins.getattr"), np.ndarray, np.dtype, core._reconstruct, core.scalar]
+        + sorted(kinds, key=lambda kind: kind.__name__)
     )
+
+
+def method_of_history(owner: object, name: str) -> Callable:
+    """`getattr` for the statistics of HistoryBuffer and nothing else."""
+    if owner is not HistoryBuffer or name not in HistoryBuffer._statistics_methods:
+        raise UnpicklingError(f"expected a statistic of HistoryBuffer, got {name!r} of {owner!r}")
+    return getattr(owner, name)

@@ -1,6 +1,7 @@
 """The configs that come with the package: found by name, pointed to data, checked before a long run."""
 
 import difflib
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -157,7 +158,7 @@ def check_dataset(dataset: dict, where: str) -> None:
         folder = root / prefix
         if prefix and not folder.is_dir():
             raise ConfigError(f"{where}.data_prefix.{key}: no such folder: {folder}")
-        suffix = dataset.get(suffixes.get(key))
+        suffix = option(dataset, suffixes[key]) if key in suffixes else None
         if suffix and next(folder.rglob(f"*{suffix}"), None) is None:
             raise ConfigError(f"{where}.data_prefix.{key}: no file that ends in {suffix} in {folder}")
     if dataset.get("ann_file"):
@@ -173,9 +174,24 @@ def check_dataset(dataset: dict, where: str) -> None:
 
 def classes_of(dataset: dict) -> Sequence[str]:
     """The classes of a data set: the config's own, else those of its type, else none."""
-    kind = DATASETS.get(dataset["type"]) if isinstance(dataset["type"], str) else dataset["type"]
     own = (dataset.get("metainfo") or {}).get("classes")
-    return own or getattr(kind, "METAINFO", {}).get("classes", ())
+    return own or getattr(type_of(dataset), "METAINFO", {}).get("classes", ())
+
+
+def option(dataset: dict, name: str) -> Any:
+    """An argument of a data set: the config's own, else its type's default, else None."""
+    default = inspect.signature(type_of(dataset)).parameters.get(name)
+    return dataset.get(name, default.default if default else None)
+
+
+def type_of(dataset: dict) -> type:
+    if not isinstance(dataset["type"], str):
+        return dataset["type"]
+    with DATASETS.switch_scope_and_registry(None) as registry:  # that of the config's package
+        found = registry.get(dataset["type"])
+    if found is None:
+        raise ConfigError(f"dataset.type: no data set {dataset['type']!r} in {registry.scope}")
+    return found
 
 
 def check_heads(model: Any, classes: Sequence[str], name: str = "model") -> None:
