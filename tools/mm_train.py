@@ -17,7 +17,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from svit.adapters.configs import ConfigError, check_data, check_weights, fit_to_machine, load_config
+from svit.adapters.configs import ConfigError, check_data, check_backbone, fit_to_machine, load_config
 from svit.adapters.images import ImageError
 from svit.convert import CheckpointError
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="?",
         const="float16",
         choices=["float16", "bfloat16"],
-        help="mixed precision: float16 (default) or bfloat16 (also on a CPU)",
+        help="mixed precision, on a GPU: float16 (default) or bfloat16",
     )
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the rate with the batch of all processes")
     add_common_arguments(parser)
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             config.auto_scale_lr.enable = True
         if config.load_from:
             drop_start_weights(config)
-        check_weights(config)
+        check_backbone(config)
         check_data(config, "train", "val")
         start_processes(config)
         runner = Runner.from_cfg(config)
@@ -106,12 +106,11 @@ def set_resume(config: Config, resume: str | None) -> None:
 
 
 def use_amp(config: Config, dtype: str) -> None:
-    if dtype == "float16" and not torch.cuda.is_available():
-        raise ConfigError("--amp: float16 needs a GPU; a CPU takes --amp bfloat16")
+    if not torch.cuda.is_available():
+        raise ConfigError("--amp: mmengine's mixed precision needs a GPU")
     config.optim_wrapper.type = "AmpOptimWrapper"
     config.optim_wrapper.dtype = dtype
-    if dtype == "float16":
-        config.optim_wrapper.loss_scale = "dynamic"
+    config.optim_wrapper.loss_scale = "dynamic"
 
 
 def drop_start_weights(config: Config) -> None:

@@ -10,7 +10,7 @@ import timm
 import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d
 from timm.models import adapt_input_conv, group_parameters
@@ -168,8 +168,8 @@ class TimmBackbone(BaseModule):
         self._is_init = True
         if not self.init_cfg:
             return
-        kind = self.init_cfg.get("type") if isinstance(self.init_cfg, dict) else self.init_cfg
-        if kind != "Pretrained" and getattr(kind, "__name__", None) != "PretrainedInit":
+        kind = self.init_cfg.get("type") if isinstance(self.init_cfg, dict) else None
+        if kind not in ("Pretrained", PretrainedInit):
             raise ValueError(f"init_cfg: expected dict(type='Pretrained', checkpoint=...), got {self.init_cfg!r}")
         self.load(self.init_cfg["checkpoint"], self.init_cfg.get("prefix"))
 
@@ -184,7 +184,7 @@ class TimmBackbone(BaseModule):
         # An image of other channels than the checkpoint's: its first convolution is summed up or repeated, as in timm.
         first = self.model.pretrained_cfg.get("first_conv")
         key = f"{first}.weight"
-        if isinstance(first, str) and key in state_dict and key in expected and state_dict[key].shape[1] == 3:
+        if key in state_dict and key in expected and state_dict[key].shape[1:2] == (3,):
             state_dict[key] = adapt_input_conv(expected[key].shape[1], state_dict[key])
 
         if not set(state_dict) & set(expected):
@@ -222,15 +222,18 @@ def check_out_indices(out_indices: Sequence[int], model: nn.Module, arch: str) -
     return indices
 
 
-def find_checkpoint(checkpoint: str, arch: str, download: bool = True) -> Path:
+def is_address(checkpoint: str) -> bool:
+    return checkpoint.startswith(("http://", "https://"))
+
+
+def find_checkpoint(checkpoint: str, arch: str) -> Path:
     """The file of a path or an address; what an address names is kept where PyTorch keeps such files."""
-    if checkpoint.startswith(("http://", "https://")):
+    if is_address(checkpoint):
         file = Path(get_dir(), "checkpoints", checkpoint.rpartition("/")[2].partition("?")[0])
-        if download and is_main_process() and not file.exists():
+        if is_main_process() and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             download_url_to_file(checkpoint, str(file))
-        if download:
-            barrier()
+        barrier()
         return file
     file = Path(checkpoint).expanduser()
     if not file.is_file():

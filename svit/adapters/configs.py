@@ -13,9 +13,9 @@ from mmengine.registry import DATASETS, init_default_scope
 
 import svit
 
-from .backbone import find_checkpoint
+from .backbone import TimmBackbone, is_address
 
-__all__ = ["ConfigError", "check_data", "check_weights", "config_names", "find_config", "fit_to_machine", "load_config"]
+__all__ = ["ConfigError", "check_backbone", "check_data", "config_names", "find_config", "fit_to_machine", "load_config"]
 
 
 class ConfigError(ValueError):
@@ -107,16 +107,19 @@ def init_scope(config: Config) -> None:
     register_all_modules(init_default_scope=True)
 
 
-def check_weights(config: Config) -> None:
-    """Whether the checkpoint that the backbone starts from is there.
+def check_backbone(config: Config) -> None:
+    """Builds the backbone and loads the file that it starts from, to see whether that works.
 
     Raises:
-        CheckpointError: it is not; says where to get it and how to do without.
+        CheckpointError: there is no such file, it cannot be read, or it is of another model; says where to get the
+            weights and how to do without.
+        ValueError: an argument of the backbone is wrong; names it.
     """
-    backbone = config.model.get("backbone", {})
-    init = backbone.get("init_cfg")
-    if backbone.get("type") == "TimmBackbone" and init:
-        find_checkpoint(init["checkpoint"], backbone.arch, download=False)
+    arguments = dict(config.model.get("backbone", {}))
+    if arguments.pop("type", None) == "TimmBackbone":
+        backbone = TimmBackbone(**arguments)
+        if not is_address((backbone.init_cfg or {}).get("checkpoint", "")):
+            backbone.init_weights()
 
 
 def check_data(config: Config, *splits: str) -> None:

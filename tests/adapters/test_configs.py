@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
 import torch
 from helpers import needs_mm
 
@@ -19,7 +21,7 @@ from mmengine.structures import InstanceData, PixelData  # noqa: E402
 from mmseg.structures import SegDataSample  # noqa: E402
 
 from svit.adapters import ConfigError, config_names, find_config, load_config  # noqa: E402
-from svit.adapters.configs import check_data, check_weights, fit_to_machine  # noqa: E402
+from svit.adapters.configs import check_backbone, check_data, fit_to_machine  # noqa: E402
 from svit.convert import CheckpointError  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / "mm_configs"
@@ -277,17 +279,27 @@ def test_folder_without_images(tmp_path):
         check_data(load_config("svit-nano_fpn_1xb8-4k_ade20k-256x256", data_root=str(root)), "train")
 
 
-def test_check_weights(tmp_path, monkeypatch):
+def test_check_backbone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_config("svit-l_upernet_8xb2-160k_ade20k-512x512")
-    with pytest.raises(CheckpointError, match="stvit-large-224.pth"):
-        check_weights(config)
+    with pytest.raises(CheckpointError, match=r"pretrained/svit_large.in1k.safetensors: .*stvit-large-224.pth"):
+        check_backbone(config)
     Path("pretrained").mkdir()
-    Path("pretrained/svit_large.in1k.safetensors").touch()
-    check_weights(config)
+    weights = timm.create_model("test_svit").state_dict()
+    safetensors.torch.save_file(weights, "pretrained/svit_large.in1k.safetensors")
+    with pytest.raises(CheckpointError, match="is not of svit_large; .*other shapes"):
+        check_backbone(config)
+    config.model.backbone.arch = "test_svit"
+    check_backbone(config)
+    config.model.backbone.init_cfg = dict(type="Pretrained", checkpoint="https://example.org/later.pth")
+    check_backbone(config)  # fetched when training starts, not now
     config.model.backbone.init_cfg = None
-    Path("pretrained/svit_large.in1k.safetensors").unlink()
-    check_weights(config)
+    check_backbone(config)
+    config.model.backbone.arch = "svit_huge"
+    with pytest.raises(ValueError, match="^arch: no model 'svit_huge' in timm"):
+        check_backbone(config)
+    config.model.backbone = dict(type="ResNet", depth=18)
+    check_backbone(config)
 
 
 def test_fit_to_machine(monkeypatch):

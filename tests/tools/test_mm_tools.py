@@ -1,0 +1,341 @@
+"""mm_train, mm_test and mm_infer, as a user calls them, on small data sets of real photographs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import needs_mm
+from PIL import Image
+
+needs_mm()
+
+import mm_infer  # noqa: E402
+import mm_test  # noqa: E402
+import mm_train  # noqa: E402
+from mm_data import TILE, ade_folder, coco_folder  # noqa: E402
+from mmengine.config import Config  # noqa: E402
+
+from svit.adapters import find_config  # noqa: E402
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+# No random augmentation, no drop path, every region and anchor in the loss: what mmengine resumes exactly.
+DETECTION = """
+_base_ = {base!r}
+data_root = {root!r}
+classes = ("coin",)
+model = dict(
+    backbone=dict(norm_eval=False),
+    roi_head=dict(bbox_head=dict(num_classes=1), mask_head=dict(num_classes=1)),
+    train_cfg=dict(
+        rpn=dict(sampler=dict(num=100000)),
+        rpn_proposal=dict(nms_pre=200, max_per_img=50),
+        rcnn=dict(sampler=dict(num=1000)),
+    ),
+    test_cfg=dict(rpn=dict(max_per_img=50)),
+)
+load = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+train_dataloader = dict(
+    batch_size=2,
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(data_root=data_root, metainfo=dict(classes=classes), pipeline=[*load[:2], dict(type="PackDetInputs")]),
+)
+resize = dict(type="Resize", scale=(96, 96), keep_ratio=True)
+val_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(
+        data_root=data_root, metainfo=dict(classes=classes), pipeline=[load[0], resize, load[1], load[2]]
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + "/annotations/instances_val2017.json")
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs=16, val_interval=16)
+param_scheduler = [dict(type="LinearLR", start_factor=0.2, by_epoch=False, begin=0, end=8)]
+default_hooks = dict(logger=dict(interval=1))
+randomness = dict(seed=0)
+"""
+
+SEGMENTATION = """
+_base_ = {base!r}
+data_root = {root!r}
+model = dict(
+    backbone=dict(drop_path_rate=0.0),
+    decode_head=dict(dropout_ratio=0.0),
+    data_preprocessor=dict(size=(96, 96)),
+)
+load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", reduce_zero_label=True), dict(type="PackSegInputs")]
+train_dataloader = dict(
+    batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root, pipeline=load)
+)
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root, pipeline=load))
+test_dataloader = val_dataloader
+train_cfg = dict(max_iters=60, val_interval=60)
+param_scheduler = [dict(type="LinearLR", start_factor=0.2, by_epoch=False, begin=0, end=4)]
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=10))
+randomness = dict(seed=0)
+"""
+
+KINDS = {
+    "detection": (DETECTION, "mask-rcnn_svit-nano_fpn_cpu_coco", coco_folder),
+    "segmentation": (SEGMENTATION, "svit-nano_fpn_1xb8-4k_ade20k-256x256", ade_folder),
+}
+
+
+def write_config(folder: Path, kind: str) -> Path:
+    """Data and a config for them; the config's path."""
+    text, base, make_data = KINDS[kind]
+    root = make_data(folder / "data")
+    (folder / "config.py").write_text(text.format(base=str(find_config(base)), root=str(root)))
+    return folder / "config.py"
+
+
+def command(tool: str, *args, processes: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, str(TOOLS / tool), *map(str, args)]
+
+
+def run(tool: str, *args, processes: int = 1) -> str:
+    # One thread: sums in the same order in every run.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(tool, *args, processes=processes), capture_output=True, text=True, env=environment, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def scalars(work_dir: Path) -> list[dict]:
+    """What the run logged, one dict a line, of all its starts."""
+    files = sorted(work_dir.glob("*/vis_data/scalars.json"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def trained(request, tmp_path_factory) -> tuple[str, Path]:
+    """A config and, in `work`, the finished run of it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = write_config(folder, request.param)
+    run("mm_train.py", config, "--work-dir", folder / "work")
+    return request.param, config
+
+
+LAST = {"detection": "epoch_16.pth", "segmentation": "iter_60.pth"}
+MIDDLE = {"detection": "epoch_3.pth", "segmentation": "iter_20.pth"}
+METRIC = {"detection": "coco/segm_mAP_50", "segmentation": "mIoU"}
+
+
+def test_learns(trained):
+    kind, config = trained
+    log = scalars(config.parent / "work")
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert len(losses) == {"detection": 64, "segmentation": 60}[kind]
+    assert losses[-1] < losses[0] / 2
+    (score,) = [line[METRIC[kind]] for line in log if METRIC[kind] in line]
+    assert score > {"detection": 0.05, "segmentation": 40}[kind], log[-1]
+
+
+def test_kill_and_resume(trained):
+    """Killed between two checkpoints and resumed: the weights of the run that was not."""
+    kind, config = trained
+    work = config.parent / "killed"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command("mm_train.py", config, "--work-dir", work),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
+    pointer = work / "last_checkpoint"
+    deadline = time.monotonic() + 600
+    while not (pointer.exists() and pointer.read_text().endswith(MIDDLE[kind])):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (work / LAST[kind]).exists()
+
+    run("mm_train.py", config, "--work-dir", work, "--resume")
+    steps = [line["step"] for line in scalars(work) if "loss" in line]
+    assert len(steps) > len(set(steps)) or steps == sorted(set(steps))
+    assert max(steps) == {"detection": 64, "segmentation": 60}[kind]
+    expected = weights(config.parent / "work" / LAST[kind])
+    found = weights(work / LAST[kind])
+    assert list(found) == list(expected)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_evaluation(trained, tmp_path):
+    kind, config = trained
+    checkpoint = config.parent / "work" / LAST[kind]
+    run("mm_test.py", config, checkpoint, "--out", tmp_path / "metrics.json", "--work-dir", tmp_path / "work")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    (expected,) = [line[METRIC[kind]] for line in scalars(config.parent / "work") if METRIC[kind] in line]
+    assert metrics[METRIC[kind]] == pytest.approx(expected, abs=1e-3)
+    if kind == "segmentation":
+        assert set(metrics) == {"aAcc", "mIoU", "mAcc"}
+    else:
+        assert {"coco/bbox_mAP", "coco/segm_mAP", "coco/segm_mAP_75"} <= set(metrics)
+
+
+def test_pictures(trained, tmp_path, capsys):
+    kind, config = trained
+    folder = {"detection": "val2017", "segmentation": "images/validation"}[kind]
+    images = sorted((config.parent / "data" / folder).iterdir())[:2]
+    args = [str(config), str(config.parent / "work" / LAST[kind])]
+    assert mm_infer.main([*args, *map(str, images), "--out", str(tmp_path / "out"), "--score", "0.05"]) == 0
+    assert mm_infer.main([*args, str(images[0]), "--out", str(tmp_path / "one.jpg")]) == 0
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [f"{image.stem}.png" for image in images]
+    out = capsys.readouterr().out
+    assert "coin" in out if kind == "detection" else "%" in out
+    for image in images:
+        picture, photo = (np.asarray(Image.open(f), dtype=int) for f in (tmp_path / "out" / f"{image.stem}.png", image))
+        assert picture.shape[2] == 3
+        assert picture.shape[:2] == photo.shape[:2] == (TILE, TILE)
+        assert np.abs(picture - photo).mean() > 2  # something is drawn
+    assert Image.open(tmp_path / "one.jpg").format == "JPEG"
+
+
+@pytest.mark.parametrize("trained", ["segmentation"], indirect=True)
+def test_two_processes(trained, tmp_path):
+    """The tool under torchrun on a CPU; tests/adapters/test_distributed.py compares the gradients."""
+    _, config = trained
+    options = ["--cfg-options", "train_cfg.max_iters=2", "train_dataloader.batch_size=2"]
+    run("mm_train.py", config, "--work-dir", tmp_path / "work", *options, processes=2)
+    assert [line["step"] for line in scalars(tmp_path / "work") if "loss" in line] == [1, 2]
+    checkpoint = tmp_path / "work/iter_2.pth"
+    run("mm_test.py", config, checkpoint, "--out", tmp_path / "two.json", "--work-dir", tmp_path / "test", processes=2)
+    run("mm_test.py", config, checkpoint, "--out", tmp_path / "one.json", "--work-dir", tmp_path / "test")
+    assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
+
+
+def test_auto_scale_lr(trained, tmp_path):
+    kind, config = trained
+    options = ["--auto-scale-lr", "--cfg-options", "default_hooks.checkpoint.interval=1000"]
+    stop = "train_cfg.max_iters=2" if kind == "segmentation" else "train_cfg.max_epochs=1"
+    run("mm_train.py", config, "--work-dir", tmp_path / "work", *options, stop)
+    base = 8 if kind == "segmentation" else 4
+    batch = Config.fromfile(tmp_path / "work/config.py").train_dataloader.batch_size
+    rates = [line["lr"] for line in scalars(tmp_path / "work") if "lr" in line]
+    assert rates[0] == pytest.approx(1e-3 * 0.2 * batch / base)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_amp(dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = Config(dict(optim_wrapper=dict(type="OptimWrapper", optimizer=dict(type="AdamW"))))
+    mm_train.use_amp(config, dtype)
+    assert config.optim_wrapper == dict(
+        type="AmpOptimWrapper", optimizer=dict(type="AdamW"), dtype=dtype, loss_scale="dynamic"
+    )
+
+
+def failure(capsys, tool, *args) -> str:
+    assert tool.main([str(arg) for arg in args]) == 1
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    return write_config(tmp_path, "detection")
+
+
+def test_missing_weights(capsys, tmp_path, monkeypatch):
+    """A published config without ImageNet weights: stops at once, says where they are and how to do without."""
+    monkeypatch.chdir(tmp_path)
+    error = failure(capsys, mm_train, "mask-rcnn_svit-b_fpn_1x_coco")
+    for part in ("pretrained/svit_base.in1k.safetensors", "stvit-base-224.pth", "hhb072/STViT", "init_cfg=None"):
+        assert part in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data-root", "nowhere"], "data_root: no such folder: nowhere. Give yours with --data-root"),
+        (["--cfg-options", "model.backbone.arch=svit_nan"], "arch: no model 'svit_nan' in timm; did you mean svit_nano"),
+        (["--cfg-options", "model.backbone.out_indices=[0,7]"], "out_indices: expected rising numbers of svit_nano's"),
+        (["--cfg-options", "train_dataloader.dataset.ann_file=train2017/0.png.json"], "ann_file: no such file"),
+        (["--resume", "none.pth"], "--resume: no such checkpoint: none.pth"),
+        (["--amp"], "--amp: mmengine's mixed precision needs a GPU"),
+    ],
+)
+def test_bad_input(capsys, config, monkeypatch, options, message):
+    monkeypatch.chdir(config.parent)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert message in failure(capsys, mm_train, config, *options)
+    assert sorted(path.name for path in config.parent.iterdir()) == ["config.py", "data"]
+
+
+def test_unknown_config(capsys):
+    assert "no such file or name: nothing" in failure(capsys, mm_train, "nothing")
+    assert "no such file or name: nothing" in failure(capsys, mm_test, "nothing", __file__)
+    assert "checkpoint: no such file: none.pth" in failure(capsys, mm_test, "mask-rcnn_svit-s_fpn_1x_coco", "none.pth")
+
+
+def test_weights_of_another_model(capsys, config):
+    torch.save({"state_dict": {"stem.layers.0.weight": torch.zeros(1)}}, config.parent / "other.pth")
+    init = dict(type="Pretrained", checkpoint=str(config.parent / "other.pth"))
+    config.write_text(config.read_text() + f"model['backbone']['init_cfg'] = {init}\n")
+    error = failure(capsys, mm_train, config, "--work-dir", config.parent / "work")
+    assert "other.pth: is not of svit_nano; missing keys" in error
+    assert not (config.parent / "work").exists()
+
+
+def test_not_json(capsys, config):
+    (config.parent / "data/annotations/instances_val2017.json").write_text("{")
+    error = failure(capsys, mm_train, config, "--work-dir", config.parent / "work")
+    assert "val_dataloader.dataset.ann_file" in error
+    assert "instances_val2017.json is not JSON" in error
+    assert not (config.parent / "work").exists()
+
+
+def test_work_dir_of_another_run(capsys, config):
+    work = config.parent / "work"
+    work.mkdir()
+    (work / "last_checkpoint").write_text("epoch_1.pth")
+    error = failure(capsys, mm_train, config, "--work-dir", work)
+    assert f"--work-dir: {work} holds a run already; go on with --resume or name another" in error
+    assert [path.name for path in work.iterdir()] == ["last_checkpoint"]
+
+
+def test_image_that_is_none(config):
+    (config.parent / "data/val2017/9.png").write_text("no image")
+    done = subprocess.run(
+        command("mm_train.py", config, "--work-dir", config.parent / "work"), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "error: 1 of the images cannot be read" in done.stderr
+    assert "val2017/9.png (not an image)" in done.stderr
+    assert not list((config.parent / "work").glob("*.pth"))
+
+
+def test_bad_pictures(capsys, config):
+    photo = config.parent / "data/val2017/8.png"
+    checkpoint = config.parent / "none.pth"
+    args = [config, checkpoint]
+    assert "none.pth" in failure(capsys, mm_infer, *args, photo, "--out", config.parent / "a.png")
+    assert "nowhere" in failure(capsys, mm_infer, *args, photo, "--out", config.parent / "nowhere/a.png")
+    assert "config.py: not an image" in failure(capsys, mm_infer, *args, config, "--out", config.parent / "a.png")
+    assert "expected a folder" in failure(capsys, mm_infer, *args, photo, photo, "--out", config)
+    assert "same file" in failure(capsys, mm_infer, *args, photo, photo, "--out", config.parent / "folder")
+    assert not (config.parent / "a.png").exists()
