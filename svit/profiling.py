@@ -56,8 +56,8 @@ _MOVES = (
     "reshape_as unfold"
 )
 _ELEMENTWISE = (
-    "abs add ceil clamp_max clamp_min cos div exp log log2 maximum minimum mul neg pow reciprocal rsqrt rsub sign sin sqrt "
-    "square sub where"
+    "abs add ceil clamp_max clamp_min cos div exp log log2 maximum minimum mul neg pow reciprocal rsqrt rsub sign sin "
+    "sqrt square sub where"
 )
 _ACTIVATIONS = (
     "elu gelu hardsigmoid hardswish hardtanh leaky_relu log_softmax mish prelu relu6 sigmoid silu softmax softplus tanh"

@@ -114,7 +114,8 @@ def test_complete(built, kind):
         found = zipfile.ZipFile(archive).namelist()
     else:
         (archive,) = built.glob("*.tar.gz")
-        found = [name.partition("/")[2] for name in tarfile.open(archive).getnames()]
+        with tarfile.open(archive) as content:
+            found = [name.partition("/")[2] for name in content.getnames()]
     assert len(expected) > 60
     assert expected <= set(found), expected - set(found)
 

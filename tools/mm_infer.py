@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mm_train import drop_start_weights, failed
 from mmengine.config import DictAction
 from PIL import Image
 
+from mm_train import drop_start_weights, failed
 from svit.adapters.configs import ConfigError, load_config
 from svit.adapters.images import problem_with
 from svit.files import replacing

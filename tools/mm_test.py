@@ -12,10 +12,10 @@ import json
 import sys
 from pathlib import Path
 
-from mm_train import add_common_arguments, drop_start_weights, failed, start_processes
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from mm_train import add_common_arguments, drop_start_weights, failed, start_processes
 from svit.adapters.configs import ConfigError, check_data, load_config
 from svit.adapters.images import ImageError
 from svit.files import replacing

@@ -17,7 +17,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from svit.adapters.configs import ConfigError, check_data, check_backbone, fit_to_machine, load_config
+from svit.adapters.configs import ConfigError, check_backbone, check_data, fit_to_machine, load_config
 from svit.adapters.images import ImageError
 from svit.convert import CheckpointError
 
@@ -114,7 +114,7 @@ def use_amp(config: Config, dtype: str) -> None:
 
 
 def drop_start_weights(config: Config) -> None:
-    """All weights come from a checkpoint of the whole model: those that the backbone would start from are not needed."""
+    """A checkpoint of the whole model needs none that the backbone alone would start from."""
     if config.model.get("backbone", {}).get("init_cfg"):
         config.model.backbone.init_cfg = None
 

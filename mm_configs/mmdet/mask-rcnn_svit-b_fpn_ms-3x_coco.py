@@ -1,6 +1,6 @@
 # Mask R-CNN with SViT-B, 36 epochs, multi-scale.
 # Paper, COCO val2017: 51.0 box AP, 45.4 mask AP, 359 GFLOPs at 800 x 1280.
-# Settings: The paper does not print its settings; these are those of UniFormer and RMT, of the same group: AdamW, lr 1e-4 at
+# Settings: the paper does not print its own; these are those of UniFormer and RMT, of the same group: AdamW, lr 1e-4 at
 # batch 16, weight decay 0.05 but on norms, biases and vectors, drop path 0.4, BatchNorm at ImageNet's statistics, a
 # LayerNorm on each map.
 _base_ = [

@@ -1,5 +1,5 @@
-# The baseline of svit-nano_fpn_1xb8-1k_camvid-256x256: head, data and schedule of that file, timm's ResNet-18 in place of
-# SViT-nano, from scratch too. Any other model of timm with feature maps goes in the same way.
+# The baseline of svit-nano_fpn_1xb8-1k_camvid-256x256: head, data and schedule of that file, timm's ResNet-18 in place
+# of SViT-nano, from scratch too. Any other model of timm with feature maps goes in the same way.
 _base_ = "svit-nano_fpn_1xb8-1k_camvid-256x256.py"
 
 model = dict(

@@ -1,8 +1,8 @@
 # UPerNet with SViT-B, 160k iterations of 16 crops of 512 x 512.
 # Paper, ADE20K val: 50.7 mIoU at one scale, 51.9 at several (mm_test.py --tta), 1036 GFLOPs at 512 x 2048.
-# Settings: the paper does not print its own; these are those of UniFormer and RMT, of the same group: AdamW, lr 6e-5, weight decay
-# 0.01 but on norms, biases and vectors, 1500 iterations of warm-up, then linear decay;
-# drop path 0.4, BatchNorm over all GPUs, a LayerNorm on each map.
+# Settings: the paper does not print its own; these are those of UniFormer and RMT, of the same group: AdamW, lr 6e-5,
+# weight decay 0.01 but on norms, biases and vectors, 1500 iterations of warm-up, then linear decay; drop path 0.4,
+# BatchNorm over all GPUs, a LayerNorm on each map.
 _base_ = [
     "../_base_/models/upernet.py",
     "../_base_/datasets/ade20k.py",

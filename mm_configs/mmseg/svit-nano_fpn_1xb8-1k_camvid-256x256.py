@@ -1,5 +1,6 @@
-# Semantic FPN small enough to train on a CPU in minutes: SViT-nano from scratch, narrow heads, 1000 iterations of 8 crops
-# of 256 x 256. For trying things out and for small data sets; it is not in the paper. docs/segmentation.md has its result.
+# Semantic FPN small enough to train on a CPU in minutes: SViT-nano from scratch, narrow heads, 1000 iterations of 8
+# crops of 256 x 256. For trying things out and for small data sets; it is not in the paper. docs/segmentation.md has
+# its result.
 _base_ = [
     "../_base_/models/semantic-fpn.py",
     "../_base_/datasets/camvid.py",

@@ -1,5 +1,5 @@
-# Semantic FPN small enough to try ADE20K, or a folder in its format, on a CPU: SViT-nano from scratch, narrow heads, 4000
-# iterations of 8 crops of 256 x 256. It is not in the paper.
+# Semantic FPN small enough to try ADE20K, or a folder in its format, on a CPU: SViT-nano from scratch, narrow heads,
+# 4000 iterations of 8 crops of 256 x 256. It is not in the paper.
 _base_ = [
     "../_base_/models/semantic-fpn.py",
     "../_base_/datasets/ade20k.py",

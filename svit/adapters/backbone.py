@@ -247,9 +247,9 @@ def how_to_get_weights(arch: str) -> str:
     published = {"svit_small", "svit_base", "svit_large"}
     if name in published:
         theirs = f"stvit-{name.removeprefix('svit_')}-224.pth"
-        where = f"ImageNet weights: get {theirs} from the links at https://github.com/hhb072/STViT (as it is, or converted)"
+        where = f"ImageNet weights: get {theirs} from the links at https://github.com/hhb072/STViT, convert it or not,"
     else:
-        where = f"Train {name} for classification, or save weights that timm has, to get such a file"
+        where = f"Train {name} for classification, or save weights that timm has, to get such a file,"
     return (
         f"{where} and point to it with --cfg-options model.backbone.init_cfg.checkpoint=FILE. "
         "To train from scratch on purpose: --cfg-options model.backbone.init_cfg=None"

@@ -15,7 +15,15 @@ import svit
 
 from .backbone import TimmBackbone, is_address
 
-__all__ = ["ConfigError", "check_backbone", "check_data", "config_names", "find_config", "fit_to_machine", "load_config"]
+__all__ = [
+    "ConfigError",
+    "check_backbone",
+    "check_data",
+    "config_names",
+    "find_config",
+    "fit_to_machine",
+    "load_config",
+]
 
 
 class ConfigError(ValueError):

@@ -12,8 +12,8 @@ from svit.profiling import HANDLES
 
 __all__ = ["DETECTIONS", "PROPOSALS", "ImageToHeads", "register_flop_handles"]
 
-# Regions of every image that a two-stage detector passes to its box heads, all that its RPN may propose, and to its mask
-# heads, all that it may find.
+# Regions of every image that a two-stage detector passes to its box heads, all that its RPN may propose, and to its
+# mask heads, all that it may find.
 PROPOSALS, DETECTIONS = 1000, 100
 
 

@@ -4,13 +4,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import needs_mm
 from torch import nn
+
+from helpers import needs_mm
 
 needs_mm()
 
 import mmdet.models  # noqa: E402
-import mmseg.models  # noqa: E402, F401
+import mmseg.models  # noqa: E402
 from mmengine.model import BaseModule, revert_sync_batchnorm  # noqa: E402
 from mmengine.registry import MODELS  # noqa: E402
 
@@ -274,7 +275,10 @@ def test_address(tmp_path, weights, monkeypatch):
     [
         (lambda w: {"fc.weight": torch.zeros(2)}, "holds no weight of test_svit; it has fc.weight"),
         (lambda w: timm.create_model("svit_nano").state_dict(), "is not of test_svit; .*other shapes"),
-        (lambda w: {k: v for k, v in w.items() if "stages.2" not in k}, r"is not of test_svit; missing keys: \d+ \(stages.2"),
+        (
+            lambda w: {k: v for k, v in w.items() if "stages.2" not in k},
+            r"is not of test_svit; missing keys: \d+ \(stages.2",
+        ),
         (lambda w: {**w, "stages.1.blocks.1.norm1.weight": torch.ones(16)}, "is not of test_svit; unexpected keys: 1"),
     ],
 )

@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+
 from helpers import needs_mm
 
 needs_mm()
@@ -38,7 +39,13 @@ class Reduced:
 
 @pytest.mark.parametrize(
     "thing",
-    [Foreign(), print, Reduced(getattr, HistoryBuffer, "update"), Reduced(getattr, {}, "clear"), Reduced(eval, "1 + 1")],
+    [
+        Foreign(),
+        print,
+        Reduced(getattr, HistoryBuffer, "update"),
+        Reduced(getattr, {}, "clear"),
+        Reduced(eval, "1 + 1"),
+    ],
 )
 def test_nothing_else(tmp_path, thing):
     torch.save({"a": thing}, tmp_path / "a.pth")

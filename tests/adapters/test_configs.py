@@ -7,11 +7,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+
 from helpers import needs_mm
 
 needs_mm()
 
-from mm_data import ade_folder, coco_folder  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
 from mmdet.structures.mask import BitmapMasks  # noqa: E402
 from mmengine.config import Config  # noqa: E402
@@ -20,6 +20,7 @@ from mmengine.registry import MODELS  # noqa: E402
 from mmengine.structures import InstanceData, PixelData  # noqa: E402
 from mmseg.structures import SegDataSample  # noqa: E402
 
+from mm_data import ade_folder, coco_folder  # noqa: E402
 from svit.adapters import ConfigError, config_names, find_config, load_config  # noqa: E402
 from svit.adapters.configs import check_backbone, check_data, fit_to_machine  # noqa: E402
 from svit.convert import CheckpointError  # noqa: E402
@@ -142,7 +143,8 @@ def test_settings(file):
     assert tuple(backbone.stoken_size) == (8, 4, 1, 1)
     assert backbone.init_cfg == dict(type="Pretrained", checkpoint=f"pretrained/svit_{size}.in1k.safetensors")
     widths = [WIDTHS[backbone.arch][i] for i in backbone.out_indices]
-    assert list(config.model.get("neck", config.model.decode_head if "decode_head" in config.model else {}).in_channels) == widths  # fmt: skip
+    takes_maps = config.model.neck if "neck" in config.model else config.model.decode_head
+    assert list(takes_maps.in_channels) == widths
     optim = config.optim_wrapper
     assert optim.optimizer.type == "AdamW"
     assert optim.paramwise_cfg == dict(norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0)

@@ -1,5 +1,5 @@
-import pytest
 import torch
+
 from helpers import needs_mm
 
 needs_mm()

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import torch
+
 from helpers import needs_mm
 
 needs_mm()

@@ -1,8 +1,9 @@
 import json
 
 import pytest
-from helpers import needs_mm
 from PIL import Image
+
+from helpers import needs_mm
 
 needs_mm()
 

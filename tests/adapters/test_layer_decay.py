@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from helpers import needs_mm
 
 needs_mm()

@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import needs_mm
 from PIL import Image
 
+from helpers import needs_mm
+
 needs_mm()
+
+from mmengine.config import Config  # noqa: E402
 
 import mm_infer  # noqa: E402
 import mm_test  # noqa: E402
 import mm_train  # noqa: E402
 from mm_data import TILE, ade_folder, coco_folder  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-
 from svit.adapters import find_config  # noqa: E402
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -77,7 +78,11 @@ model = dict(
     decode_head=dict(dropout_ratio=0.0),
     data_preprocessor=dict(size=(96, 96)),
 )
-load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", reduce_zero_label=True), dict(type="PackSegInputs")]
+load = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="PackSegInputs"),
+]
 train_dataloader = dict(
     batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root, pipeline=load)
 )
@@ -272,7 +277,10 @@ def test_missing_weights(capsys, tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["--data-root", "nowhere"], "data_root: no such folder: nowhere. Give yours with --data-root"),
-        (["--cfg-options", "model.backbone.arch=svit_nan"], "arch: no model 'svit_nan' in timm; did you mean svit_nano"),
+        (
+            ["--cfg-options", "model.backbone.arch=svit_nan"],
+            "arch: no model 'svit_nan' in timm; did you mean svit_nano",
+        ),
         (["--cfg-options", "model.backbone.out_indices=[0,7]"], "out_indices: expected rising numbers of svit_nano's"),
         (["--cfg-options", "train_dataloader.dataset.ann_file=train2017/0.png.json"], "ann_file: no such file"),
         (["--resume", "none.pth"], "--resume: no such checkpoint: none.pth"),

@@ -1,6 +1,6 @@
 # CamVid road scenes, 480 x 360, with the 11 classes of Badrinarayanan et al. (SegNet, 2017): images in img/{train, val,
-# test} as .jpg, masks of class numbers (255: none) of the same names in ann/{train, val, test} as .png. A folder of images and masks
-# of your own needs no more than this file with other names: docs/segmentation.md.
+# test} as .jpg, masks of class numbers (255: none) of the same names in ann/{train, val, test} as .png. A folder of
+# images and masks of your own needs no more than this file with other names: docs/segmentation.md.
 data_root = "data/camvid"
 metainfo = dict(
     classes=(
@@ -30,9 +30,7 @@ metainfo = dict(
         [0, 128, 192],
     ],
 )
-dataset = dict(
-    type="BaseSegDataset", data_root=data_root, metainfo=metainfo, img_suffix=".jpg", seg_map_suffix=".png"
-)
+dataset = dict(type="BaseSegDataset", data_root=data_root, metainfo=metainfo, img_suffix=".jpg", seg_map_suffix=".png")
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),
@@ -50,9 +48,7 @@ train_dataloader = dict(
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        dataset, data_prefix=dict(img_path="img/train", seg_map_path="ann/train"), pipeline=train_pipeline
-    ),
+    dataset=dict(dataset, data_prefix=dict(img_path="img/train", seg_map_path="ann/train"), pipeline=train_pipeline),
 )
 val_dataloader = dict(
     batch_size=1,
