@@ -219,3 +219,16 @@ def test_bad_size(img_size):
 def test_package_does_not_import_it():
     code = "import sys, svit; sys.exit('fvcore' in sys.modules or 'svit.profiling' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_layers_alone():
+    """What the paper counts for detection and segmentation: convolution and linear layers, module by module."""
+    model = timm.create_model("test_svit")
+    everything, layers = (count(model, 64, attention_products=products) for products in (True, False))
+    assert set(layers.by_operator) == {"conv", "linear"}
+    assert layers.by_operator == {op: everything.by_operator[op] for op in ("conv", "linear")}
+    assert layers.macs == sum(layers.by_operator.values()) < everything.macs
+    attention, convs = "stages.0.blocks.0.attn", "stages.0.blocks.0.attn.qkv"
+    assert layers.by_module[attention] == everything.by_module[convs] + everything.by_module[f"{attention}.proj"]
+    assert everything.by_module[attention] > layers.by_module[attention]
+    assert layers.params == everything.params

@@ -53,7 +53,7 @@ class Setting:
         return torch.autocast(self.device, dtype, enabled=self.amp is not None, cache_enabled=False)
 
 
-PREFIXES = ("maps", "plain", "reference", "folded", "compiled", "graph")
+PREFIXES = ("plain", "reference", "folded", "maps", "compiled", "graph")
 
 
 def build(spec: str, setting: Setting) -> nn.Module:
@@ -72,7 +72,7 @@ def build(spec: str, setting: Setting) -> nn.Module:
     if "folded" in prefixes:
         model = model.fuse()
     if "maps" in prefixes:
-        model = Maps(model)
+        model = Maps(model).train(setting.train)
     if "compiled" in prefixes:
         # Models of one class share the limit, beyond which they would run uncompiled.
         torch._dynamo.config.recompile_limit = 64

@@ -79,11 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     target = args.json or args.csv
     try:
         img_size = parse_size(args.img_size)
-        builders = [builder(name, img_size) for name in args.models]
+        builders = {name: builder(name, img_size) for name in args.models}
         if target and not target.parent.is_dir():  # before the work, not after
             raise FlopsError(f"{target}: there is no folder {target.parent}")
         products = not args.no_attention_products
-        rows = [measure(*pair, args.per_module, products) for pair in zip(args.models, builders, strict=True)]
+        rows = [measure(*item, img_size, args.per_module, products) for item in builders.items()]
         print(summary(rows))
         if target:
             write(target, as_json(rows) if args.json else as_csv(rows))
@@ -154,13 +154,19 @@ def build_config(config, size: tuple[int, int]) -> Built:
     return Built(ImageToHeads(config), backbone.get("in_channels", 3), size, None, published)
 
 
-def measure(name: str, build: Callable[[], Built], per_module: bool, attention_products: bool) -> dict:
+def measure(
+    name: str,
+    build: Callable[[], Built],
+    img_size: tuple[int, int] | None,
+    per_module: bool,
+    attention_products: bool,
+) -> dict:
     """The row of one model. What could not be counted goes to stderr, a table of the modules to stdout."""
     try:
         built = build()
         result = count(built.model, built.size, built.in_chans, attention_products)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise FlopsError(f"{name}: {first_line(error)}") from error
+        raise FlopsError(f"{name} at {show(img_size) if img_size else 'its own size'}: {first_line(error)}") from error
 
     for op, times in result.unsupported.items() if attention_products else ():
         print(f"warning: {name}: {op} counts as 0 (runs {times} times)", file=sys.stderr)

@@ -252,7 +252,7 @@ def how_to_get_weights(arch: str) -> str:
         where = f"Train {name} for classification, or save weights that timm has, to get such a file,"
     return (
         f"{where} and point to it with --cfg-options model.backbone.init_cfg.checkpoint=FILE. "
-        "To train from scratch on purpose: --cfg-options model.backbone.init_cfg=None"
+        "To train from scratch on purpose: --cfg-options model.backbone.init_cfg=None model.backbone.norm_eval=False"
     )
 
 

@@ -20,10 +20,8 @@ def allow_mmengine_checkpoints() -> None:
     HistoryBuffer()  # the first one sets up which statistics there are
     core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
     kinds = {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64)}
-    torch.serialization.add_safe_globals(list(kinds))
-    torch.serialization.add_safe_globals(
-        [HistoryBuffer, (method_of_history, "builtins.getattr"), np.ndarray, np.dtype, core._reconstruct, core.scalar]
-    )
+    arrays = [np.ndarray, np.dtype, core._reconstruct, core.scalar, *kinds]
+    torch.serialization.add_safe_globals([HistoryBuffer, (method_of_history, "builtins.getattr"), *arrays])
 
 
 def method_of_history(owner: object, name: str) -> Callable:

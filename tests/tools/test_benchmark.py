@@ -13,7 +13,17 @@ SETTING = benchmark.Setting((32, 48), 2, False, None, "cpu")
 
 @pytest.mark.parametrize(
     "spec",
-    ["test_svit", "plain:test_svit", "folded:test_svit", "reference:test_svit", "resnet10t", "vit_tiny_patch16_224"],
+    [
+        "test_svit",
+        "plain:test_svit",
+        "folded:test_svit",
+        "maps:test_svit",
+        "maps:plain:test_svit",
+        "maps:resnet10t",
+        "reference:test_svit",
+        "resnet10t",
+        "vit_tiny_patch16_224",
+    ],
 )
 def test_build_and_run(spec):
     model = benchmark.build(spec, SETTING)
@@ -41,6 +51,17 @@ def test_unknown_prefix():
 def test_graphs_are_for_gpus():
     with pytest.raises(SystemExit, match="graph:test_svit: graph: is for inference on a GPU"):
         benchmark.build("graph:test_svit", SETTING)
+
+
+def test_maps():
+    """The feature maps, and nothing behind them."""
+    torch.manual_seed(0)
+    model = benchmark.build("maps:test_svit", SETTING)
+    x = torch.randn(1, 3, 64, 64)
+    maps = model.model.forward_intermediates(x, intermediates_only=True)
+    torch.testing.assert_close(model(x), torch.stack([m.mean() for m in maps]))
+    names = {name.split(".")[1] for name, _ in model.named_parameters()}
+    assert names == {"stem", "stages"}
 
 
 def test_reference_prefix_and_dtype():

@@ -10,6 +10,7 @@ import pytest
 import timm
 
 import svit.profiling
+from helpers import needs_mm
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["model", "img_size", "params", "macs", "published_macs"]
@@ -90,6 +91,71 @@ def test_what_counts_as_0_is_said(run, monkeypatch):
     status, _, err = run("test_svit")
     assert status == 0
     assert err == "warning: test_svit: aten::gelu counts as 0 (runs 8 times)\n"
+
+
+DETECTOR = "mask-rcnn_svit-nano_fpn_cpu_coco"
+
+
+def test_layers_alone(run):
+    assert run("svit_nano", "--no-attention-products", "--json", "a.json")[0] == 0
+    assert run("svit_nano", "--json", "b.json")[0] == 0
+    layers, everything = (json.loads(Path(f).read_text())[0]["macs"] for f in ("a.json", "b.json"))
+    products = svit.profiling.count(timm.create_model("svit_nano"), 224).by_operator
+    assert layers == products["conv"] + products["linear"]
+    assert everything == sum(products.values()) > layers
+
+
+def test_config(run):
+    """A detector by the name or the file of its config: the JSON rows of models."""
+    needs_mm()
+    from svit.adapters import find_config
+
+    copy = Path("copy.py")
+    copy.write_text(f"_base_ = {str(find_config(DETECTOR))!r}")
+    status, out, err = run(DETECTOR, "copy.py", "svit_nano", "--shape", "64", "96", "--json", "flops.json")
+    assert (status, err) == (0, "")
+    detector, same, backbone = json.loads(Path("flops.json").read_text())
+    assert list(detector) == KEYS
+    assert [detector["model"], same["model"]] == [DETECTOR, "copy"]
+    assert detector["img_size"] == [64, 96]
+    assert detector["published_macs"] is None
+    assert detector["params"] == same["params"] > 2_000_000
+    assert detector["macs"] == same["macs"] > backbone["macs"] + 1000 * 64 * 7 * 7 * 256
+
+
+PAPER = {
+    "mask-rcnn_svit-s_fpn_1x_coco": ((800, 1280), 252e9, 252.8e9),
+    "svit-s_upernet_8xb2-160k_ade20k-512x512": ((512, 2048), 926e9, 927.1e9),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_papers_count(run, name):
+    """The published figure, and what the paper's way of counting gives to four digits."""
+    needs_mm()
+    size, published, exact = PAPER[name]
+    assert run(name, "--shape", *map(str, size), "--no-attention-products", "--json", "flops.json")[0] == 0
+    (row,) = json.loads(Path("flops.json").read_text())
+    assert row["published_macs"] == published
+    assert row["macs"] == pytest.approx(published, rel=0.02)
+    assert row["macs"] == pytest.approx(exact, rel=0.0005)
+
+
+def test_bad_configs(run):
+    needs_mm()
+    status, _, err = run(DETECTOR)
+    assert (status, err) == (1, f"error: {DETECTOR}: a config has no image size of its own; give --shape H W\n")
+    status, _, err = run("mask-rcnn_svit-nano_fpn_cpu_coc", "--shape", "64")
+    assert err.startswith(f"error: mask-rcnn_svit-nano_fpn_cpu_coc: no such model; did you mean {DETECTOR}, ")
+    status, _, err = run("none.py", "--shape", "64")
+    assert (status, err) == (1, "error: config: no such file or name: none.py\n")
+
+
+def test_configs_need_mmengine(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "svit.adapters", None)
+    status, _, err = run("some.py", "--shape", "64")
+    assert status == 1
+    assert err.startswith("error: some.py: a config needs svit.adapters; pip install 'svit[mm]'")
 
 
 SIZES = "error: --img-size: expected one or two positive whole numbers, got"
