@@ -160,7 +160,7 @@ def synchronized_time(device: str) -> float:
 
 
 def better_format(spec: str, setting: Setting) -> str:
-    """The memory format in which the model is faster: the median of three runs each, after one to warm up.
+    """The memory format in which the model is faster: the median of three runs each (one, of seconds), after a first.
 
     Two more compilations take longer than all of the runs: what is compiled or captured for a GPU runs channels-last.
     """
@@ -170,8 +170,8 @@ def better_format(spec: str, setting: Setting) -> str:
     medians = {}
     for memory_format in FORMATS:
         candidate = Candidate(model, memory_format, setting)
-        candidate.run()
-        medians[memory_format] = statistics.median(candidate.run() for _ in range(3))
+        runs = 3 if candidate.run() < 1 else 1
+        medians[memory_format] = statistics.median(candidate.run() for _ in range(runs))
     return min(medians, key=medians.get)
 
 

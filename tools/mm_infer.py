@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from mmengine.config import DictAction
 from PIL import Image
 
 from mm_train import drop_start_weights, failed
+from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.configs import ConfigError, load_config
 from svit.adapters.images import problem_with
 from svit.files import replacing
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cfg-options", metavar="KEY=VALUE", nargs="+", action=DictAction)
     args = parser.parse_args(argv)
+    refuse_foreign_objects()
     try:
         targets = plan(args.images, args.out)
         if not Path(args.checkpoint).is_file():
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         drop_start_weights(config)
         draw = segmentor if config.get("default_scope") == "mmseg" else detector
         look = draw(config, args.checkpoint, args.device, args.score)
-    except ValueError as error:
+    except (ValueError, UnpicklingError) as error:
         return failed(error)
     for image, target in targets.items():
         picture, found = look(str(image))

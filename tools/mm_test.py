@@ -11,11 +11,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mm_train import add_common_arguments, drop_start_weights, failed, start_processes
+from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.configs import ConfigError, check_data, load_config
 from svit.adapters.images import ImageError
 from svit.files import replacing
@@ -32,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the metrics as JSON")
     add_common_arguments(parser)
     args = parser.parse_args(argv)
+    refuse_foreign_objects()
     try:
         if not Path(args.checkpoint).is_file():
             raise ConfigError(f"checkpoint: no such file: {args.checkpoint}")
@@ -51,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return failed(error)
     try:
         metrics = runner.test()
-    except ImageError as error:
+    except (ImageError, UnpicklingError) as error:
         return failed(error)
     if args.out and runner.rank == 0:
         with replacing(args.out) as part:

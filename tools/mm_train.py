@@ -12,11 +12,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.configs import ConfigError, check_backbone, check_data, fit_to_machine, load_config
 from svit.adapters.images import ImageError
 from svit.convert import CheckpointError
@@ -46,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the rate with the batch of all processes")
     add_common_arguments(parser)
     args = parser.parse_args(argv)
+    refuse_foreign_objects()
     try:
         config = load_config(args.config, args.cfg_options, args.data_root)
         config.work_dir = args.work_dir or config.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
@@ -67,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         return failed(error)
     try:
         runner.train()
-    except (CheckpointError, ImageError) as error:
+    except (CheckpointError, ImageError, UnpicklingError) as error:
         return failed(error)
     return 0
 
@@ -127,6 +130,7 @@ def start_processes(config: Config) -> None:
 
 
 def failed(error: Exception) -> int:
+    """Says what is wrong; returns the exit status."""
     print(f"error: {error}", file=sys.stderr)
     return 1
 

@@ -22,6 +22,8 @@ import svit.models  # noqa: F401  registers the models
 from svit.convert import CheckpointError, differences, listing, read_state_dict
 from svit.models.original import from_original, is_original
 
+from .checkpoints import allow_mmengine_checkpoints
+
 __all__ = ["TimmBackbone"]
 
 
@@ -176,6 +178,7 @@ class TimmBackbone(BaseModule):
     def load(self, checkpoint: str, prefix: str | None = None) -> None:
         """Loads the weights of a file or an address into the model; see `init_cfg` and `init_weights`."""
         file = find_checkpoint(checkpoint, self.arch)
+        allow_mmengine_checkpoints()  # again: a `torch.serialization.safe_globals` elsewhere takes it back at its end
         state_dict = select(read_state_dict(file), prefix)
         if self.convert_weights and is_original(state_dict):
             state_dict = from_original(state_dict)

@@ -1,5 +1,6 @@
 """mmengine's checkpoints under `torch.load(weights_only=True)`, PyTorch's default."""
 
+import os
 from collections.abc import Callable
 from pickle import UnpicklingError
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-__all__ = ["allow_mmengine_checkpoints"]
+__all__ = ["allow_mmengine_checkpoints", "refuse_foreign_objects"]
 
 
 def allow_mmengine_checkpoints() -> None:
@@ -22,6 +23,14 @@ def allow_mmengine_checkpoints() -> None:
     kinds = {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64)}
     arrays = [np.ndarray, np.dtype, core._reconstruct, core.scalar, *kinds]
     torch.serialization.add_safe_globals([HistoryBuffer, (method_of_history, "builtins.getattr"), *arrays])
+
+
+def refuse_foreign_objects() -> None:
+    """Makes every `torch.load` of this process a `weights_only=True`, for programs of our own.
+
+    The maintained fork of mmengine reads a file that such a load refuses once more, and executes what it holds.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
 def method_of_history(owner: object, name: str) -> Callable:

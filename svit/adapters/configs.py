@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
 import svit
+from svit.convert import listing
 
 from .backbone import TimmBackbone, is_address
 
@@ -134,7 +135,7 @@ def check_data(config: Config, *splits: str) -> None:
     """Whether folders and annotations of the splits ('train', 'val', 'test') are there and can be read.
 
     Raises:
-        ConfigError: a folder or file is missing, annotations are no JSON or not COCO's, none of the classes is in
+        ConfigError: a folder or file is missing, annotations are no JSON or not COCO's, a class is not in
             them, or a head has another number of classes.
     """
     for split in splits:
@@ -176,11 +177,10 @@ def check_dataset(dataset: dict, where: str) -> None:
         file = root / dataset["ann_file"]
         found = check_annotations(file, f"{where}.ann_file")
         classes = classes_of(dataset)
-        if found is not None and classes and not set(classes) & found:
-            raise ConfigError(
-                f"{where}.metainfo.classes: none of {', '.join(list(classes)[:5])} ... is a category of {file}, which "
-                f"has {', '.join(sorted(found)[:5])}"
-            )
+        unknown = [name for name in classes if found is not None and name not in found]
+        if unknown:  # mmdet would train without them and fail at the first evaluation
+            has = listing(sorted(found))
+            raise ConfigError(f"{where}.metainfo.classes: {listing(unknown)} no category of {file}, which has {has}")
 
 
 def classes_of(dataset: dict) -> Sequence[str]:

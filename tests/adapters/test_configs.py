@@ -253,7 +253,7 @@ def cut(config: Config) -> None:
         (lambda c: rewrite(c, lambda d: d.pop("categories")), "COCO's format, it has no categories"),
         (
             lambda c: rewrite(c, lambda d: d["categories"][0].update(name="dime")),
-            "metainfo.classes: none of coin .* which has dime",
+            "metainfo.classes: coin no category of .*instances_train2017.json, which has dime",
         ),
         (
             lambda c: c.model.roi_head.mask_head.update(num_classes=80),

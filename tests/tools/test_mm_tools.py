@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import mm_test  # noqa: E402
 import mm_train  # noqa: E402
 from mm_data import TILE, ade_folder, coco_folder  # noqa: E402
 from svit.adapters import find_config  # noqa: E402
+from svit.adapters.checkpoints import allow_mmengine_checkpoints  # noqa: E402
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -130,6 +132,7 @@ def scalars(work_dir: Path) -> list[dict]:
 
 
 def weights(file: Path) -> dict[str, torch.Tensor]:
+    allow_mmengine_checkpoints()
     return torch.load(file, weights_only=True)["state_dict"]
 
 
@@ -335,6 +338,62 @@ def test_image_that_is_none(config):
     assert "error: 1 of the images cannot be read" in done.stderr
     assert "val2017/9.png (not an image)" in done.stderr
     assert not list((config.parent / "work").glob("*.pth"))
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.file)!r}, 'w')",)
+
+
+@pytest.mark.parametrize("tool", ["mm_train.py", "mm_test.py", "mm_infer.py"])
+def test_nothing_is_executed(config, tool):
+    folder = config.parent
+    torch.save({"state_dict": {}, "meta": Trap(folder / "executed")}, folder / "trap.pth")
+    args = {
+        "mm_train.py": [config, "--resume", folder / "trap.pth", "--work-dir", folder / "work"],
+        "mm_test.py": [config, folder / "trap.pth", "--work-dir", folder / "work"],
+        "mm_infer.py": [config, folder / "trap.pth", folder / "data/val2017/8.png", "--out", folder / "a.png"],
+    }
+    done = subprocess.run(command(tool, *args[tool]), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: Weights only load failed" in done.stderr
+    assert not (folder / "executed").exists()
+
+
+@pytest.mark.parametrize("trained", ["detection"], indirect=True)
+def test_fine_tuning(trained, tmp_path):
+    """From a whole detector of other classes: its heads start anew, all else is taken. The rate of 0 shows it."""
+    _, config = trained
+    checkpoint = config.parent / "work" / LAST["detection"]
+    shutil.copytree(config.parent / "data", tmp_path / "data")
+    for file in (tmp_path / "data/annotations").iterdir():
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({**content, "categories": [*content["categories"], dict(id=2, name="dime")]}))
+    other = tmp_path / "config.py"
+    other.write_text(f"""
+_base_ = {str(config)!r}
+model = dict(roi_head=dict(bbox_head=dict(num_classes=2), mask_head=dict(num_classes=2)))
+data = dict(dataset=dict(metainfo=dict(classes=("coin", "dime"))))
+train_dataloader = data
+val_dataloader = data
+test_dataloader = data
+load_from = {str(checkpoint)!r}
+optim_wrapper = dict(optimizer=dict(lr=0.0))
+param_scheduler = []
+train_cfg = dict(max_epochs=1, val_interval=1)
+""")
+    run("mm_train.py", other, "--work-dir", tmp_path / "work", "--data-root", tmp_path / "data")
+    before, after = weights(checkpoint), weights(tmp_path / "work/epoch_1.pth")
+    moved = {name for name, value in after.items() if value.shape != before[name].shape}
+    heads = ("bbox_head.fc_cls", "bbox_head.fc_reg", "mask_head.conv_logits")
+    assert moved == {f"roi_head.{head}.{kind}" for head in heads for kind in ("weight", "bias")}
+    for name, value in after.items():
+        assert name in moved or "running" in name or "num_batches" in name or torch.equal(value, before[name]), name
 
 
 def test_bad_pictures(capsys, config):
