@@ -20,7 +20,7 @@ from PIL import Image
 
 from mm_train import drop_start_weights, failed
 from svit.adapters.checkpoints import refuse_foreign_objects
-from svit.adapters.configs import ConfigError, load_config
+from svit.adapters.configs import ConfigError, check_checkpoint, load_config
 from svit.adapters.images import problem_with
 from svit.files import replacing
 
@@ -34,22 +34,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", metavar="PATH", type=Path, required=True, help="a picture, or a folder, where several are drawn"
     )
-    parser.add_argument("--score", metavar="S", type=float, default=0.3, help="least score to draw; default: 0.3")
+    parser.add_argument(
+        "--score", metavar="S", type=float, default=0.3, help="least score of what a detector draws; default: 0.3"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cfg-options", metavar="KEY=VALUE", nargs="+", action=DictAction)
     args = parser.parse_args(argv)
     refuse_foreign_objects()
     try:
         targets = plan(args.images, args.out)
-        if not Path(args.checkpoint).is_file():
-            raise ConfigError(f"checkpoint: no such file: {args.checkpoint}")
         config = load_config(args.config, args.cfg_options)
         drop_start_weights(config)
+        check_checkpoint(config, args.checkpoint)
         draw = segmentor if config.get("default_scope") == "mmseg" else detector
         look = draw(config, args.checkpoint, args.device, args.score)
     except (ValueError, UnpicklingError) as error:
         return failed(error)
     for image, target in targets.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
         picture, found = look(str(image))
         with replacing(target) as part:
             Image.fromarray(picture).save(part)
@@ -69,7 +71,6 @@ def plan(images: list[Path], out: Path) -> dict[Path, Path]:
         return {images[0]: out}
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out: expected a folder for {len(images)} images, got {out}")
-    out.mkdir(parents=True, exist_ok=True)
     targets = {image: out / f"{image.stem}.png" for image in images}
     if len(set(targets.values())) < len(images):
         raise ConfigError(f"--out: two of the images would be drawn to the same file in {out}")

@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 
 from mm_train import add_common_arguments, drop_start_weights, failed, start_processes
 from svit.adapters.checkpoints import refuse_foreign_objects
-from svit.adapters.configs import ConfigError, check_data, load_config
+from svit.adapters.configs import ConfigError, check_checkpoint, check_data, load_config
 from svit.adapters.images import ImageError
 from svit.files import replacing
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of the whole model, as mm_train.py writes it")
-    parser.add_argument("--work-dir", metavar="DIR", help="logs; default: work_dirs/NAME_OF_CONFIG")
+    parser.add_argument("--work-dir", metavar="DIR", help="logs; default: work_dirs/NAME_OF_CONFIG/test")
     parser.add_argument("--data-root", metavar="DIR", help="the data, in place of the config's data_root")
     parser.add_argument("--tta", action="store_true", help="several sizes and flips, if the config has tta_pipeline")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the metrics as JSON")
@@ -36,15 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     refuse_foreign_objects()
     try:
-        if not Path(args.checkpoint).is_file():
-            raise ConfigError(f"checkpoint: no such file: {args.checkpoint}")
         if args.out and not args.out.parent.is_dir():  # before the work, not after
             raise ConfigError(f"--out: there is no folder {args.out.parent}")
         config = load_config(args.config, args.cfg_options, args.data_root)
-        config.work_dir = args.work_dir or config.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
+        config.work_dir = args.work_dir or str(Path("work_dirs", Path(args.config).stem, "test"))
         config.launcher = args.launcher
         config.load_from, config.resume = args.checkpoint, False
         drop_start_weights(config)
+        check_checkpoint(config, args.checkpoint)
         check_data(config, "test")
         start_processes(config)
         if args.tta:

@@ -19,7 +19,7 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from svit.adapters.checkpoints import refuse_foreign_objects
-from svit.adapters.configs import ConfigError, check_backbone, check_data, fit_to_machine, load_config
+from svit.adapters.configs import ConfigError, check_backbone, check_checkpoint, check_data, fit_to_machine, load_config
 from svit.adapters.images import ImageError
 from svit.convert import CheckpointError
 
@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             if "base_batch_size" not in config.get("auto_scale_lr", {}):
                 raise ConfigError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
             config.auto_scale_lr.enable = True
-        if config.load_from:
+        if config.get("load_from"):
+            check_checkpoint(config, config.load_from, backbone_only=not config.resume)
             drop_start_weights(config)
         check_backbone(config)
         check_data(config, "train", "val")
@@ -94,18 +95,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def set_resume(config: Config, resume: str | None) -> None:
     """Where to go on from; a work dir that holds another run is left alone."""
-    newest = Path(config.work_dir, "last_checkpoint")
-    if resume is None:
-        if newest.exists() and not config.resume:
-            raise ConfigError(f"--work-dir: {config.work_dir} holds a run already; go on with --resume or name another")
-        return
+    taken = Path(config.work_dir, "last_checkpoint").exists()
     if resume == "auto":
-        config.resume = newest.exists()
-        config.load_from = find_latest_checkpoint(config.work_dir) if newest.exists() else None
-    else:
+        if taken:
+            config.resume, config.load_from = True, find_latest_checkpoint(config.work_dir)
+        return
+    if resume is not None:
         config.resume, config.load_from = True, resume
-    if config.load_from and not Path(config.load_from).is_file():
-        raise ConfigError(f"--resume: no such checkpoint: {config.load_from}")
+        taken = taken and Path(resume).resolve().parent != Path(config.work_dir).resolve()
+    if taken and (resume is not None or not config.get("resume")):
+        raise ConfigError(f"--work-dir: {config.work_dir} holds a run already; go on with --resume or name another")
 
 
 def use_amp(config: Config, dtype: str) -> None:

@@ -5,7 +5,7 @@
 # LayerNorm on each map.
 _base_ = [
     "../_base_/models/retinanet_fpn.py",
-    "../_base_/datasets/coco.py",
+    "../_base_/datasets/coco_boxes.py",
     "../_base_/schedules/adamw_1x.py",
     "../_base_/det_runtime.py",
 ]
@@ -19,5 +19,3 @@ model = dict(
     ),
     neck=dict(in_channels=[128, 320, 512]),
 )
-val_evaluator = dict(metric="bbox")
-test_evaluator = dict(metric="bbox")

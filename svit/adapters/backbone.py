@@ -40,7 +40,8 @@ class TimmBackbone(BaseModule):
         out_indices: which of the model's feature maps (timm's `feature_info`) to return, in rising order. A SViT has
             four, one a stage, of stride 4, 8, 16 and 32.
         frozen_stages: parameters that are not trained, whose BatchNorms use their running statistics and whose dropout
-            is off: -1 for none, 0 for the stem, i for the stem and the first i stages.
+            is off: -1 for none, 0 for the stem, i for the stem and the first i stages (as the coarse `group_matcher`
+            of a model counts them).
         norm_eval: keep every BatchNorm at its running statistics in training (its weight and bias still learn).
         with_cp: recompute blocks in the backward pass instead of keeping their activations.
         out_norm: a LayerNorm over the channels of each map returned.
@@ -50,8 +51,9 @@ class TimmBackbone(BaseModule):
         model_args: further keywords of `timm.create_model`, such as `dict(strict_img_size=False)` for a Swin.
         pretrained: deprecated: path of a checkpoint. Use `init_cfg`.
         init_cfg: `dict(type='Pretrained', checkpoint=...)` with a path or an http(s) address of a checkpoint: one of
-            ours, of timm's, of SViT's authors or of a whole detector or segmentor. An entry `prefix` says under which
-            name the backbone stands in it (found by itself for "backbone."). None: the model's own start values.
+            ours, of SViT's authors, of a model as timm saves it, or of a whole detector or segmentor. An entry `prefix`
+            says under which name the backbone stands in it (found by itself for "backbone."). None: the model's own
+            start values.
 
     Shape: (B, in_channels, H, W) to a tuple of maps (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i])),
     contiguous in this order. SViT takes any H and W.
@@ -118,23 +120,23 @@ class TimmBackbone(BaseModule):
             raise ValueError(f"frozen_stages: expected -1 to {max(stages.values())} for {arch}, got {frozen_stages!r}")
         self.frozen_modules = self.freeze({name for name, stage in stages.items() if stage <= frozen_stages})
 
-    def freeze(self, names: set[str]) -> list[nn.Module]:
-        """Stops the training of the parameters named; returns the modules that hold no other ones."""
+    def freeze(self, names: set[str]) -> list[str]:
+        """Stops the training of the parameters named; returns the names of the modules that hold no other ones."""
         for name, param in self.model.named_parameters():
             if name in names:
                 param.requires_grad = False
         frozen = []
-        for module in self.model.modules():
+        for name, module in self.model.named_modules():
             params = list(module.parameters())
             if params and not any(p.requires_grad for p in params):
-                frozen.append(module)
+                frozen.append(name)
         return frozen
 
     def train(self, mode: bool = True) -> "TimmBackbone":
         """Training or eval mode, in which frozen stages, and with `norm_eval` all BatchNorms, stay in eval mode."""
         super().train(mode)
-        for module in self.frozen_modules:
-            module.eval()
+        for name in self.frozen_modules:  # by name: a conversion to SyncBN puts other modules in their place
+            self.model.get_submodule(name).eval()
         if self.norm_eval:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
@@ -233,10 +235,17 @@ def find_checkpoint(checkpoint: str, arch: str) -> Path:
     """The file of a path or an address; what an address names is kept where PyTorch keeps such files."""
     if is_address(checkpoint):
         file = Path(get_dir(), "checkpoints", checkpoint.rpartition("/")[2].partition("?")[0])
-        if is_main_process() and not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            download_url_to_file(checkpoint, str(file))
-        barrier()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        problem = None
+        for mine in (is_main_process(), True):  # one process first, then those of other machines
+            if mine and not file.exists():
+                try:
+                    download_url_to_file(checkpoint, str(file))
+                except OSError as error:
+                    problem = error
+            barrier()
+        if not file.exists():
+            raise CheckpointError(f"{checkpoint}: cannot be fetched ({problem})")
         return file
     file = Path(checkpoint).expanduser()
     if not file.is_file():

@@ -4,21 +4,24 @@ import difflib
 import inspect
 import json
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 import svit
-from svit.convert import listing
+from svit.convert import CheckpointError, differences, listing, read_state_dict
 
 from .backbone import TimmBackbone, is_address
+from .checkpoints import allow_mmengine_checkpoints
 
 __all__ = [
     "ConfigError",
     "check_backbone",
+    "check_checkpoint",
     "check_data",
     "config_names",
     "find_config",
@@ -125,10 +128,40 @@ def check_backbone(config: Config) -> None:
         ValueError: an argument of the backbone is wrong; names it.
     """
     arguments = dict(config.model.get("backbone", {}))
-    if arguments.pop("type", None) == "TimmBackbone":
-        backbone = TimmBackbone(**arguments)
+    if arguments.pop("type", None) in ("TimmBackbone", TimmBackbone):
+        try:
+            backbone = TimmBackbone(**arguments)
+        except TypeError as error:
+            raise ConfigError(f"model.backbone: {error}") from error
         if not is_address((backbone.init_cfg or {}).get("checkpoint", "")):
             backbone.init_weights()
+
+
+def check_checkpoint(config: Config, file: str, backbone_only: bool = False) -> None:
+    """Whether a checkpoint holds the config's whole model; mmengine would leave out, and only log, what does not fit.
+
+    Args:
+        config: as `load_config` gives it.
+        file: path of the checkpoint; an address is not looked at.
+        backbone_only: the rest may differ, as in fine-tuning.
+
+    Raises:
+        CheckpointError: there is no such file, it cannot be read, or it is of another model.
+    """
+    if is_address(file):
+        return
+    if not Path(file).is_file():
+        raise CheckpointError(f"{file}: no such checkpoint")
+    allow_mmengine_checkpoints()
+    start = "backbone." if backbone_only else ""
+    found = {k: v for k, v in read_state_dict(Path(file)).items() if k.startswith(start)}
+    with torch.device("meta"):
+        expected = MODELS.build(deepcopy(config.model)).state_dict()  # mmdet writes into what it builds from
+    expected = {k: v for k, v in expected.items() if k.startswith(start)}
+    problems = {kind: keys for kind, keys in differences(found, expected).items() if keys}
+    if problems:
+        what = "; ".join(f"{kind}: {len(keys)} ({listing(keys, 3)})" for kind, keys in problems.items())
+        raise CheckpointError(f"{file}: is not of this config's {'backbone' if backbone_only else 'model'}; {what}")
 
 
 def check_data(config: Config, *splits: str) -> None:
@@ -162,6 +195,8 @@ def datasets(dataset: dict | None) -> Iterator[dict]:
 
 
 def check_dataset(dataset: dict, where: str) -> None:
+    if "://" in str(dataset.get("data_root")):  # a store of another kind is left alone
+        return
     root = Path(dataset.get("data_root") or "")
     if not root.is_dir():
         raise ConfigError(f"{where}.data_root: no such folder: {root}. Give yours with --data-root")
@@ -206,10 +241,11 @@ def type_of(dataset: dict) -> type:
 
 
 def check_heads(model: Any, classes: Sequence[str], name: str = "model") -> None:
-    """Whether every head has an output for each class."""
+    """Whether every head that tells the data's classes apart has an output for each."""
+    heads = ("bbox_head", "mask_head", "decode_head", "auxiliary_head")
     if isinstance(model, dict):
         outputs = model.get("num_classes")
-        if outputs is not None and outputs != len(classes) and not name.endswith("rpn_head"):
+        if outputs not in (None, len(classes)) and name.rstrip(".0123456789").endswith(heads):
             raise ConfigError(f"{name}.num_classes: expected {len(classes)}, the classes of the data, got {outputs}")
         for key, value in model.items():
             check_heads(value, classes, f"{name}.{key}")
@@ -240,7 +276,13 @@ def fit_to_machine(config: Config) -> None:
     if torch.cuda.is_available():
         return
     config.env_cfg.dist_cfg = dict(backend="gloo")
-    config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+    config.model_wrapper_cfg = {
+        "type": "MMDistributedDataParallel",
+        "broadcast_buffers": False,
+        "find_unused_parameters": config.get("find_unused_parameters", False),
+        **(config.get("model_wrapper_cfg") or {}),
+        "device_ids": None,
+    }
     config.sync_bn = None
     config.model = without_sync_bn(config.model)
 

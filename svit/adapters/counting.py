@@ -1,5 +1,7 @@
 """Multiply-accumulates of whole detectors and segmentors."""
 
+from copy import deepcopy
+
 import torch
 from mmengine.analysis import complexity_analysis
 from mmengine.config import Config
@@ -31,7 +33,7 @@ class ImageToHeads(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
+        self.model = revert_sync_batchnorm(MODELS.build(deepcopy(config.model))).eval()
         for name in [name for name, _ in self.model.named_children() if name.startswith("auxiliary_head")]:
             delattr(self.model, name)
         self.rpn_outputs = ()

@@ -20,18 +20,22 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ValueError: `layer_decay_rate` is missing or not in (0, 1], or the model's backbone has no `get_layer_depth`.
     """
 
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        rate = self.paramwise_cfg.get("layer_decay_rate")
+        if not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+            raise ValueError(f"paramwise_cfg.layer_decay_rate: expected a number in (0, 1], got {rate!r}")
+        self.layer_decay_rate = rate
+
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
         """The parent's, one group a parameter, called by it for every module again, and each group's rate."""
         super().add_params(params, module, prefix, **kwargs)
         if prefix:
             return
-        rate = self.paramwise_cfg.get("layer_decay_rate")
-        if not isinstance(rate, (int, float)) or not 0 < rate <= 1:
-            raise ValueError(f"paramwise_cfg.layer_decay_rate: expected a number in (0, 1], got {rate!r}")
         depth = getattr(getattr(module, "backbone", None), "get_layer_depth", None)
         if depth is None:
             raise ValueError(f"model: expected a backbone with get_layer_depth, got {type(module).__name__}")
         names = {id(param): name for name, param in module.named_parameters()}
         for group in params:
             layer, num_layers = depth(names[id(group["params"][0])], "backbone.")
-            group["lr"] = group.get("lr", self.base_lr) * rate ** (num_layers - 1 - layer)
+            group["lr"] = group.get("lr", self.base_lr) * self.layer_decay_rate ** (num_layers - 1 - layer)

@@ -133,6 +133,15 @@ def test_sync_bn():
         torch.testing.assert_close(m, e, rtol=0, atol=1e-6)
 
 
+def test_frozen_norms_stay_frozen_as_sync_bn():
+    """A ResNet's first norm is a module of its own, which the conversion replaces."""
+    backbone = build(arch="resnet18", out_indices=(1, 2, 3, 4), frozen_stages=0)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(backbone).train()
+    assert isinstance(synced.model.bn1, nn.SyncBatchNorm)
+    assert not synced.model.bn1.training
+    assert synced.model.layer1[0].bn1.training
+
+
 def test_with_cp():
     """The same maps, gradients and statistics, with blocks run again in the backward pass."""
     grads, buffers = [], []
@@ -268,6 +277,18 @@ def test_address(tmp_path, weights, monkeypatch):
         backbone.init_weights()
     assert calls == [url]
     assert torch.equal(backbone.model.stem.layers[0].weight, weights["stem.layers.0.weight"])
+
+
+def test_address_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def download(url: str, file: str) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr("svit.adapters.backbone.download_url_to_file", download)
+    backbone = build(init_cfg=dict(type="Pretrained", checkpoint="https://example.org/weights.pth"))
+    with pytest.raises(CheckpointError, match=r"example.org/weights.pth: cannot be fetched \(no route\)"):
+        backbone.init_weights()
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,33 @@ from mmengine.structures import InstanceData, PixelData  # noqa: E402
 from mmseg.structures import SegDataSample  # noqa: E402
 
 from mm_data import ade_folder, coco_folder  # noqa: E402
-from svit.adapters import ConfigError, config_names, find_config, load_config  # noqa: E402
-from svit.adapters.configs import check_backbone, check_data, fit_to_machine  # noqa: E402
+from svit.adapters import ConfigError, TimmBackbone, config_names, find_config, load_config  # noqa: E402
+from svit.adapters.configs import check_backbone, check_checkpoint, check_data, fit_to_machine  # noqa: E402
 from svit.convert import CheckpointError  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / "mm_configs"
 FILES = sorted(path for kind in ("mmdet", "mmseg") for path in (FOLDER / kind).glob("*.py"))
 PUBLISHED = [file for file in FILES if re.search("svit-[sbl]_", file.name)]
 TINY = {"arch": "test_svit", "init_cfg": None, "drop_path_rate": 0.0}
+# The paper's tables, as the headers quote them.
+PAPER = {
+    "mask-rcnn_svit_fpn_1x_coco": {
+        "small": "47.6 box AP, 43.1 mask AP, 252 GFLOPs at 800 x 1280",
+        "base": "49.7 box AP, 44.8 mask AP, 359 GFLOPs at 800 x 1280",
+        "large": "50.8 box AP, 45.5 mask AP, 470 GFLOPs at 800 x 1280",
+    },
+    "mask-rcnn_svit_fpn_ms-3x_coco": {
+        "small": "49.2 box AP, 44.2 mask AP, 252 GFLOPs at 800 x 1280",
+        "base": "51.0 box AP, 45.4 mask AP, 359 GFLOPs at 800 x 1280",
+        "large": "51.7 box AP, 45.9 mask AP, 470 GFLOPs at 800 x 1280",
+    },
+    "cascade-mask-rcnn_svit_fpn_ms-3x_coco": {"base": "53.9 box AP, 46.8 mask AP, 837 GFLOPs at 800 x 1280"},
+    "svit_upernet_8xb2-160k_ade20k-512x512": {
+        "small": "48.6 mIoU at one scale, 49.0 at several (mm_test.py --tta), 926 GFLOPs at 512 x 2048",
+        "base": "50.7 mIoU at one scale, 51.9 at several (mm_test.py --tta), 1036 GFLOPs at 512 x 2048",
+        "large": "52.4 mIoU at one scale, 53.2 at several (mm_test.py --tta), 1151 GFLOPs at 512 x 2048",
+    },
+}
 WIDTHS = {"svit_small": (64, 128, 320, 512), "svit_base": (96, 192, 384, 512), "svit_large": (96, 192, 448, 640)}
 
 
@@ -168,7 +187,8 @@ def test_settings(file):
         assert (backbone.norm_eval, config.sync_bn) == (False, "torch")
     header = file.read_text().partition("_base_")[0]
     assert "Settings: " in header
-    assert ("Paper, " in header) or ("The paper has no such figure" in header)
+    figures = PAPER.get(file.stem.replace(f"svit-{size[0]}", "svit"), {}).get(size)
+    assert (figures or "The paper has no such figure") in header
 
 
 def test_find_config(tmp_path, monkeypatch):
@@ -217,7 +237,7 @@ def coco(tmp_path) -> Config:
     root = coco_folder(tmp_path / "coco")
     coin = {f"{split}_dataloader.dataset.metainfo.classes": ("coin",) for split in ("train", "val", "test")}
     heads = {f"model.roi_head.{head}.num_classes": 1 for head in ("bbox_head", "mask_head")}
-    return load_config("mask-rcnn_svit-nano_fpn_cpu_coco", {**coin, **heads}, str(root))
+    return load_config("mask-rcnn_svit-nano_fpn_1x_coco", {**coin, **heads}, str(root))
 
 
 def test_good_data(coco, tmp_path):
@@ -304,9 +324,56 @@ def test_check_backbone(tmp_path, monkeypatch):
     check_backbone(config)
 
 
+@pytest.mark.parametrize("kind", ["TimmBackbone", TimmBackbone])
+def test_misspelt_argument(kind):
+    config = Config(dict(model=dict(backbone=dict(type=kind, arch="test_svit", out_indeces=(1,)))))
+    with pytest.raises(ConfigError, match=r"model.backbone: .*unexpected keyword argument 'out_indeces'"):
+        check_backbone(config)
+
+
+def test_check_checkpoint(tmp_path):
+    """A checkpoint of a whole model: all of it, or the backbone where the heads may differ."""
+    config = load_config("svit-nano_fpn_1xb8-1k_camvid-256x256")
+    weights = revert_sync_batchnorm(MODELS.build(config.model)).state_dict()
+    file = str(tmp_path / "model.pth")
+    torch.save({"state_dict": weights}, file)
+    check_checkpoint(config, file)
+    other = load_config("svit-nano_fpn_1xb8-4k_ade20k-256x256")  # 150 classes
+    with pytest.raises(CheckpointError, match=r"is not of this config's model; other shapes: 2 \(decode_head.conv_seg"):
+        check_checkpoint(other, file)
+    check_checkpoint(other, file, backbone_only=True)
+    other.model.backbone.arch = "svit_tiny"
+    with pytest.raises(CheckpointError, match="is not of this config's backbone; missing keys"):
+        check_checkpoint(other, file, backbone_only=True)
+    torch.save(timm.create_model("svit_nano").state_dict(), file)
+    for backbone_only in (False, True):
+        with pytest.raises(CheckpointError, match="missing keys"):
+            check_checkpoint(config, file, backbone_only)
+    with pytest.raises(CheckpointError, match="none.pth: no such checkpoint"):
+        check_checkpoint(config, "none.pth")
+
+
+def test_heads_of_other_classes_are_left_alone(coco):
+    coco.model.roi_head.semantic_head = dict(type="FusedSemanticHead", num_classes=183)
+    check_data(coco, "train")
+    coco.model.roi_head.bbox_head = [dict(num_classes=1), dict(num_classes=2)]
+    with pytest.raises(ConfigError, match=r"model.roi_head.bbox_head.1.num_classes: expected 1, .* got 2"):
+        check_data(coco, "train")
+
+
+def test_boxes_alone():
+    """RetinaNet asks for no masks, which a file of boxes does not have."""
+    config = load_config("retinanet_svit-s_fpn_1x_coco")
+    for split in ("train", "val", "test"):
+        (load,) = [s for s in config[f"{split}_dataloader"].dataset.pipeline if s.type == "LoadAnnotations"]
+        assert load == dict(type="LoadAnnotations", with_bbox=True)
+    assert (config.val_evaluator.metric, config.test_evaluator.metric) == ("bbox", "bbox")
+
+
 def test_fit_to_machine(monkeypatch):
     config = load_config("cascade-mask-rcnn_svit-s_fpn_ms-3x_coco")
     config.sync_bn = "torch"
+    config.find_unused_parameters = True
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = config.to_dict()
     fit_to_machine(config)
@@ -315,5 +382,7 @@ def test_fit_to_machine(monkeypatch):
     fit_to_machine(config)
     assert config.env_cfg.dist_cfg.backend == "gloo"
     assert config.sync_bn is None
+    assert config.model_wrapper_cfg.find_unused_parameters
+    assert config.model_wrapper_cfg.device_ids is None
     assert "SyncBN" not in config.pretty_text
     assert config.model.roi_head.bbox_head[2].norm_cfg.type == "BN"

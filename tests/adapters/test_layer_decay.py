@@ -65,10 +65,10 @@ def test_any_timm_model():
     assert rates[0] < rates[1] < groups["backbone.model.layer4.1.conv2.weight"]["lr"] < groups["neck.weight"]["lr"] == 1
 
 
-@pytest.mark.parametrize("rate", [None, 0, 1.5, "0.5"])
-def test_bad_rate(rate):
+@pytest.mark.parametrize("paramwise", [{}, *({"layer_decay_rate": rate} for rate in (None, 0, 1.5, "0.5"))])
+def test_bad_rate(paramwise):
     with pytest.raises(ValueError, match=r"layer_decay_rate: expected a number in \(0, 1\]"):
-        optimizer(Detector(svit.adapters.TimmBackbone(arch="test_svit")), layer_decay_rate=rate, norm_decay_mult=0.0)
+        optimizer(Detector(svit.adapters.TimmBackbone(arch="test_svit")), **paramwise)
 
 
 def test_bad_model():

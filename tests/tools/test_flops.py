@@ -93,7 +93,7 @@ def test_what_counts_as_0_is_said(run, monkeypatch):
     assert err == "warning: test_svit: aten::gelu counts as 0 (runs 8 times)\n"
 
 
-DETECTOR = "mask-rcnn_svit-nano_fpn_cpu_coco"
+DETECTOR = "mask-rcnn_svit-nano_fpn_1x_coco"
 
 
 def test_layers_alone(run):
@@ -125,7 +125,12 @@ def test_config(run):
 
 PAPER = {
     "mask-rcnn_svit-s_fpn_1x_coco": ((800, 1280), 252e9, 252.8e9),
+    "mask-rcnn_svit-b_fpn_1x_coco": ((800, 1280), 359e9, 360.8e9),
+    "mask-rcnn_svit-l_fpn_1x_coco": ((800, 1280), 470e9, 472.2e9),
+    "cascade-mask-rcnn_svit-b_fpn_ms-3x_coco": ((800, 1280), 837e9, 839.1e9),
     "svit-s_upernet_8xb2-160k_ade20k-512x512": ((512, 2048), 926e9, 927.1e9),
+    "svit-b_upernet_8xb2-160k_ade20k-512x512": ((512, 2048), 1036e9, 1038.6e9),
+    "svit-l_upernet_8xb2-160k_ade20k-512x512": ((512, 2048), 1151e9, 1153.4e9),
 }
 
 

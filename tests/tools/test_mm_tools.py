@@ -82,7 +82,7 @@ model = dict(
 )
 load = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
@@ -97,7 +97,7 @@ randomness = dict(seed=0)
 """
 
 KINDS = {
-    "detection": (DETECTION, "mask-rcnn_svit-nano_fpn_cpu_coco", coco_folder),
+    "detection": (DETECTION, "mask-rcnn_svit-nano_fpn_1x_coco", coco_folder),
     "segmentation": (SEGMENTATION, "svit-nano_fpn_1xb8-4k_ade20k-256x256", ade_folder),
 }
 
@@ -180,11 +180,13 @@ def test_kill_and_resume(trained):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (work / LAST[kind]).exists()
+    saved = int(Path(pointer.read_text()).stem.rpartition("_")[2]) * {"detection": 4, "segmentation": 1}[kind]
+    before = len(scalars(work))
 
     run("mm_train.py", config, "--work-dir", work, "--resume")
-    steps = [line["step"] for line in scalars(work) if "loss" in line]
-    assert len(steps) > len(set(steps)) or steps == sorted(set(steps))
-    assert max(steps) == {"detection": 64, "segmentation": 60}[kind]
+    steps = [line["step"] for line in scalars(work)[before:] if "loss" in line]
+    assert saved > 1
+    assert steps == list(range(saved + 1, {"detection": 64, "segmentation": 60}[kind] + 1))  # from there, not from 1
     expected = weights(config.parent / "work" / LAST[kind])
     found = weights(work / LAST[kind])
     assert list(found) == list(expected)
@@ -203,6 +205,29 @@ def test_evaluation(trained, tmp_path):
         assert set(metrics) == {"aAcc", "mIoU", "mAcc"}
     else:
         assert {"coco/bbox_mAP", "coco/segm_mAP", "coco/segm_mAP_75"} <= set(metrics)
+
+
+@pytest.mark.parametrize("trained", ["segmentation"], indirect=True)
+@pytest.mark.parametrize("own", [False, True], ids=["ADE20K", "own data"])
+def test_several_scales(trained, tmp_path, own):
+    """--tta: the mean over sizes and flips, with ADE20K's labels and with those of a data set of one's own."""
+    _, config = trained
+    if own:
+        root = tmp_path / "data"
+        shutil.copytree(config.parent / "data", root)
+        for file in (root / "annotations").rglob("*.png"):  # classes from 0 on
+            Image.fromarray(np.asarray(Image.open(file)) - 1).save(file)
+        names = tuple(f"class {i}" for i in range(150))
+        data = dict(type="BaseSegDataset", data_root=str(root), metainfo=dict(classes=names), seg_map_suffix=".png")
+        own_config = tmp_path / "own.py"
+        own_config.write_text(f"_base_ = {str(config)!r}\ntest_dataloader = dict(dataset={data})\n")
+        config = own_config
+    checkpoint = trained[1].parent / "work" / LAST["segmentation"]
+    run("mm_test.py", config, checkpoint, "--tta", "--out", tmp_path / "tta.json", "--work-dir", tmp_path / "a")
+    run("mm_test.py", config, checkpoint, "--out", tmp_path / "one.json", "--work-dir", tmp_path / "b")
+    several, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("tta", "one"))
+    assert several != one
+    assert several["aAcc"] > 50
 
 
 def test_pictures(trained, tmp_path, capsys):
@@ -286,7 +311,7 @@ def test_missing_weights(capsys, tmp_path, monkeypatch):
         ),
         (["--cfg-options", "model.backbone.out_indices=[0,7]"], "out_indices: expected rising numbers of svit_nano's"),
         (["--cfg-options", "train_dataloader.dataset.ann_file=train2017/0.png.json"], "ann_file: no such file"),
-        (["--resume", "none.pth"], "--resume: no such checkpoint: none.pth"),
+        (["--resume", "none.pth"], "none.pth: no such checkpoint"),
         (["--amp"], "--amp: mmengine's mixed precision needs a GPU"),
     ],
 )
@@ -300,7 +325,7 @@ def test_bad_input(capsys, config, monkeypatch, options, message):
 def test_unknown_config(capsys):
     assert "no such file or name: nothing" in failure(capsys, mm_train, "nothing")
     assert "no such file or name: nothing" in failure(capsys, mm_test, "nothing", __file__)
-    assert "checkpoint: no such file: none.pth" in failure(capsys, mm_test, "mask-rcnn_svit-s_fpn_1x_coco", "none.pth")
+    assert "none.pth: no such checkpoint" in failure(capsys, mm_test, "mask-rcnn_svit-s_fpn_1x_coco", "none.pth")
 
 
 def test_weights_of_another_model(capsys, config):
@@ -326,7 +351,19 @@ def test_work_dir_of_another_run(capsys, config):
     (work / "last_checkpoint").write_text("epoch_1.pth")
     error = failure(capsys, mm_train, config, "--work-dir", work)
     assert f"--work-dir: {work} holds a run already; go on with --resume or name another" in error
+    error = failure(capsys, mm_train, config, "--work-dir", work, "--resume", config.parent / "other/epoch_3.pth")
+    assert f"--work-dir: {work} holds a run already" in error
     assert [path.name for path in work.iterdir()] == ["last_checkpoint"]
+
+
+def test_resume_without_a_run_keeps_load_from(tmp_path):
+    """A queue that always says --resume: the first time it starts as the config says."""
+    config = Config(dict(work_dir=str(tmp_path), load_from="whole.pth", resume=False))
+    mm_train.set_resume(config, "auto")
+    assert (config.load_from, config.resume) == ("whole.pth", False)
+    (tmp_path / "last_checkpoint").write_text("epoch_3.pth")
+    mm_train.set_resume(config, "auto")
+    assert (config.load_from, config.resume) == ("epoch_3.pth", True)
 
 
 def test_image_that_is_none(config):
@@ -336,7 +373,7 @@ def test_image_that_is_none(config):
     )
     assert done.returncode == 1
     assert "error: 1 of the images cannot be read" in done.stderr
-    assert "val2017/9.png (not an image)" in done.stderr
+    assert "val2017/9.png (not an image, or a damaged one)" in done.stderr
     assert not list((config.parent / "work").glob("*.pth"))
 
 
@@ -361,7 +398,7 @@ def test_nothing_is_executed(config, tool):
     }
     done = subprocess.run(command(tool, *args[tool]), capture_output=True, text=True)
     assert done.returncode == 1
-    assert "error: Weights only load failed" in done.stderr
+    assert f"error: {folder / 'trap.pth'}: holds Python objects other than tensors" in done.stderr
     assert not (folder / "executed").exists()
 
 

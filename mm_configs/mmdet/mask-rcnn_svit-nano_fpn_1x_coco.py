@@ -40,10 +40,20 @@ train_dataloader = dict(batch_size=4, num_workers=1, dataset=dict(pipeline=train
 val_dataloader = dict(num_workers=1, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-# Small data sets and no ImageNet weights: a larger rate, and half a step down the cosine of all epochs.
+# No ImageNet weights: a larger rate, which falls along a cosine to the last epoch. For another number of epochs set
+# train_cfg.max_epochs, param_scheduler.1.T_max and param_scheduler.1.end.
+max_epochs = 12
+train_cfg = dict(max_epochs=max_epochs)
 optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=10.0))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type="CosineAnnealingLR", T_max=12, eta_min=1e-5, by_epoch=True, convert_to_iter_based=True),
+    dict(
+        type="CosineAnnealingLR",
+        T_max=max_epochs,
+        end=max_epochs,
+        eta_min=1e-5,
+        by_epoch=True,
+        convert_to_iter_based=True,
+    ),
 ]
 auto_scale_lr = dict(base_batch_size=4)
