@@ -1,21 +1,13 @@
 # UPerNet with SViT-B, 160k iterations of 16 crops of 512 x 512.
 # Paper, ADE20K val: 50.7 mIoU at one scale, 51.9 at several (mm_test.py --tta), 1036 GFLOPs at 512 x 2048.
-# Settings: the paper does not print its own; these are those of UniFormer and RMT, of the same group: AdamW, lr 6e-5,
-# weight decay 0.01 but on norms, biases and vectors, 1500 iterations of warm-up, then linear decay; drop path 0.4,
-# BatchNorm over all GPUs, a LayerNorm on each map.
-_base_ = [
-    "../_base_/models/upernet.py",
-    "../_base_/datasets/ade20k.py",
-    "../_base_/schedules/adamw_160k.py",
-    "../_base_/seg_runtime.py",
-]
+# Settings: those of svit-s_upernet_8xb2-160k_ade20k-512x512.py, drop path 0.4.
+_base_ = "svit-s_upernet_8xb2-160k_ade20k-512x512.py"
 
 model = dict(
     backbone=dict(
         arch="svit_base",
         drop_path_rate=0.4,
-        stoken_size=(8, 4, 1, 1),
-        init_cfg=dict(type="Pretrained", checkpoint="pretrained/svit_base.in1k.safetensors"),
+        init_cfg=dict(checkpoint="pretrained/svit_base.in1k.safetensors"),
     ),
     decode_head=dict(in_channels=[96, 192, 384, 512]),
     auxiliary_head=dict(in_channels=384),

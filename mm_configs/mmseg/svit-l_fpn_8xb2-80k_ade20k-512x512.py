@@ -1,21 +1,13 @@
 # Semantic FPN with SViT-L, 80k iterations of 16 crops of 512 x 512.
 # The paper has no such figure.
-# Settings: the paper does not print its own; these are those of UniFormer and RMT, of the same group: AdamW, lr 1e-4,
-# weight decay 1e-4 but on norms, biases and vectors, polynomial decay of power 0.9; drop path 0.5, BatchNorm over all
-# GPUs, a LayerNorm on each map.
-_base_ = [
-    "../_base_/models/semantic-fpn.py",
-    "../_base_/datasets/ade20k.py",
-    "../_base_/schedules/adamw_80k.py",
-    "../_base_/seg_runtime.py",
-]
+# Settings: those of svit-s_fpn_8xb2-80k_ade20k-512x512.py, drop path 0.5.
+_base_ = "svit-s_fpn_8xb2-80k_ade20k-512x512.py"
 
 model = dict(
     backbone=dict(
         arch="svit_large",
         drop_path_rate=0.5,
-        stoken_size=(8, 4, 1, 1),
-        init_cfg=dict(type="Pretrained", checkpoint="pretrained/svit_large.in1k.safetensors"),
+        init_cfg=dict(checkpoint="pretrained/svit_large.in1k.safetensors"),
     ),
     neck=dict(in_channels=[96, 192, 448, 640]),
 )
