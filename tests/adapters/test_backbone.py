@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -37,6 +39,19 @@ def image(*size: int, batch: int = 2) -> torch.Tensor:
 def test_found_by_name(registry):
     backbone = registry.build(dict(type="TimmBackbone", arch="test_svit"))
     assert isinstance(backbone, TimmBackbone)
+
+
+def test_needs_mmengine_alone():
+    """Without mmcv, mmdet and mmseg; a class in place of a name, as pure-Python configs have it."""
+    code = (
+        "import sys; sys.modules.update(mmcv=None, mmdet=None, mmseg=None)\n"
+        "from mmengine.registry import MODELS\n"
+        "from svit.adapters import TimmBackbone\n"
+        "print(type(MODELS.build(dict(type=TimmBackbone, arch='test_svit'))).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "TimmBackbone\n"
 
 
 def test_maps_are_timms():
