@@ -20,7 +20,8 @@ from PIL import Image
 
 from mm_train import drop_start_weights, failed
 from svit.adapters.checkpoints import refuse_foreign_objects
-from svit.adapters.configs import ConfigError, check_checkpoint, load_config
+from svit.adapters.checks import check_checkpoint
+from svit.adapters.configs import ConfigError, load_config
 from svit.adapters.images import problem_with
 from svit.files import replacing
 

@@ -18,7 +18,8 @@ from mmengine.runner import Runner
 
 from mm_train import add_common_arguments, drop_start_weights, failed, start_processes
 from svit.adapters.checkpoints import refuse_foreign_objects
-from svit.adapters.configs import ConfigError, check_checkpoint, check_data, load_config
+from svit.adapters.checks import check_checkpoint, check_data
+from svit.adapters.configs import ConfigError, load_config
 from svit.adapters.images import ImageError
 from svit.files import replacing
 

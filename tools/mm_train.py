@@ -19,7 +19,8 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from svit.adapters.checkpoints import refuse_foreign_objects
-from svit.adapters.configs import ConfigError, check_backbone, check_checkpoint, check_data, fit_to_machine, load_config
+from svit.adapters.checks import check_backbone, check_checkpoint, check_data
+from svit.adapters.configs import ConfigError, fit_to_machine, load_config
 from svit.adapters.images import ImageError
 from svit.convert import CheckpointError
 
