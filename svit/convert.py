@@ -158,7 +158,7 @@ def find_model(source: Path, state_dict: StateDict, original: bool, model: str |
         expected = timm.create_model(name, num_classes=classes, device="meta").state_dict()
         found[name] = differences(state_dict, to_original(expected) if original else expected)
     name = min(found, key=lambda n: sum(map(len, found[n].values())))
-    problems = "; ".join(f"{kind}: {len(keys)} ({listing(keys, 3)})" for kind, keys in found[name].items() if keys)
+    problems = summary(found[name])
     if problems:
         which = f"does not fit {name}" if model else f"fits no model, {name} best"
         raise CheckpointError(f"{source}: {which}; {problems}")
@@ -189,6 +189,11 @@ def differences(state_dict: StateDict, expected: Mapping[str, torch.Tensor]) -> 
             and not torch.equal(state_dict[k].float().round(), expected[k])
         ],
     }
+
+
+def summary(found: Mapping[str, Sequence[str]]) -> str:
+    """What `differences` found in words: how many of each kind and the first few; '' for none."""
+    return "; ".join(f"{kind}: {len(keys)} ({listing(keys, 3)})" for kind, keys in found.items() if keys)
 
 
 def listing(names: Sequence[Any] | Mapping[Any, Any], limit: int = 6) -> str:

@@ -19,7 +19,7 @@ from torch.hub import download_url_to_file, get_dir
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import svit.models  # noqa: F401  registers the models
-from svit.convert import CheckpointError, differences, listing, read_state_dict
+from svit.convert import CheckpointError, differences, listing, read_state_dict, summary
 from svit.models.original import from_original, is_original
 
 from .checkpoints import allow_mmengine_checkpoints
@@ -194,10 +194,9 @@ class TimmBackbone(BaseModule):
 
         if not set(state_dict) & set(expected):
             raise CheckpointError(f"{checkpoint}: holds no weight of {self.arch}; it has {listing(state_dict)}")
-        problems = {kind: keys for kind, keys in differences(state_dict, expected).items() if keys}
+        problems = summary(differences(state_dict, expected))
         if problems:
-            what = "; ".join(f"{kind}: {len(keys)} ({listing(keys, 3)})" for kind, keys in problems.items())
-            raise CheckpointError(f"{checkpoint}: is not of {self.arch}; {what}")
+            raise CheckpointError(f"{checkpoint}: is not of {self.arch}; {problems}")
         self.model.load_state_dict(state_dict)
         print_log(f"{self.arch}: loaded {len(state_dict)} tensors from {checkpoint}", "current", logging.INFO)
 

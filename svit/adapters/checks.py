@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 
-from svit.convert import CheckpointError, differences, listing, read_state_dict
+from svit.convert import CheckpointError, differences, listing, read_state_dict, summary
 
 from .backbone import TimmBackbone, is_address
 from .checkpoints import allow_mmengine_checkpoints
@@ -59,10 +59,9 @@ def check_checkpoint(config: Config, file: str, backbone_only: bool = False) -> 
     with torch.device("meta"):
         expected = MODELS.build(deepcopy(config.model)).state_dict()  # mmdet writes into what it builds from
     expected = {k: v for k, v in expected.items() if k.startswith(start)}
-    problems = {kind: keys for kind, keys in differences(found, expected).items() if keys}
+    problems = summary(differences(found, expected))
     if problems:
-        what = "; ".join(f"{kind}: {len(keys)} ({listing(keys, 3)})" for kind, keys in problems.items())
-        raise CheckpointError(f"{file}: is not of this config's {'backbone' if backbone_only else 'model'}; {what}")
+        raise CheckpointError(f"{file}: is not of this config's {'backbone' if backbone_only else 'model'}; {problems}")
 
 
 def check_data(config: Config, *splits: str) -> None:
