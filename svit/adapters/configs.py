@@ -1,6 +1,7 @@
 """The configs that come with the package: found by name, pointed to data, fitted to the machine."""
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,23 @@ def load_config(name: str, options: dict[str, Any] | None = None, data_root: str
 
 def move_data(value: Any, old: str, new: str) -> Any:
     """`value` with every path under the folder `old` moved under `new`."""
+    old = old.rstrip("/")
+
+    def move(path: str) -> str:
+        if path.rstrip("/") == old:
+            return new
+        return str(Path(new, path.removeprefix(old + "/"))) if path.startswith(old + "/") else path
+
+    return map_strings(value, move)
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` with every string in its nested dicts, lists and tuples changed; keys stay."""
     if isinstance(value, dict):
-        return {k: move_data(v, old, new) for k, v in value.items()}
+        return type(value)({k: map_strings(v, change) for k, v in value.items()})
     if isinstance(value, (list, tuple)):
-        return type(value)(move_data(v, old, new) for v in value)
-    if isinstance(value, str) and value.rstrip("/") == old.rstrip("/"):
-        return new
-    if isinstance(value, str) and value.startswith(old.rstrip("/") + "/"):
-        return str(Path(new, value[len(old.rstrip("/")) + 1 :]))
-    return value
+        return type(value)(map_strings(v, change) for v in value)
+    return change(value) if isinstance(value, str) else value
 
 
 def init_scope(config: Config) -> None:
@@ -115,12 +124,4 @@ def fit_to_machine(config: Config) -> None:
         "device_ids": None,
     }
     config.sync_bn = None
-    config.model = without_sync_bn(config.model)
-
-
-def without_sync_bn(value: Any) -> Any:
-    if isinstance(value, dict):
-        return type(value)({k: without_sync_bn(v) for k, v in value.items()})
-    if isinstance(value, (list, tuple)):
-        return type(value)(without_sync_bn(v) for v in value)
-    return "BN" if value == "SyncBN" else value
+    config.model = map_strings(config.model, lambda text: "BN" if text == "SyncBN" else text)
