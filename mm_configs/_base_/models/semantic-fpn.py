@@ -1,18 +1,8 @@
 # Semantic FPN (Kirillov et al. 2019), as MMSegmentation trains it.
 # A config adds the backbone's arch, its weights, drop_path_rate, and the channels that go into the neck.
+_base_ = "encoder-decoder.py"
+
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        size=(512, 512),
-    ),
-    # The BatchNorms learn statistics over all GPUs: see `sync_bn` in the schedule.
-    backbone=dict(type="TimmBackbone", out_indices=(0, 1, 2, 3), out_norm=True, norm_eval=False),
     neck=dict(type="FPN", out_channels=256, num_outs=4),
     decode_head=dict(
         type="FPNHead",
@@ -26,6 +16,4 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode="whole"),
 )
