@@ -11,7 +11,6 @@ docs/flops.md says what counts.
 
 import argparse
 import csv
-import difflib
 import io
 import json
 import sys
@@ -26,6 +25,7 @@ from torch import nn
 
 import svit  # noqa: F401  registers the models
 from svit.files import replacing
+from svit.names import did_you_mean
 from svit.profiling import Count, count
 
 # (model, image) -> MACs of the authors' code, counted by the same rules.
@@ -132,8 +132,7 @@ def builder(name: str, img_size: tuple[int, int] | None) -> Callable[[], Built]:
             except ConfigError as error:
                 raise FlopsError(str(error)) from error
         known += config_names()
-    close = ", ".join(difflib.get_close_matches(name, known))
-    raise FlopsError(f"{name}: no such model" + (f"; did you mean {close}?" if close else ""))
+    raise FlopsError(f"{name}: no such model{did_you_mean(name, known)}")
 
 
 def build_model(name: str, img_size: tuple[int, int] | None) -> Built:

@@ -1,6 +1,5 @@
 """A model of timm as a backbone of mmengine's."""
 
-import difflib
 import logging
 import warnings
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import svit.models  # noqa: F401  registers the models
 from svit.convert import CheckpointError, differences, listing, read_state_dict, summary
 from svit.models.original import from_original, is_original
+from svit.names import did_you_mean
 
 from .checkpoints import allow_mmengine_checkpoints
 
@@ -204,8 +204,7 @@ class TimmBackbone(BaseModule):
 def create_model(arch: str, in_channels: int, options: dict) -> nn.Module:
     """The model of timm, checked to have feature maps."""
     if not timm.is_model(arch):
-        close = ", ".join(difflib.get_close_matches(arch, timm.list_models()))
-        raise ValueError(f"arch: no model {arch!r} in timm" + (f"; did you mean {close}?" if close else ""))
+        raise ValueError(f"arch: no model {arch!r} in timm{did_you_mean(arch, timm.list_models())}")
     try:
         model = timm.create_model(arch, in_chans=in_channels, **options)
     except TypeError as error:  # not every model has every option

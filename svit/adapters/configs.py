@@ -1,6 +1,5 @@
 """The configs that come with the package: found by name, pointed to data, fitted to the machine."""
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 import svit
+from svit.names import did_you_mean
 
 __all__ = ["ConfigError", "config_names", "find_config", "fit_to_machine", "load_config"]
 
@@ -44,8 +44,8 @@ def find_config(name: str) -> Path:
             ours = configs_folder() / kind / f"{name.removesuffix('.py')}.py"
             if ours.is_file():
                 return ours
-    close = ", ".join(difflib.get_close_matches(path.name.removesuffix(".py"), config_names()))
-    raise ConfigError(f"config: no such file or name: {name}" + (f"; did you mean {close}?" if close else ""))
+    near = did_you_mean(path.name.removesuffix(".py"), config_names())
+    raise ConfigError(f"config: no such file or name: {name}{near}")
 
 
 def load_config(name: str, options: dict[str, Any] | None = None, data_root: str | None = None) -> Config:

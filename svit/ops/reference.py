@@ -77,10 +77,9 @@ def neighbours(s: torch.Tensor) -> torch.Tensor:
 
 def sum_neighbours(s: torch.Tensor) -> torch.Tensor:
     """Adjoint of `neighbours`: what 9 cells hold for one super token, summed: (B, hh, ww, 9, C) -> (B, hh, ww, C)."""
-    B, hh, ww, K, C = s.shape
-    s = F.pad(s, (0, 0, 0, 0, 1, 1, 1, 1))
-    # Super token (y, x) is neighbour k of the cell at (y + 1 - k // 3, x + 1 - k % 3).
-    shares = [s.select(3, k).narrow(1, 2 - k // 3, hh).narrow(2, 2 - k % 3, ww) for k in range(9)]
+    # Super token (y, x) is neighbour k of the cell at (y + 1 - k // 3, x + 1 - k % 3): each share moves by one cell, in
+    # at one border and out at the other. Padding alone does it, whose backward needs no map of zeros for each step.
+    shares = [F.pad(share, (0, 0, k % 3 - 1, 1 - k % 3, k // 3 - 1, 1 - k // 3)) for k, share in enumerate(s.unbind(3))]
     return torch.stack(shares).sum(0)
 
 

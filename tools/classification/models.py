@@ -1,0 +1,140 @@
+"""Models by name, with the weights and the preprocessing of a checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+import svit  # noqa: F401  registers the models
+from svit.convert import CheckpointError, differences, read_state_dict, summary
+from svit.files import replacing
+from svit.names import did_you_mean
+
+# What a checkpoint tells of its model, as timm's pretrained_cfg names it.
+PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+class ModelError(ValueError):
+    """A model cannot be made as asked; the message says why."""
+
+
+def create_model(
+    name: str,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    ema: bool = False,
+    **arguments: Any,
+) -> nn.Module:
+    """A model of timm with the weights of a checkpoint, in eval mode.
+
+    A checkpoint of ours (`save_model`) says how many classes it has, what they are called and how images are
+    preprocessed; the model then has these in its `pretrained_cfg`, where `timm.data.resolve_data_config` looks.
+
+    Args:
+        name: any model of timm; `hf-hub:` and `local-dir:` names work too.
+        checkpoint: `.safetensors` or a file of `torch.save`; loaded strictly.
+        pretrained: download timm's weights; not together with a checkpoint.
+        ema: take the moving average from a file that holds both.
+        arguments: of `timm.create_model`, such as num_classes; they go before what the checkpoint says.
+
+    Raises:
+        ModelError: no such model (near names are listed), or it does not take the arguments.
+        CheckpointError: the checkpoint cannot be read or does not fit the model.
+    """
+    if "/" not in name and ":" not in name and not timm.is_model(name):
+        raise ModelError(f"model: no model {name!r} in timm{did_you_mean(name, timm.list_models())}")
+    if checkpoint is not None:
+        if pretrained:
+            raise ModelError("pretrained: expected False together with a checkpoint, got True")
+        told = read_metadata(checkpoint).get("pretrained_cfg", {})
+        arguments.setdefault("pretrained_cfg_overlay", told)
+        if "num_classes" in told:
+            arguments.setdefault("num_classes", told["num_classes"])
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **arguments)
+    except (TypeError, RuntimeError) as error:
+        raise ModelError(f"model: {name} cannot be made with {arguments}: {error}") from error
+    if checkpoint is not None:
+        load_weights(model, checkpoint, ema)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, checkpoint: str | Path, ema: bool = False) -> None:
+    """Loads a checkpoint strictly; the authors' files work for their models.
+
+    Raises:
+        CheckpointError: it cannot be read or does not fit.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise CheckpointError(f"{checkpoint}: no such file")
+    state_dict = read_state_dict(path, ema)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        problems = summary(differences(state_dict, model.state_dict())) or error
+        raise CheckpointError(f"{checkpoint}: does not fit the model; {problems}") from error
+
+
+def save_model(path: Path, model: nn.Module, name: str, classes: list[str] | None = None, **facts: Any) -> None:
+    """Writes the weights as safetensors that `create_model` and timm's `checkpoint_path=` read; whole or not at all.
+
+    Args:
+        path: the file.
+        model: of timm; its `pretrained_cfg` says how images are preprocessed.
+        name: its name in timm.
+        classes: names of the classes, in the order of the logits.
+        facts: what else `read_metadata` shall give back under "facts", such as the accuracy.
+
+    Raises:
+        OSError: the file cannot be written; an older one is left as it was.
+    """
+    cfg = {key: model.pretrained_cfg[key] for key in PREPROCESSING if key in model.pretrained_cfg}
+    cfg.update(architecture=name, num_classes=model.num_classes)
+    if classes:
+        cfg["label_names"] = classes
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    metadata = {"format": "pt", "pretrained_cfg": json.dumps(cfg), "facts": json.dumps(facts)}
+    with replacing(path) as part:
+        # Not `save_file`, which makes a file for its owner alone.
+        part.write_bytes(safetensors.torch.save(weights, metadata))
+
+
+def read_metadata(checkpoint: str | Path) -> dict[str, Any]:
+    """What `save_model` wrote beside the weights: "pretrained_cfg" and "facts"; {} of files without such.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise CheckpointError(f"{checkpoint}: no such file")
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{checkpoint}: cannot be read; it is damaged or cut short ({error})") from error
+    return {key: json.loads(metadata[key]) for key in ("pretrained_cfg", "facts") if key in metadata}
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """Names of a model's classes: those of its checkpoint, ImageNet's where it has 1000 of them, else numbers."""
+    names = model.pretrained_cfg.get("label_names")
+    if names and len(names) == model.num_classes:
+        return list(names)
+    if model.num_classes == 1000:
+        info = timm.data.ImageNetInfo()
+        return [info.index_to_description(index) for index in range(1000)]
+    return [str(index) for index in range(model.num_classes)]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None for the GPU if there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
