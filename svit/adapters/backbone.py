@@ -59,7 +59,8 @@ class TimmBackbone(BaseModule):
     contiguous in this order. SViT takes any H and W.
 
     Attributes:
-        channels, strides: of the maps returned, a tuple each.
+        channels: of the maps returned, a tuple.
+        strides: of the maps returned, a tuple.
 
     Raises:
         ValueError: an unknown model, one without feature maps, or an argument out of range.

@@ -44,7 +44,8 @@ class ConvFFN(nn.Module):
         dim: channels in and out.
         hidden_dim: channels between the two 1x1 convolutions.
         drop: dropout rate after the activation and after the second 1x1 convolution.
-        norm_layer, act_layer: layer classes, or timm's names of them.
+        norm_layer: layer class, or timm's name of one.
+        act_layer: the same of the activation.
         backend: of the depthwise convolution, as in `SuperTokenAttention`.
 
     Shape: (B, dim, H, W) to the same.
@@ -125,7 +126,8 @@ class Stem(nn.Module):
         dim: channels out; the first two convolutions have half of them.
         stride: 1, 2 or 4 pixels of the image to one of the output. The third convolution halves the map first, then
             the first.
-        norm_layer, act_layer: layer classes, or timm's names of them.
+        norm_layer: layer class, or timm's name of one.
+        act_layer: the same of the activation.
 
     Shape: (B, in_chans, H, W) to (B, dim, ceil(H / stride), ceil(W / stride)), channels-last.
 

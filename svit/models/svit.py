@@ -145,7 +145,9 @@ class SViT(nn.Module):
         in_chans: channels of the image.
         num_classes: classes, 0 for no classifier.
         global_pool: timm's name of the pooling before the classifier, '' for none.
-        embed_dims, depths, num_heads: channels, blocks and attention heads of each stage.
+        embed_dims: channels of each stage.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage.
         stoken_size: height and width in pixels of each stage's cells: an int or a pair a stage. With 1 the stage has
             plain global attention.
         n_iter: rounds of association.

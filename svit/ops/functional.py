@@ -145,8 +145,9 @@ def sample(
         x: map (B, H, W, C).
         cell: height and width of a cell in pixels.
         n_iter: rounds of association, at least 1.
-        weight, bias: (C,) each, or both None. With them x is layer-normed over its channels first, with `eps`; the
-            padding is zero after the norm.
+        weight: (C,), or None. With it x is layer-normed over its channels first; the padding is zero after the norm.
+        bias: (C,), or None where `weight` is.
+        eps: of that norm.
         differentiable: lets the gradient through the association too, which only the reference does.
         backend: see above.
 
