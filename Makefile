@@ -1,10 +1,12 @@
 # Commands that do everything on a fresh machine, in environments of their own:
 #   make demo   train, evaluate and look at a small SViT on real images
 #   make test   lint and all tests; MM=onedl: those of detection and segmentation, with the maintained forks
+#   make docs   the documentation as pages of a website, into site/
 # On a machine with an NVIDIA GPU:
 #   make gpu-check   the fused ops: tests, sanitizer, benchmarks, into docs/benchmarks
 PYTHON ?= python3
 TIMM := $(shell sed -n 's/^timm==//p' constraints.txt)
+DOCS := $(shell sed -n '/^docs =/,/^[^ ]/s/^    //p' setup.cfg)
 PROJECT := setup.cfg pyproject.toml constraints.txt
 
 # PyTorch's threads wait for each other without burning the processor: on a busy machine the other way is many times slower.
@@ -29,13 +31,17 @@ SDIST := $(TESTENV)/timm-$(TIMM)
 
 PARTS ?= tests sanitizer ops inference training compiled
 
-.PHONY: demo test gpu-check lint format clean
+.PHONY: demo test docs gpu-check lint format clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/python tools/demo.py
 
 test: lint $(SDIST)
 	SVIT_TIMM_SDIST=$(abspath $(SDIST)) $(TESTENV)/bin/python -m pytest $(TESTS)
+
+docs: .venv-docs/installed
+	.venv-docs/bin/mkdocs build --strict
+	@echo "Open site/index.html; the search needs a server: .venv-docs/bin/mkdocs serve"
 
 gpu-check: $(TESTENV)/installed
 	$(TESTENV)/bin/python tools/gpu_check.py --parts $(PARTS)
@@ -49,12 +55,18 @@ format: $(TESTENV)/installed
 	$(TESTENV)/bin/ruff format
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-test-onedl work_dirs outputs build dist *.egg-info
+	rm -rf .venv-demo .venv-test .venv-test-onedl .venv-docs site work_dirs outputs build dist *.egg-info
 
 .venv-demo/installed: $(PROJECT)
 	@echo "Installing the demo's environment into .venv-demo; PyTorch is a large download."
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/pip install --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+# mkdocstrings reads the sources and imports nothing, so the extra's packages alone will do, without PyTorch.
+.venv-docs/installed: $(PROJECT)
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --constraint constraints.txt $(patsubst %,"%",$(DOCS))
 	touch $@
 
 # mmcv comes as source only. It is built against the PyTorch of this environment, hence without isolation, and with its

@@ -32,8 +32,8 @@ def checked() -> bool:
 def associate(x: Tensor, s: Tensor, cell: tuple[int, int], backend: str | None = None) -> Tensor:
     """Soft association of each pixel with the 9 super tokens around its cell (paper: section 3.2). No gradient.
 
-    q = softmax over the 9 of <pixel, super token> / sqrt(C). A super token outside the grid is a zero vector: its logit
-    is 0 and it takes its share.
+    q = softmax over the 9 of `<pixel, super token> / sqrt(C)`. A super token outside the grid is a zero vector: its
+    logit is 0 and it takes its share.
 
     Args:
         x: map (B, H, W, C); zero-padded on the right and the bottom to whole cells.
