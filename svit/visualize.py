@@ -1,18 +1,49 @@
-"""Pictures of the super tokens that a model forms on an image. Needs matplotlib (`pip install svit[visualize]`)."""
+"""What a model's super tokens look like on an image. The figures need matplotlib (`pip install svit[visualize]`).
 
+    with watch(model) as layers:
+        logits = model(image)  # (1, 3, H, W), preprocessed for the model
+    figure = draw_super_tokens(photo, last_of_stages(layers), point=(0.5, 0.5))
+    figure.savefig("super_tokens.png")
+
+docs/visualization.md shows the figures; tools/visualize.py makes a page of them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from svit.files import replacing
 from svit.layers import SuperTokenAttention
 from svit.ops import sample
-from svit.ops.reference import from_cells
+from svit.ops.reference import from_cells, spread
 from svit.profiling import evaluating
 
-__all__ = ["Association", "associations", "draw"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Association",
+    "WatchedLayer",
+    "attention_weights",
+    "borders",
+    "check_point",
+    "draw_attention",
+    "draw_iterations",
+    "draw_super_tokens",
+    "last_of_stages",
+    "mean_colours",
+    "watch",
+]
+
+Point = tuple[float, float]
+
+PANEL = 2.6  # width in inches
+ZOOM = 7  # cells: the 3 x 3 that hold a share, and 2 around
 
 
 @dataclass
@@ -20,29 +51,27 @@ class Association:
     """The soft association of one attention layer on one image.
 
     Attributes:
-        layer: name of the layer in the model.
         q: (hh, ww, 9, P), each pixel's share in the 3 x 3 super tokens around its cell; sums to 1 over the 9.
         cell: height and width of a cell.
         size: height and width of the feature map.
     """
 
-    layer: str
     q: torch.Tensor
     cell: tuple[int, int]
     size: tuple[int, int]
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """(H, W): what each pixel gets of the super tokens' values (hh, ww), by its shares in them."""
+        return spread(values[None, ..., None], self.q[None], self.cell, self.size)[0, ..., 0]
 
     def weights(self, row: int, col: int) -> torch.Tensor:
         """(H, W): every pixel's share in super token (row, col); 0 outside the 3 x 3 cells around it."""
         hh, ww = self.q.shape[:2]
         if not (0 <= row < hh and 0 <= col < ww):
             raise ValueError(f"(row, col): expected a super token of the {hh} x {ww} grid, got ({row}, {col})")
-        h, w = self.cell
-        out = self.q.new_zeros(hh * h, ww * w)
-        for y in range(max(row - 1, 0), min(row + 2, hh)):
-            for x in range(max(col - 1, 0), min(col + 2, ww)):
-                neighbour = 3 * (row - y + 1) + (col - x + 1)
-                out[y * h : (y + 1) * h, x * w : (x + 1) * w] = self.q[y, x, neighbour].reshape(h, w)
-        return out[: self.size[0], : self.size[1]]
+        chosen = self.q.new_zeros(hh, ww)
+        chosen[row, col] = 1
+        return self.spread(chosen)
 
     def assignment(self) -> torch.Tensor:
         """(H, W) int64: the super token, as row * ww + col, in which each pixel has its largest share."""
@@ -55,99 +84,267 @@ class Association:
         labels = (row * ww + col).gather(2, nearest)
         return from_cells(labels[None, ..., None], self.cell, self.size)[0, ..., 0]
 
+    def cells(self) -> torch.Tensor:
+        """(H, W) int64: the cell of each pixel, numbered as the super tokens of `assignment`."""
+        hh, ww = self.q.shape[:2]
+        labels = torch.arange(hh * ww).view(1, hh, ww, 1, 1).expand(-1, -1, -1, self.q.shape[3], -1)
+        return from_cells(labels, self.cell, self.size)[0, ..., 0]
 
-def associations(model: nn.Module, image: torch.Tensor) -> list[Association]:
-    """The association in every attention layer with cells of more than one pixel, in the order of the layers.
+    def owner(self, point: Point) -> tuple[int, int]:
+        """(row, col) of the super token in which the pixel at a point has its largest share.
+
+        Args:
+            point: x and y as fractions of the width and the height, from the top left.
+
+        Raises:
+            ValueError: the point lies outside the image.
+        """
+        check_point(point)
+        H, W = self.size
+        x, y = min(int(point[0] * W), W - 1), min(int(point[1] * H), H - 1)
+        return divmod(self.assignment()[y, x].item(), self.q.shape[1])
+
+
+@dataclass
+class WatchedLayer:
+    """An attention layer, and the map that came into it for one image.
+
+    Attributes:
+        name: of the layer in the model.
+        layer: itself.
+        x: (1, C, H, W).
+    """
+
+    name: str
+    layer: SuperTokenAttention
+    x: torch.Tensor
+
+    @torch.no_grad()
+    def sample(self, n_iter: int | None = None) -> tuple[torch.Tensor, Association]:
+        """The super tokens (1, C, hh, ww) before they attend, and the association.
+
+        With cells of one pixel these are the pixels themselves, each with all of its share in itself.
+
+        Args:
+            n_iter: rounds of association, None for the layer's own number.
+        """
+        layer, size = self.layer, tuple(self.x.shape[-2:])
+        if layer.cell == (1, 1):
+            q = torch.zeros(*size, 9, 1)
+            q[:, :, 4] = 1
+            return self.x, Association(q, layer.cell, size)
+        n_iter = layer.n_iter if n_iter is None else n_iter
+        s, q = sample(self.x.permute(0, 2, 3, 1), layer.cell, n_iter, backend=layer.backend)
+        return s.permute(0, 3, 1, 2), Association(q[0].float().cpu(), layer.cell, size)
+
+    def association(self, n_iter: int | None = None) -> Association:
+        """The association alone."""
+        return self.sample(n_iter)[1]
+
+    def attention(self, row: int, col: int) -> torch.Tensor:
+        """(heads, hh, ww): the attention of super token (row, col) to all super tokens; sums to 1 in each head."""
+        s, _ = self.sample()
+        hh, ww = s.shape[-2:]
+        weights = attention_weights(self.layer, s, [row * ww + col])
+        return weights.float().cpu().reshape(-1, hh, ww)
+
+
+@torch.no_grad()
+def attention_weights(
+    layer: SuperTokenAttention, tokens: torch.Tensor, queries: Sequence[int] | None = None
+) -> torch.Tensor:
+    """The weights by which `layer.attend` adds up the values: (heads, queries, N), sums to 1 over the N tokens.
 
     Args:
-        model: any model with `SuperTokenAttention` layers.
-        image: (3, H, W) or (1, 3, H, W), preprocessed for the model.
+        layer: its fused attention does not give them away, hence they are computed anew.
+        tokens: (1, C, hh, ww), N = hh * ww.
+        queries: which of the tokens attend, None for all. All N x N of a large image take much memory.
     """
-    found = []
+    heads, d = layer.num_heads, layer.dim // layer.num_heads
+    q, k, _ = layer.qkv(tokens).reshape(heads, 3, d, -1).unbind(1)  # (heads, d, N) each
+    if queries is not None:
+        q = q[..., list(queries)]
+    return (q.transpose(-1, -2) * d**-0.5 @ k).softmax(-1)
 
-    def record(name: str):
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[list[WatchedLayer]]:
+    """Collects what comes into the model's `SuperTokenAttention` layers, in the order of the forward pass.
+
+    Within the block the model is in eval mode, and no gradients are recorded.
+
+    Raises:
+        ValueError: the model got more than one image at once.
+    """
+    watched: list[WatchedLayer] = []
+
+    def watcher(name: str):
         def hook(layer: SuperTokenAttention, args: tuple[torch.Tensor]) -> None:
-            x = args[0]
-            q = sample(x.permute(0, 2, 3, 1), layer.cell, layer.n_iter)[1]
-            found.append(Association(name, q[0].float().cpu(), layer.cell, tuple(x.shape[-2:])))
+            if len(args[0]) != 1:
+                raise ValueError(f"watch: expected one image at a time, got {len(args[0])}")
+            watched.append(WatchedLayer(name, layer, args[0]))
 
         return hook
 
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, SuperTokenAttention) and m.cell != (1, 1)]
-    hooks = [layer.register_forward_pre_hook(record(name)) for name, layer in layers]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(image if image.dim() == 4 else image[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
+        for name, layer in model.named_modules():
+            if isinstance(layer, SuperTokenAttention):
+                stack.callback(layer.register_forward_pre_hook(watcher(name)).remove)
+        yield watched
 
 
-def draw(model: nn.Module, images: torch.Tensor, path: str | Path, layer: int = 0, dpi: int = 120) -> None:
-    """Writes a picture, one row an image: the image, its super tokens' borders, the share of its pixels in one of them.
+def last_of_stages(layers: Sequence[WatchedLayer]) -> dict[str, WatchedLayer]:
+    """The last layer of each stage, as 'stage 1' and so on.
 
-    The super token shown is that of the grid's centre. The file appears whole or not at all.
+    A layer's name tells its stage: it is that of 'stages.0' in 'stages.0.blocks.2.attn'.
+    """
+    stages = groupby(layers, key=lambda watched: watched.name.partition(".blocks.")[0])
+    return {f"stage {number}": list(stage)[-1] for number, (_, stage) in enumerate(stages, 1)}
+
+
+def check_point(point: Point) -> None:
+    """Raises a ValueError unless both coordinates are fractions between 0 and 1."""
+    if not all(0 <= value <= 1 for value in point):
+        raise ValueError(f"point: expected two fractions between 0 and 1, got {point[0]:g} {point[1]:g}")
+
+
+def mean_colours(photo: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Each pixel in the mean colour of all pixels with its label.
 
     Args:
-        images: (B, C, H, W), preprocessed for the model; shown stretched to their own range, C of 1 or 3.
-        path: the file; its suffix names the format.
-        layer: which of the layers that `associations` finds.
+        photo: (H, W, 3).
+        labels: (h, w) int64, of any size; laid over the photo.
+
+    Returns:
+        (H, W, 3), the dtype of `photo`.
     """
-    import matplotlib
+    rows, cols = ((2 * torch.arange(n) + 1) * m // (2 * n) for n, m in zip(photo.shape, labels.shape, strict=False))
+    label = labels[rows[:, None], cols].flatten()
+    colours = photo.new_zeros(int(label.max()) + 1, photo.shape[2]).index_add_(0, label, photo.flatten(0, 1))
+    counts = label.bincount()
+    return (colours / counts.clamp(min=1)[:, None])[label].reshape(photo.shape)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    columns = ("image", "cells", "super tokens", "share in the marked one")
-    fig, axes = plt.subplots(
-        len(images), len(columns), figsize=(2.2 * len(columns), 2.3 * len(images)), squeeze=False, layout="constrained"
-    )
-    for image, row in zip(images, axes, strict=True):
-        found = associations(model, image)[layer]
-        H, W = image.shape[-2:]
+def borders(labels: torch.Tensor) -> torch.Tensor:
+    """The edges between pixels of different labels (H, W), in pixels: (N, 2, 2), from (x, y) to (x, y)."""
+    y, x = (labels[:, 1:] != labels[:, :-1]).nonzero().unbind(1)
+    upright = torch.stack([x + 1, y, x + 1, y + 1], 1)
+    y, x = (labels[1:] != labels[:-1]).nonzero().unbind(1)
+    level = torch.stack([x, y + 1, x + 1, y + 1], 1)
+    return torch.cat([upright, level]).reshape(-1, 2, 2)
+
+
+def draw_super_tokens(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], point: Point = (0.5, 0.5)) -> "Figure":
+    """One row a layer: the cells, the super tokens' borders and mean colours, the shares in the one at the point.
+
+    The shares are shown close up, since they are 0 outside the 3 x 3 cells around the super token.
+
+    Args:
+        photo: (H, W, 3) in 0 ... 1, the whole image at any size.
+        layers: titles and layers, with cells of more than one pixel.
+        point: x and y as fractions of the width and the height.
+    """
+    figure, axes = _panels(photo, len(layers), 4)
+    for (title, watched), row in zip(layers.items(), axes, strict=True):
+        found = watched.association()
         hh, ww = found.q.shape[:2]
-        cells = torch.arange(hh * ww).reshape(hh, ww)
-        cells = cells.repeat_interleave(found.cell[0], 0).repeat_interleave(found.cell[1], 1)
-        share = found.weights(hh // 2, ww // 2)
-
-        shown = image.float().cpu().permute(1, 2, 0).numpy()
-        shown = (shown - shown.min()) / max(shown.max() - shown.min(), 1e-6)
-        extent = (0, W, H, 0)
-        for ax in row[:3]:
-            ax.imshow(shown, cmap="gray", extent=extent)
-        _borders(row[1], cells[: found.size[0], : found.size[1]], extent)
-        _borders(row[2], found.assignment(), extent)
-        row[3].imshow(shown.mean(-1), cmap="gray", extent=extent)
-        row[3].imshow(share.numpy(), cmap="inferno", alpha=0.75, vmin=0, extent=extent)
-        # The cell of that super token, in pixels of the image.
-        scale_y, scale_x = H / found.size[0], W / found.size[1]
-        corner = (ww // 2 * found.cell[1] * scale_x, hh // 2 * found.cell[0] * scale_y)
-        row[3].add_patch(
-            plt.Rectangle(corner, found.cell[1] * scale_x, found.cell[0] * scale_y, fill=False, edgecolor="cyan")
-        )
+        owner = found.owner(point)
+        labels = found.assignment()
+        share = found.weights(*owner)
+        row[0].set_ylabel(title)
+        row[0].set_title(f"{hh} x {ww} cells")
+        _outline(row[0], photo, found.cells())
+        row[1].set_title("super tokens")
+        _outline(row[1], photo, labels)
+        row[2].set_title("their mean colours")
+        row[2].images[0].set_data(mean_colours(photo, labels).numpy())
+        row[3].set_title(f"share in one, 0 to {share.max():.2f}")
+        _overlay(row[3], photo, share)
         for ax in row:
-            ax.axis("off")
-    for ax, text in zip(axes[0], columns, strict=True):
-        ax.set_title(text, fontsize=9)
-
-    try:
-        with replacing(Path(path)) as part:
-            fig.savefig(part, dpi=dpi)
-    finally:
-        plt.close(fig)
+            _outline(ax, photo, labels == owner[0] * ww + owner[1], "cyan", 1.5)
+        _zoom(row[3], photo, ((owner[1] + 0.5) / ww, (owner[0] + 0.5) / hh), ZOOM / min(hh, ww))
+    return figure
 
 
-def _borders(ax, labels: torch.Tensor, extent: tuple[int, int, int, int]) -> None:
-    """Draws the edges between pixels of different labels (H, W) into `extent`."""
+def draw_attention(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], point: Point = (0.5, 0.5)) -> "Figure":
+    """The photo, and for each layer the attention of the super token at the point: mean of the heads, over the pixels.
+
+    Arguments as those of `draw_super_tokens`; cells of one pixel are welcome.
+    """
+    figure, axes = _panels(photo, 1, 1 + len(layers))
+    axes[0, 0].set_title("photo")
+    _mark(axes[0, 0], photo, point)
+    for (title, watched), ax in zip(layers.items(), axes[0, 1:], strict=True):
+        found = watched.association()
+        attention = found.spread(watched.attention(*found.owner(point)).mean(0))
+        ax.set_title(f"{title}, 0 to {attention.max():.2%}")
+        _overlay(ax, photo, attention)
+        _mark(ax, photo, point)
+    return figure
+
+
+def draw_iterations(photo: torch.Tensor, watched: WatchedLayer, n_iter: int) -> "Figure":
+    """The super tokens' borders after 1 ... n_iter rounds of association, and how many pixels each round moved."""
+    figure, axes = _panels(photo, 1, n_iter)
+    before = None
+    for rounds, ax in enumerate(axes[0], 1):
+        labels = watched.association(rounds).assignment()
+        title = f"{rounds} round" if rounds == 1 else f"{rounds} rounds"
+        if before is not None:
+            title += f": {(labels != before).float().mean():.1%} moved"
+        if rounds == watched.layer.n_iter:
+            title += " (the model's)"
+        ax.set_title(title)
+        _outline(ax, photo, labels)
+        before = labels
+    return figure
+
+
+def _panels(photo: torch.Tensor, rows: int, columns: int):
+    """A figure, and its panels (rows, columns), each with the photo."""
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses a window system
+
+    H, W = photo.shape[:2]
+    size = (columns * PANEL, rows * (PANEL * H / W + 0.3))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.imshow(photo.numpy(), extent=(0, W, H, 0))
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        ax.title.set_size(9)
+        ax.yaxis.label.set_size(9)
+    return figure, axes
+
+
+def _outline(ax: "Axes", photo: torch.Tensor, labels: torch.Tensor, colour: str = "yellow", width: float = 0.5) -> None:
+    """Draws the borders of labels (h, w) over the photo."""
     from matplotlib.collections import LineCollection
 
-    H, W = labels.shape
-    _, right, bottom, _ = extent
-    y, x = bottom / H, right / W
-    lines = []
-    for i, j in (labels[:, 1:] != labels[:, :-1]).nonzero().tolist():
-        lines.append([((j + 1) * x, i * y), ((j + 1) * x, (i + 1) * y)])
-    for i, j in (labels[1:] != labels[:-1]).nonzero().tolist():
-        lines.append([(j * x, (i + 1) * y), ((j + 1) * x, (i + 1) * y)])
-    ax.add_collection(LineCollection(lines, colors="yellow", linewidths=0.8))
+    (H, W), (h, w) = photo.shape[:2], labels.shape
+    lines = borders(labels) * torch.tensor([W / w, H / h])
+    ax.add_collection(LineCollection(lines.numpy(), colors=colour, linewidths=width, capstyle="projecting"))
+
+
+def _overlay(ax: "Axes", photo: torch.Tensor, values: torch.Tensor) -> None:
+    """Turns the photo grey and lays values (h, w) over it, the more opaque the larger."""
+    H, W = photo.shape[:2]
+    top = values.max().clamp(min=1e-12)
+    ax.images[0].set_data(photo.mean(-1, keepdim=True).expand(-1, -1, 3).numpy())
+    opacity = 0.2 + 0.65 * values / top
+    ax.imshow(values.numpy(), cmap="inferno", alpha=opacity.numpy(), vmin=0, vmax=top.item(), extent=(0, W, H, 0))
+
+
+def _mark(ax: "Axes", photo: torch.Tensor, point: Point) -> None:
+    H, W = photo.shape[:2]
+    ax.plot(point[0] * W, point[1] * H, "o", color="cyan", markeredgecolor="black", markersize=5)
+
+
+def _zoom(ax: "Axes", photo: torch.Tensor, centre: Point, part: float) -> None:
+    """Shows the part of the photo (its side to the photo's, at most 1) around a point, as far as it lies inside."""
+    H, W = photo.shape[:2]
+    half = min(part, 1) / 2
+    x, y = (min(max(value, half), 1 - half) for value in centre)
+    ax.set(xlim=((x - half) * W, (x + half) * W), ylim=((y + half) * H, (y - half) * H))

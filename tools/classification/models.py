@@ -1,6 +1,7 @@
 """Models by name, with the weights and the preprocessing of a checkpoint."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,14 @@ def load_weights(model: nn.Module, checkpoint: str | Path, ema: bool = False) ->
         raise CheckpointError(f"{checkpoint}: does not fit the model; {problems}") from error
 
 
-def save_model(path: Path, model: nn.Module, name: str, classes: list[str] | None = None, **facts: Any) -> None:
+def save_model(
+    path: Path,
+    model: nn.Module,
+    name: str,
+    classes: list[str] | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    **facts: Any,
+) -> None:
     """Writes the weights as safetensors that `create_model` and timm's `checkpoint_path=` read; whole or not at all.
 
     Args:
@@ -89,6 +97,7 @@ def save_model(path: Path, model: nn.Module, name: str, classes: list[str] | Non
         model: of timm; its `pretrained_cfg` says how images are preprocessed.
         name: its name in timm.
         classes: names of the classes, in the order of the logits.
+        weights: the model's own; another state dict of it, say a moving average, goes before.
         facts: what else `read_metadata` shall give back under "facts", such as the accuracy.
 
     Raises:
@@ -98,7 +107,7 @@ def save_model(path: Path, model: nn.Module, name: str, classes: list[str] | Non
     cfg.update(architecture=name, num_classes=model.num_classes)
     if classes:
         cfg["label_names"] = classes
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    weights = {k: v.detach().cpu().contiguous() for k, v in (weights or model.state_dict()).items()}
     metadata = {"format": "pt", "pretrained_cfg": json.dumps(cfg), "facts": json.dumps(facts)}
     with replacing(path) as part:
         # Not `save_file`, which makes a file for its owner alone.

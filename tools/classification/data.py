@@ -1,0 +1,262 @@
+"""Images and classes from timm's readers, in an order and with an augmentation that a seed decides.
+
+Where a training stands (epoch and batch) is all there is to remember: the order follows from seed and epoch, and each
+image is augmented with random numbers of its own, drawn from seed, epoch and the image's place in the epoch. So a
+training goes on exactly from anywhere, whatever the number of processes that read.
+"""
+
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message names the folder, the class or the file."""
+
+
+def seed_all(*numbers: int) -> None:
+    """Seeds Python, NumPy and PyTorch from some numbers, none of them negative."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    # Not `torch.manual_seed`, which, without a GPU or in a process that reads, keeps a record of each call.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
+def leave_sigterm_to_parent(worker: int) -> None:
+    """A signal to the whole group of processes, as of a cluster's scheduler, must not take the data away."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def open_dataset(name: str, root: str, split: str, **options: Any) -> Dataset:
+    """A dataset of timm's readers, without a transform.
+
+    Raises:
+        DataError: no such dataset, or no images in it.
+    """
+    kind = name.partition("/")[0].lower()
+    if kind != "hfds" and kind != "hfids" and not options.get("download") and not Path(root).exists():
+        raise DataError(f"data_dir: no such folder or file: {root}")
+    try:
+        dataset = create_dataset("" if name == "folder" else name, root=root, split=split, **options)
+        if len(dataset) == 0:
+            raise RuntimeError("it holds no images")
+    except (RuntimeError, AssertionError, ImportError, OSError, ValueError) as error:
+        raise DataError(f"{name} {root}, split {split!r}: cannot be used: {error}") from error
+    return dataset
+
+
+def classes_of(dataset: Dataset) -> list[str] | None:
+    """Names of the classes in the order of their numbers, if the dataset tells."""
+    reader = getattr(dataset, "reader", dataset)
+    numbers = getattr(reader, "class_to_idx", None)
+    if numbers:
+        return sorted(numbers, key=numbers.get)
+    features = getattr(getattr(reader, "dataset", None), "features", None) or {}  # Hugging Face
+    names = getattr(features.get("label"), "names", None)
+    return list(names) if names else None
+
+
+def check_classes(train: Dataset, val: Dataset) -> None:
+    """Both splits must have the same classes; folders are numbered by their own names, so others would be mixed up.
+
+    Raises:
+        DataError: a class is missing in one of them.
+    """
+    ours, theirs = classes_of(train), classes_of(val)
+    if ours is None or theirs is None or ours == theirs:
+        return
+    for names, others, where in ((ours, theirs, "val"), (theirs, ours, "train")):
+        missing = [name for name in names if name not in others]
+        if missing:
+            raise DataError(f"{where}: no images of {len(missing)} of {len(names)} classes: {', '.join(missing[:10])}")
+    raise DataError(f"val: its classes are in another order than train's: {theirs[:10]}, expected {ours[:10]}")
+
+
+class Images(Dataset):
+    """A dataset with an index, augmented; an item's key is (epoch, place in the epoch, index).
+
+    An image that cannot be read is reported once, by name. In training the next image takes its place; else the item is
+    None, which `collate` drops. More than `limit` of them are a DataError.
+    """
+
+    def __init__(self, dataset: Dataset, transform, seed: int, training: bool, limit: int) -> None:
+        self.dataset, self.transform, self.seed, self.training, self.limit = dataset, transform, seed, training, limit
+        self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # by all processes that read
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, int] | None:
+        epoch, place, index = key
+        while True:
+            try:
+                image, target = self.read(index)
+                break
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                self.report(index, error)
+                if not self.training:
+                    return None
+                index = (index + 1) % len(self)
+        seed_all(self.seed, epoch, place)
+        return self.transform(image), target
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        reader = getattr(self.dataset, "reader", None)
+        if reader is None:  # torchvision's
+            image, target = self.dataset[index]
+            return image.convert("RGB"), target
+        # Not timm's own way, which passes over what cannot be read without counting.
+        file, target, *_ = reader[index]
+        with Image.open(file) as image:
+            return image.convert("RGB"), target
+
+    def report(self, index: int, error: Exception) -> None:
+        if not self.unreadable[index]:
+            self.unreadable[index] = True
+            print(f"unreadable, skipped: {self.name(index)} ({error})", file=sys.stderr, flush=True)
+        if int(self.unreadable.sum()) > self.limit:
+            names = ", ".join(self.name(i) for i in self.unreadable.nonzero().flatten().tolist()[:10])
+            raise DataError(f"more than {self.limit} images cannot be read (max_unreadable): {names}")
+
+    def name(self, index: int) -> str:
+        return self.dataset.filename(index) if hasattr(self.dataset, "filename") else f"number {index}"
+
+
+class Order:
+    """Batches of keys for `Images`, of one process: an iterable over an epoch, from `start` on.
+
+    The processes take turns in the images of a batch, so that as many images in as many processes are the same images.
+    With repeated augmentation (Hoffer et al., 2020) the copies of an image stand next to each other, and an epoch sees
+    as many images less.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, rank: int, world: int, seed: int | None, repeats: int = 1, drop_last=True
+    ) -> None:
+        self.size, self.batch_size, self.rank, self.world = size, batch_size, rank, world
+        self.seed, self.repeats, self.drop_last = seed, repeats, drop_last
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        total = self.batch_size * self.world
+        return self.size // total if self.drop_last else -(-self.size // total)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        if self.seed is None:
+            indices = range(self.size)
+        else:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
+            indices = np.repeat(order, self.repeats)[: self.size].tolist()
+        total = self.batch_size * self.world
+        for batch in range(self.start, len(self)):
+            places = range(batch * total + self.rank, min((batch + 1) * total, self.size), self.world)
+            yield [(self.epoch, place, indices[place]) for place in places]
+
+
+class Stream(IterableDataset):
+    """A dataset without an index (shards), augmented with random numbers of seed, epoch, process and place."""
+
+    def __init__(self, dataset: IterableDataset, transform, seed: int, epoch: int, rank: int) -> None:
+        self.dataset, self.transform, self.seed, self.epoch, self.rank = dataset, transform, seed, epoch, rank
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        worker = get_worker_info()
+        for place, (image, target) in enumerate(self.dataset):
+            seed_all(self.seed, self.epoch, self.rank, worker.id if worker else 0, place)
+            yield self.transform(image), target
+
+
+def collate(items: list) -> Batch | None:
+    """One batch of what could be read; None if nothing could."""
+    items = [item for item in items if item is not None]
+    return default_collate(items) if items else None
+
+
+class Loader:
+    """Batches of a split for one of `world` processes.
+
+    Args:
+        open: makes the dataset; called anew for each epoch of a stream, whose shuffling has a memory.
+        transform: timm's.
+        training: in random order, incomplete batches dropped; else in the dataset's order, all images.
+    """
+
+    def __init__(
+        self,
+        open,
+        transform,
+        batch_size: int,
+        training: bool,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        repeats: int = 1,
+        workers: int = 0,
+        limit: int = 10,
+    ) -> None:
+        self.open, self.transform, self.batch_size, self.training = open, transform, batch_size, training
+        self.rank, self.world, self.seed, self.workers = rank, world, seed, workers
+        self.dataset = open()
+        self.streams = isinstance(self.dataset, IterableDataset)
+        self.pin = torch.cuda.is_available()
+        if not self.streams:
+            self.order = Order(
+                len(self.dataset), batch_size, rank, world, seed if training else None, repeats, drop_last=training
+            )
+            images = Images(self.dataset, transform, seed, training, limit)
+            self.loader = DataLoader(
+                images,
+                batch_sampler=self.order,
+                num_workers=workers,
+                collate_fn=collate,
+                pin_memory=self.pin,
+                persistent_workers=workers > 0,
+                worker_init_fn=leave_sigterm_to_parent,
+            )
+
+    def __len__(self) -> int:
+        """Batches an epoch has."""
+        if not self.streams:
+            return len(self.order)
+        total = self.batch_size * self.world
+        return len(self.dataset) // total if self.training else -(-len(self.dataset) // total)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on: images (B, 3, H, W) and classes (B,)."""
+        if not self.streams:
+            self.order.epoch, self.order.start = epoch, start
+            return (batch for batch in self.loader if batch is not None)
+        dataset = self.open()
+        dataset.set_epoch(epoch)
+        dataset.set_loader_cfg(num_workers=self.workers)
+        loader = DataLoader(
+            Stream(dataset, self.transform, self.seed, epoch, self.rank),
+            batch_size=self.batch_size,
+            num_workers=self.workers,
+            drop_last=self.training,
+            pin_memory=self.pin,
+            worker_init_fn=leave_sigterm_to_parent,
+            generator=torch.Generator().manual_seed(self.seed + epoch),
+        )
+        return islice(loader, start, len(self) if self.training else None)
+
+
+def eval_transform(preprocessing: dict[str, Any]):
+    """timm's transform for evaluation from what `timm.data.resolve_data_config` gives."""
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    return create_transform(**{key: preprocessing[key] for key in keys}, is_training=False)

@@ -1,0 +1,91 @@
+"""Accuracy of a classifier."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .data import Batch
+
+
+@dataclass
+class Accuracy:
+    """Of how many images, and how often the right class was first or among the first five."""
+
+    count: int
+    hits: int
+    hits5: int
+    loss: float  # mean cross entropy
+    class_hits: list[int]
+    class_counts: list[int]
+
+    @property
+    def top1(self) -> float:
+        """Per cent."""
+        return 100 * self.hits / self.count
+
+    @property
+    def top5(self) -> float:
+        """Per cent; of 5 classes and fewer it is 100."""
+        return 100 * self.hits5 / self.count
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    num_classes: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    flip: bool = False,
+    channels_last: bool = False,
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts,
+) -> Accuracy:
+    """Evaluates a model, which is left in the mode that it was in.
+
+    Args:
+        model: (B, C, H, W) to logits (B, num_classes).
+        batches: images and classes (B,).
+        autocast: makes the context that the model runs in.
+        flip: average the logits of the image and its mirror image.
+        reduce: sums a tensor over the processes, each of which has other batches.
+
+    Raises:
+        ValueError: there is no image, or a class that the model does not have.
+    """
+    training = model.training
+    model.eval()
+    hits, hits5, counts = (torch.zeros(num_classes, dtype=torch.float64, device=device) for _ in range(3))
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    for images, classes in batches:
+        if int(classes.max()) >= num_classes or int(classes.min()) < 0:
+            raise ValueError(f"class: expected 0 to {num_classes - 1}, got {classes.tolist()}")
+        images = images.to(device, non_blocking=True, memory_format=memory_format)
+        classes = classes.to(device, non_blocking=True)
+        with autocast():
+            logits = model(images)
+            if flip:
+                logits = (logits + model(images.flip(-1))) / 2
+        logits = logits.float()
+        loss += F.cross_entropy(logits, classes, reduction="sum")
+        best = logits.topk(min(5, num_classes)).indices == classes[:, None]
+        hits.index_add_(0, classes, best[:, 0].double())
+        hits5.index_add_(0, classes, best.any(1).double())
+        counts.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float64))
+    model.train(training)
+    hits, hits5, counts, loss = (reduce(t).cpu() for t in (hits, hits5, counts, loss))
+    total = int(counts.sum())
+    if total == 0:
+        raise ValueError("there is no image to evaluate on")
+    return Accuracy(
+        total,
+        int(hits.sum()),
+        int(hits5.sum()),
+        loss.item() / total,
+        [int(n) for n in hits],
+        [int(n) for n in counts],
+    )

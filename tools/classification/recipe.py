@@ -1,0 +1,176 @@
+"""Recipes: everything that decides how a training comes out, in a YAML file."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from svit.names import did_you_mean
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """A recipe cannot be read or says what cannot be done; the message names the key."""
+
+
+@dataclass
+class Recipe:
+    """One training. The comments give units and what a value of null means."""
+
+    # Model
+    model: str = MISSING  # any of timm's
+    model_args: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
+    num_classes: int | None = None  # null: as many as the data has
+    checkpoint: str | None = None  # weights to start from; the head is left out where its size differs
+    pretrained: bool = False  # start from timm's weights
+    drop_path: float = 0.0
+    drop_path_schedule: dict[int, float] = field(default_factory=dict)  # from that epoch on, another drop_path
+    freeze_bn: bool = False  # keep BatchNorm's running statistics as they are
+    grad_checkpointing: bool = False
+
+    # Data
+    dataset: str = "folder"  # or a tar file; else a name of timm's: torch/..., wds/..., hfds/...
+    data_dir: str = MISSING
+    train_split: str = "train"
+    val_split: str = "validation"
+    download: bool = False
+    train_samples: int | None = None  # images an epoch, of streams that do not say
+    val_samples: int | None = None
+    img_size: int | None = None  # pixels; null: the model's own
+    crop_pct: float | None = None  # of the evaluation; null: the model's own
+    interpolation: str | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    max_unreadable: int = 10  # images of a split that may be unreadable and are then skipped
+
+    # Augmentation (timm's)
+    augment: bool = True  # off: images are resized and cropped as in the evaluation
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # share of the area in a random crop
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    hflip: float = 0.5
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    repeated_augmentation: int = 1  # copies of an image in an epoch, of as many fewer images
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_off_epoch: int | None = None
+    label_smoothing: float = 0.0
+
+    # Teacher
+    teacher: str | None = None  # a model of timm whose predictions are learned too
+    teacher_checkpoint: str | None = None  # null: timm's weights
+    teacher_weight: float = 0.5  # of the teacher's loss; the labels' has the rest
+    temperature: float = 1.0
+
+    # Optimization
+    epochs: int = MISSING
+    batch_size: int = 128  # images a step and process
+    grad_accum: int = 1  # steps an update
+    opt: str = "adamw"
+    opt_args: dict[str, Any] = field(default_factory=dict)
+    lr: float = 1e-3  # at `lr_batch` images an update
+    lr_batch: int | None = None  # scale lr with the images an update has; null: do not
+    weight_decay: float = 0.05
+    layer_decay: float | None = None
+    clip_grad: float | None = None  # largest norm of the gradient
+    sched: str = "cosine"
+    warmup_epochs: float = 0
+    warmup_lr: float = 1e-6
+    min_lr: float = 0.0
+    ema: float | None = None  # decay of the moving average of the weights; null: none
+    ema_warmup: bool = False
+    evaluate: str = "model"  # which weights are evaluated and kept as best: model or ema
+    seed: int = 0
+
+    # Machine
+    mixed_precision: str = "no"  # no, bf16, fp16
+    channels_last: bool = True
+    compile: bool = False
+    parallel: str = "ddp"  # among processes: ddp or fsdp
+    workers: int = 4  # processes that read images, for each process that trains
+    save_every: int | None = None  # updates; null: at the end of each epoch alone
+    log_every: int = 50  # updates
+
+
+# What may differ when a training goes on: it decides where and how fast it runs, not what comes out.
+FREE = {"data_dir", "download", "workers", "save_every", "log_every"}
+
+CHOICES = {
+    "evaluate": ("model", "ema"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "parallel": ("ddp", "fsdp"),
+}
+AT_LEAST_ONE = ("epochs", "batch_size", "grad_accum", "repeated_augmentation", "log_every")
+
+
+def load_recipe(name: str, changes: list[str] = ()) -> Recipe:
+    """Reads a recipe and checks it.
+
+    Args:
+        name: a YAML file, or the name of one in tools/recipes/.
+        changes: "key=value" each, applied on top; a value is YAML, a key within another has a dot.
+
+    Raises:
+        RecipeError: no such recipe, an unknown key (the nearest is named), a value of another type or out of range.
+    """
+    known = {f.name for f in fields(Recipe)}
+    for change in changes:
+        if "=" not in change:
+            raise RecipeError(f"--set: expected KEY=VALUE, got {change!r}")
+    try:
+        read = OmegaConf.merge(OmegaConf.load(find_recipe(name)), OmegaConf.from_dotlist(list(changes)))
+        for key in read:
+            if key not in known:
+                raise RecipeError(f"{name}: no recipe has a key {key!r}{did_you_mean(str(key), known)}")
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), read))
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
+        raise RecipeError(f"{name}: {str(error).splitlines()[0]}{where(error)}") from error
+    check(recipe, name)
+    return recipe
+
+
+def where(error: Exception) -> str:
+    key = getattr(error, "full_key", None)
+    return f" (key {key!r})" if key else ""
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe's path or name."""
+    for path in (Path(name), FOLDER / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    raise RecipeError(f"recipe: no file {name} and no recipe of that name; there are {', '.join(names)}")
+
+
+def check(recipe: Recipe, name: str) -> None:
+    for key, choices in CHOICES.items():
+        if getattr(recipe, key) not in choices:
+            raise RecipeError(f"{name}: {key}: expected {' or '.join(choices)}, got {getattr(recipe, key)!r}")
+    for key in AT_LEAST_ONE:
+        if getattr(recipe, key) < 1:
+            raise RecipeError(f"{name}: {key}: expected at least 1, got {getattr(recipe, key)}")
+    if recipe.evaluate == "ema" and recipe.ema is None:
+        raise RecipeError(f"{name}: evaluate: expected model, since ema is null, got 'ema'")
+    if recipe.ema is not None and recipe.parallel == "fsdp":
+        raise RecipeError(f"{name}: ema: expected null with parallel: fsdp, which shards the weights, got {recipe.ema}")
+    if recipe.drop_path_schedule and not recipe.drop_path:
+        raise RecipeError(f"{name}: drop_path: expected more than 0 with a drop_path_schedule, got {recipe.drop_path}")
+    if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
+        raise RecipeError(f"{name}: batch_size: expected an even number with mixup or cutmix, got {recipe.batch_size}")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What keeps a training of the one recipe from going on with the other, a line for each key."""
+    return [
+        f"{key}: {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted(set(old) | set(new))
+        if key not in FREE and old.get(key) != new.get(key)
+    ]

@@ -1,0 +1,517 @@
+"""Trains an image classifier, any model of timm, by a recipe.
+
+    python tools/train.py cifar10 --data-dir data/cifar10
+    python tools/train.py imagenet_small --data-dir data/imagenet --resume
+    torchrun --nproc-per-node 8 tools/train.py imagenet_small --data-dir data/imagenet --set mixed_precision=bf16
+    python tools/train.py finetune --data-dir photos --set checkpoint=svit_small.safetensors epochs=10
+
+RECIPE is a YAML file or the name of one in tools/recipes/; --set changes keys of it. One command serves a CPU, a GPU,
+many GPUs and many machines (torchrun's --nnodes and --rdzv-endpoint). The folder --output gets best.safetensors and
+last.safetensors (weights), state.pt (what --resume goes on from), log.csv, TensorBoard's events and recipe.yaml.
+SIGTERM saves the state and exits. docs/training.md tells more.
+"""
+
+import argparse
+import csv
+import io
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedDataParallelKwargs
+from omegaconf import OmegaConf
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.layers import DropPath
+from timm.loss import create_classification_loss
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask, DistillationTeacher, LogitDistillationTask
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from classification import state as states
+from classification.data import (
+    DataError,
+    Loader,
+    check_classes,
+    classes_of,
+    eval_transform,
+    open_dataset,
+    seed_all,
+)
+from classification.evaluation import Accuracy, evaluate
+from classification.models import ModelError, create_model, save_model
+from classification.recipe import Recipe, RecipeError, load_recipe
+from svit.convert import CheckpointError, differences, read_state_dict, summary
+from svit.files import replacing
+from svit.models.original import from_original, is_original
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 after an error, 143 after SIGTERM."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("--data-dir", metavar="DIR", help="in place of the recipe's data_dir")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="default: outputs/train/NAME_OF_RECIPE")
+    parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="keys of the recipe")
+    parser.add_argument(
+        "--resume",
+        metavar="STATE",
+        nargs="?",
+        const="auto",
+        help="go on from a state; auto (the default) from that in the output folder, from the start if there is none",
+    )
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU, though there is a GPU")
+    args = parser.parse_args(argv)
+    changes = args.set + ([f"data_dir={args.data_dir}"] if args.data_dir else [])
+    output = args.output or Path("outputs", "train", Path(args.recipe).stem)
+    recipe = None
+    try:
+        recipe = load_recipe(args.recipe, changes)
+        finished = Training(recipe, output, args.resume, args.cpu).run()
+    except (RecipeError, DataError, ModelError, CheckpointError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}; what was saved before is whole", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory with batch_size {recipe.batch_size}. Lower batch_size and raise grad_accum by as "
+            "much, which keeps the images of an update; or set grad_checkpointing=true, mixed_precision=bf16 or a "
+            "smaller img_size",
+            file=sys.stderr,
+        )
+        return 1
+    return 0 if finished else 128 + signal.SIGTERM
+
+
+class TrainingError(RuntimeError):
+    """The training cannot go on; the message says what to change."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+class Training:
+    """One run of a recipe, from the start or from a state."""
+
+    def __init__(self, recipe: Recipe, output: Path, resume: str | None, cpu: bool) -> None:
+        self.recipe, self.output = recipe, output
+        found = output / states.NAME
+        if resume is None and found.exists():
+            raise TrainingError(f"--output: {output} holds a training already; go on with --resume or name another")
+        resume_from = found if resume == "auto" else Path(resume) if resume else None
+        if resume == "auto" and not found.exists():
+            resume_from = None
+
+        self.sharded = recipe.parallel == "fsdp"
+        self.accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=recipe.mixed_precision,
+            gradient_accumulation_steps=recipe.grad_accum,
+            fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+            if self.sharded
+            else None,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        images = recipe.batch_size * recipe.grad_accum * self.world
+        self.settings = OmegaConf.to_container(OmegaConf.structured(recipe))
+        self.state, tensors = states.State(self.settings, images), None
+        if resume_from is not None:
+            self.state, tensors = states.read(resume_from, self.settings, images)
+
+        self.make_data()
+        self.make_model()
+        self.make_optimizer(images)
+        if tensors is not None:
+            self.restore(tensors)
+
+    # What a training is made of
+
+    def make_data(self) -> None:
+        r = self.recipe
+        kind = r.dataset.partition("/")[0].lower()
+        options = {"download": r.download} if kind == "torch" else {}
+        streams = {"batch_size": r.batch_size, "seed": r.seed}
+        train = partial(open_dataset, r.dataset, r.data_dir, r.train_split, **options)
+        val = partial(open_dataset, r.dataset, r.data_dir, r.val_split, **options)
+        if kind in ("wds", "hfids", "tfds"):
+            train = partial(train, is_training=True, num_samples=r.train_samples, **streams)
+            val = partial(val, num_samples=r.val_samples, **streams)
+        with self.accelerator.main_process_first():  # who downloads, if need be
+            train_set, val_set = train(), val()
+        check_classes(train_set, val_set)
+        self.classes = classes_of(train_set)
+        self.num_classes = r.num_classes or (len(self.classes) if self.classes else None)
+        if self.num_classes is None:
+            raise RecipeError("num_classes: expected a number, since the data does not tell its classes, got null")
+        if self.classes and len(self.classes) > self.num_classes:
+            raise RecipeError(f"num_classes: expected the data's {len(self.classes)}, got {self.num_classes}")
+        self.open_train, self.open_val = train, val
+
+    def make_model(self) -> None:
+        r = self.recipe
+        seed_all(r.seed)
+        overlay = {k: getattr(r, k) for k in ("mean", "std", "crop_pct", "interpolation") if getattr(r, k) is not None}
+        if self.classes:
+            overlay["label_names"] = self.classes
+        if r.img_size:
+            overlay["input_size"] = (3, r.img_size, r.img_size)
+        arguments = dict(r.model_args)
+        if r.drop_path:
+            arguments["drop_path_rate"] = r.drop_path
+        overlay = {"pretrained_cfg_overlay": overlay} if overlay else {}
+        create = partial(create_model, r.model, pretrained=r.pretrained, num_classes=self.num_classes, **overlay)
+        model = create(**arguments)
+        if model.pretrained_cfg.get("fixed_input_size") and r.img_size:
+            model = create(img_size=r.img_size, **arguments)
+        if r.checkpoint:
+            start_from(model, r.checkpoint)
+        if r.grad_checkpointing:
+            model.set_grad_checkpointing()
+        if r.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.preprocessing = resolve_data_config({}, model=model)
+
+        common = dict(rank=self.rank, world=self.world, seed=r.seed, workers=r.workers, limit=r.max_unreadable)
+        transform = eval_transform(self.preprocessing)
+        self.val = Loader(self.open_val, transform, r.batch_size, training=False, **common)
+        if r.augment:
+            transform = create_transform(
+                self.preprocessing["input_size"],
+                is_training=True,
+                scale=r.scale,
+                ratio=r.ratio,
+                hflip=r.hflip,
+                color_jitter=r.color_jitter,
+                auto_augment=r.auto_augment,
+                interpolation=self.preprocessing["interpolation"],
+                mean=self.preprocessing["mean"],
+                std=self.preprocessing["std"],
+                re_prob=r.random_erasing,
+                re_mode="pixel",
+            )
+        repeats = r.repeated_augmentation
+        self.train = Loader(self.open_train, transform, r.batch_size, training=True, repeats=repeats, **common)
+        self.updates = len(self.train) // r.grad_accum  # an epoch
+        if self.updates == 0:
+            raise RecipeError(
+                f"batch_size: expected at most the {len(self.train.dataset)} images of the data for one update, "
+                f"got {self.state.images} (batch_size x grad_accum x processes)"
+            )
+        self.mixup = None
+        if r.mixup or r.cutmix:
+            self.mixup = Mixup(
+                mixup_alpha=r.mixup,
+                cutmix_alpha=r.cutmix,
+                prob=r.mixup_prob,
+                switch_prob=r.mixup_switch_prob,
+                label_smoothing=r.label_smoothing,
+                num_classes=self.num_classes,
+            )
+        self.model = model.to(self.accelerator.device).train()
+        self.ema = ModelEmaV3(self.model, r.ema, use_warmup=r.ema_warmup) if r.ema is not None else None
+        # Set before a schedule changes them.
+        self.drop_paths = [(m, m.drop_prob) for m in self.model.modules() if isinstance(m, DropPath)]
+
+    def make_optimizer(self, images: int) -> None:
+        r = self.recipe
+        lr = r.lr * images / r.lr_batch if r.lr_batch else r.lr
+        optimizer = create_optimizer_v2(
+            self.model, r.opt, lr=lr, weight_decay=r.weight_decay, layer_decay=r.layer_decay, **r.opt_args
+        )
+        self.scheduler, _ = create_scheduler_v2(
+            optimizer,
+            r.sched,
+            num_epochs=r.epochs,
+            warmup_epochs=r.warmup_epochs,
+            warmup_lr=r.warmup_lr,
+            min_lr=r.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates,
+        )
+        if self.scheduler is not None:
+            self.scheduler.step_update(0)
+        if r.compile:
+            self.model.compile()
+        self.plain = self.model  # without the wrappers that prepare puts around it
+        self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+
+        # Mixup gives soft targets with the smoothing in them; where it is off, timm's loss takes classes.
+        loss = partial(create_classification_loss, "ce", smoothing=r.label_smoothing)
+        task = ClassificationTask
+        if r.teacher:
+            teacher = create_model(
+                r.teacher, r.teacher_checkpoint, pretrained=not r.teacher_checkpoint, num_classes=self.num_classes
+            )
+            teacher = DistillationTeacher(teacher.requires_grad_(False)).to(self.accelerator.device)
+            task = partial(
+                LogitDistillationTask,
+                teacher_model=teacher,
+                task_loss_weight=1 - r.teacher_weight,
+                distill_loss_weight=r.teacher_weight,
+                temperature=r.temperature,
+            )
+        task = partial(task, self.model, device=self.accelerator.device, verbose=False)
+        self.tasks = {soft: task(criterion=loss(soft_targets=soft)) for soft in (False, True)}
+
+    # Saving and going on
+
+    def save(self) -> None:
+        """Writes the state and the last weights."""
+        tensors = states.gather(self.plain, self.optimizer.optimizer, self.sharded)
+        if self.ema is not None:
+            tensors["ema"] = self.ema.module.state_dict()
+        if self.accelerator.scaler is not None:
+            tensors["scaler"] = self.accelerator.scaler.state_dict()
+        if self.accelerator.is_main_process:
+            states.write(self.output / states.NAME, self.state, tensors)
+        self.save_weights("last.safetensors", tensors)
+        self.accelerator.wait_for_everyone()
+
+    def save_weights(self, name: str, tensors: dict[str, Any] | None = None) -> None:
+        """Writes the weights that are evaluated."""
+        tensors = tensors or states.gather(self.plain, self.optimizer.optimizer, self.sharded)
+        if self.accelerator.is_main_process:
+            row = self.state.rows[-1] if self.state.rows else {}
+            save_model(
+                self.output / name,
+                self.plain,
+                self.recipe.model,
+                self.classes,
+                tensors["ema" if self.recipe.evaluate == "ema" else "model"],
+                recipe=self.settings,
+                **row,
+            )
+
+    def restore(self, tensors: dict[str, Any]) -> None:
+        states.scatter(self.plain, self.optimizer.optimizer, self.sharded, tensors)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(tensors["ema"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(tensors["scaler"])
+
+    # Training
+
+    def run(self) -> bool:
+        """Trains to the end; returns False if SIGTERM came before."""
+        first = self.accelerator.is_main_process
+        if first:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with replacing(self.output / "recipe.yaml") as part:
+                part.write_text(OmegaConf.to_yaml(self.settings))
+        board = SummaryWriter(self.output, purge_step=self.total) if first else None
+        bar = tqdm(total=self.recipe.epochs * self.updates, initial=self.total, disable=None if first else True)
+        try:
+            with sigterm() as self.asked_to_stop:
+                while self.state.epoch < self.recipe.epochs:
+                    if not self.train_epoch(board, bar):
+                        self.save()
+                        bar.write("SIGTERM: saved; --resume goes on from here")
+                        return False
+                    self.finish_epoch(board, bar)
+        finally:
+            bar.close()
+            if board is not None:
+                board.close()
+        return True
+
+    @property
+    def total(self) -> int:
+        """Updates done in all."""
+        return self.state.epoch * self.updates + self.state.update
+
+    def train_epoch(self, board: SummaryWriter | None, bar: tqdm) -> bool:
+        """Trains to the end of the epoch; returns False if SIGTERM came before."""
+        r, state = self.recipe, self.state
+        self.set_drop_path(state.epoch)
+        batches = self.train.epoch(state.epoch, state.update * r.grad_accum)
+        start, before = time.perf_counter(), state.seconds
+        while state.update < self.updates:
+            if self.scheduler is not None:
+                self.scheduler.step_update(self.total)
+            loss = self.step(batches)
+            state.update += 1
+            state.loss = state.loss + loss
+            state.seconds = before + time.perf_counter() - start
+            bar.update()
+            if state.update % r.log_every == 0 or state.update == self.updates:
+                self.log(board, bar, loss)
+            stop = self.shall_stop()
+            if stop and state.update < self.updates:
+                state.loss = float(state.loss)
+                return False
+            if r.save_every and self.total % r.save_every == 0 and state.update < self.updates:
+                state.loss = float(state.loss)
+                self.save()
+        return True
+
+    def step(self, batches: Iterator) -> torch.Tensor:
+        """One update; returns its mean loss on this process, without waiting for it."""
+        r = self.recipe
+        self.model.train()
+        if r.freeze_bn:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        # All that is random here follows from where the training stands.
+        seed_all(r.seed, 1, self.total, self.rank)
+        loss = torch.zeros((), device=self.accelerator.device)
+        for _ in range(r.grad_accum):
+            images, classes = next(batches)
+            images = images.to(
+                self.accelerator.device,
+                non_blocking=True,
+                memory_format=torch.channels_last if r.channels_last else torch.contiguous_format,
+            )
+            classes = classes.to(self.accelerator.device, non_blocking=True)
+            soft = self.mixup is not None and not (r.mixup_off_epoch and self.state.epoch >= r.mixup_off_epoch)
+            if soft:
+                images, classes = self.mixup(images, classes)
+            with self.accelerator.accumulate(self.model):
+                with self.accelerator.autocast():
+                    part = self.tasks[soft](images, classes)["loss"]
+                self.accelerator.backward(part)
+                if r.clip_grad and self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), r.clip_grad)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            loss += part.detach() / r.grad_accum
+        if self.ema is not None:
+            self.ema.update(self.plain, self.total + 1)
+        return loss
+
+    def set_drop_path(self, epoch: int) -> None:
+        """Scales the rates of all blocks as the schedule says for this epoch."""
+        begun = [e for e in self.recipe.drop_path_schedule if e <= epoch]
+        if begun:
+            rate = self.recipe.drop_path_schedule[max(begun)]
+            for module, original in self.drop_paths:
+                module.drop_prob = original * rate / self.recipe.drop_path
+
+    def shall_stop(self) -> bool:
+        """Whether SIGTERM came, to any process; asked of the others now and then only, since it waits for them."""
+        if self.world == 1:
+            return bool(self.asked_to_stop)
+        if self.total % 10:
+            return False
+        asked = torch.tensor(float(bool(self.asked_to_stop)), device=self.accelerator.device)
+        return self.accelerator.reduce(asked, "sum").item() > 0
+
+    def log(self, board: SummaryWriter | None, bar: tqdm, loss: torch.Tensor) -> None:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} in epoch {self.state.epoch}, update {self.state.update}; "
+                "lower lr, raise warmup_epochs or set clip_grad"
+            )
+        bar.set_postfix(epoch=self.state.epoch, loss=f"{value:.3f}")
+        if board is not None:
+            board.add_scalar("train/loss", value, self.total)
+            board.add_scalar("train/lr", max(group["lr"] for group in self.optimizer.param_groups), self.total)
+
+    def finish_epoch(self, board: SummaryWriter | None, bar: tqdm) -> None:
+        """Evaluates, logs and saves."""
+        state = self.state
+        loss = self.accelerator.reduce(torch.as_tensor(state.loss, device=self.accelerator.device), "mean")
+        found = self.evaluate()
+        row = {
+            "epoch": state.epoch,
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "train_loss": loss.item() / self.updates,
+            "val_loss": found.loss,
+            "top1": found.top1,
+            "top5": found.top5,
+            "seconds": round(state.seconds, 1),
+        }
+        state.rows.append(row)
+        state.epoch, state.update, state.loss = state.epoch + 1, 0, 0.0
+        better = found.top1 > state.best
+        state.best = max(state.best, found.top1)
+        if better:
+            self.save_weights("best.safetensors")
+        self.save()
+        if self.accelerator.is_main_process:
+            for key in ("train_loss", "val_loss", "top1", "top5"):
+                board.add_scalar(f"epoch/{key}", row[key], state.epoch)
+            write_log(self.output / "log.csv", state.rows)
+            bar.write(
+                f"epoch {row['epoch']}: train loss {row['train_loss']:.3f}, val loss {row['val_loss']:.3f}, "
+                f"top-1 {row['top1']:.2f}, top-5 {row['top5']:.2f}, best {state.best:.2f}"
+            )
+
+    def evaluate(self) -> Accuracy:
+        # Not the wrapped model: processes may have different numbers of batches.
+        model = self.ema.module if self.recipe.evaluate == "ema" else self.plain
+        return evaluate(
+            model,
+            self.val.epoch(),
+            self.num_classes,
+            self.accelerator.device,
+            self.accelerator.autocast,
+            channels_last=self.recipe.channels_last,
+            reduce=partial(self.accelerator.reduce, reduction="sum"),
+        )
+
+
+@contextmanager
+def sigterm() -> Iterator[list]:
+    """A list that is empty until SIGTERM comes."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def start_from(model: nn.Module, checkpoint: str) -> None:
+    """Loads a checkpoint to fine-tune from; a head of another number of classes is left as it is.
+
+    Raises:
+        CheckpointError: it cannot be read or is of another model.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint: no such file: {checkpoint}")
+    weights, expected = read_state_dict(path), model.state_dict()
+    if is_original(weights):
+        weights = from_original(weights)
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    for name in (classifier,) if isinstance(classifier, str) else classifier:
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in weights and key in expected and weights[key].shape != expected[key].shape:
+                weights[key] = expected[key]
+    problems = summary(differences(weights, expected))
+    if problems:
+        raise CheckpointError(f"checkpoint: {checkpoint} does not fit the model; {problems}")
+    model.load_state_dict(weights)
+
+
+def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as part:
+        part.write_text(text.getvalue())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

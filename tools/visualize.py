@@ -1,0 +1,220 @@
+"""Draws what a model's super tokens look like on photographs: pictures, and a page that shows them side by side.
+
+    python tools/visualize.py cat.jpg street.jpg --model svit_small --checkpoint svit_small.safetensors
+    python tools/visualize.py cat.jpg --model svit_nano_32 --checkpoint cifar.safetensors --img-size 256 --point 0.4 0.3
+
+Open OUT/index.html. docs/visualization.md says what the pictures mean.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import timm
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+
+from classification.models import choose_device, class_names, create_model
+from svit.files import replacing
+from svit.layers import SuperTokenAttention
+from svit.visualize import check_point, draw_attention, draw_iterations, draw_super_tokens, last_of_stages, watch
+
+SHOWN = 768  # pixels of a photo's longer side in the pictures, more than a panel has
+TOP = 3  # classes
+DPI = 150
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Super tokens of {model}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem; color: #222 }}
+section {{ border-top: 1px solid #ccc; margin-top: 2rem }}
+.figures {{ display: flex; flex-wrap: wrap; gap: 1.5rem 2.5rem; align-items: flex-start }}
+figure {{ margin: 0 }}
+figcaption {{ color: #666 }}
+img {{ display: block; max-width: 100%; height: auto }}
+</style>
+</head>
+<body>
+<h1>Super tokens of {model}</h1>
+<p>Weights: {weights}</p>
+{sections}
+</body>
+</html>
+"""
+SECTION = """<section>
+<h2>{image}</h2>
+<p>{facts}</p>
+<div class="figures">
+{figures}
+</div>
+</section>"""
+FIGURE = '<figure><figcaption>{caption}</figcaption><a href="{file}"><img src="{file}" alt="{caption}"></a></figure>'
+
+
+class InputError(ValueError):
+    """What the user is told in one line."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 0 or 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
+    parser.add_argument("--model", metavar="NAME", required=True, help="a model of timm with super-token attention")
+    parser.add_argument("--checkpoint", metavar="FILE", help="its weights; without them they are random")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("outputs/visualize"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--point",
+        metavar=("X", "Y"),
+        type=float,
+        nargs=2,
+        default=(0.5, 0.5),
+        help="whose super token is looked at, as fractions of width and height from the top left; default: 0.5 0.5",
+    )
+    parser.add_argument(
+        "--img-size",
+        metavar="N",
+        type=int,
+        nargs="+",
+        help="what the model sees: its shorter side, or height and width; default: the model's input size as the "
+        "shorter side. The whole image is resized, nothing is cropped",
+    )
+    parser.add_argument(
+        "--n-iter", metavar="N", type=int, default=3, help="rounds of association to compare; default: %(default)s"
+    )
+    parser.add_argument("--format", choices=("png", "webp", "jpg"), default="png", help="default: %(default)s")
+    parser.add_argument("--device", help="default: the GPU if there is one")
+    args = parser.parse_args(argv)
+    try:
+        check(args)
+        photos = {image: read_photo(image) for image in args.images}
+        model = load_model(args.model, args.checkpoint, args.device)
+        make_folder(args.out)
+        # Every file takes its place at the end, the page last; on an error none does.
+        with ExitStack() as files:
+            page = files.enter_context(replacing(args.out / "index.html"))
+            sections = []
+            for image, photo in photos.items():
+                facts, figures = look(model, photo, args.img_size, args.point, args.n_iter)
+                print(f"{image}: {facts}")
+                shown = []
+                for caption, figure in figures.items():
+                    name = f"{image.stem}-{caption.replace(' ', '-')}.{args.format}"
+                    figure.savefig(files.enter_context(replacing(args.out / name)), dpi=DPI)
+                    shown.append(FIGURE.format(file=quote(name), caption=caption))
+                sections.append(SECTION.format(image=escape(image.name), facts=escape(facts), figures="\n".join(shown)))
+            weights = Path(args.checkpoint).name if args.checkpoint else "random"
+            text = PAGE.format(model=escape(args.model), weights=escape(weights), sections="\n".join(sections))
+            page.write_text(text, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.out / 'index.html'}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises an error for what can be told from the arguments alone."""
+    check_point(args.point)
+    if args.n_iter < 1:
+        raise InputError(f"--n-iter: expected at least 1, got {args.n_iter}")
+    if args.img_size and (len(args.img_size) > 2 or min(args.img_size) < 1):
+        given = " ".join(map(str, args.img_size))
+        raise InputError(f"--img-size: expected one or two positive numbers, got {given}")
+    stems = [image.stem for image in args.images]
+    twice = next((image for image in args.images if stems.count(image.stem) > 1), None)
+    if twice is not None:
+        raise InputError(f"{twice}: another image has the same name; their pictures would replace each other")
+
+
+def read_photo(path: Path) -> Image.Image:
+    """The image upright, in RGB."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not an image, or a damaged one ({error})") from error
+
+
+def load_model(name: str, checkpoint: str | None, device: str | None) -> nn.Module:
+    """The model on its device; without a checkpoint its weights are random, the same at each run."""
+    torch.manual_seed(0)
+    model = create_model(name, checkpoint)
+    if not any(isinstance(module, SuperTokenAttention) for module in model.modules()):
+        ours = ", ".join(timm.list_models(module="svit"))
+        raise InputError(f"{name}: has no super-token attention; these have: {ours}")
+    try:
+        return model.to(choose_device(device))
+    except (RuntimeError, AssertionError) as error:  # PyTorch's words for an unknown device, and for one not there
+        raise InputError(f"--device: {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {folder} cannot be written to: {error.strerror}") from error
+
+
+def look(
+    model: nn.Module, photo: Image.Image, img_size: Sequence[int] | None, point: tuple[float, float], n_iter: int
+) -> tuple[str, dict]:
+    """What the model makes of one image: facts in words, and figures of matplotlib by what they show."""
+    config = resolve_data_config({}, model=model)
+    size = input_size(photo, img_size or (min(config["input_size"][1:]),), model.feature_info[-1]["reduction"])
+    config.update(input_size=(3, *size), crop_pct=1.0, crop_mode="squash")  # the whole image
+    image = create_transform(**config)(photo)[None].to(next(model.parameters()).device)
+    with watch(model) as layers:
+        logits = model(image)[0]
+    facts = f"{size[0]} x {size[1]} pixels"
+    if model.num_classes:
+        facts += f"; {prediction(logits, class_names(model))}"
+
+    shown = photo.copy()
+    shown.thumbnail((SHOWN, SHOWN))
+    shown = torch.from_numpy(np.array(shown)).float() / 255
+    stages = last_of_stages(layers)
+    sampled = {title: watched for title, watched in stages.items() if watched.layer.cell != (1, 1)}
+    first = next(iter(sampled.values()))
+    return facts, {
+        "super tokens": draw_super_tokens(shown, sampled, point),
+        "attention": draw_attention(shown, stages, point),
+        "rounds of association": draw_iterations(shown, first, n_iter),
+    }
+
+
+def input_size(photo: Image.Image, asked: Sequence[int], stride: int) -> tuple[int, int]:
+    """Height and width of what the model sees.
+
+    A shorter side keeps the photo's proportions as far as both sides are multiples of the model's stride: then the
+    pixels of every map cover the image exactly, and the pictures are true to the pixel. Two numbers count as they are.
+    """
+    if len(asked) == 2:
+        return asked[0], asked[1]
+    scale = asked[0] / min(photo.size)
+    width, height = (max(round(side * scale / stride), 1) * stride for side in photo.size)
+    return height, width
+
+
+def prediction(logits: torch.Tensor, names: Sequence[str]) -> str:
+    """The first classes in words."""
+    shares, classes = logits.float().softmax(-1).topk(min(TOP, len(names)))
+    return ", ".join(f"{names[i]} {share:.0%}" for i, share in zip(classes.tolist(), shares.tolist(), strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
