@@ -1,5 +1,6 @@
 """Models by name, with the weights and the preprocessing of a checkpoint."""
 
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,3 +148,36 @@ def class_names(model: nn.Module) -> list[str]:
 def choose_device(name: str | None) -> torch.device:
     """The device of that name; None for the GPU if there is one."""
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, name: str = "model") -> None:
+    """The options that name a model and its weights, for `create_model`."""
+    parser.add_argument(
+        name,
+        metavar="MODEL",
+        help="any model of timm; also hf-hub: and local-dir:",
+        **({"required": True} if name.startswith("-") else {}),
+    )
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights: .safetensors, or a file of torch.save")
+    parser.add_argument("--pretrained", action="store_true", help="timm's weights, or those that come with svit")
+    parser.add_argument("--ema", action="store_true", help="the moving average, of a file that holds both")
+    parser.add_argument("--num-classes", metavar="N", type=int, help="default: the checkpoint's or the model's")
+    parser.add_argument("--img-size", metavar="SIZE", nargs="+", type=int, help="height and width in pixels, or one")
+    parser.add_argument("--device", metavar="NAME", help="default: the GPU if there is one")
+
+
+def size_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What `create_model` needs of these options beside the names; --img-size becomes a pair.
+
+    Raises:
+        ModelError: the size is none.
+    """
+    arguments = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    if args.img_size:
+        if len(args.img_size) > 2 or min(args.img_size) < 1:
+            raise ModelError(f"--img-size: expected one or two positive whole numbers, got {args.img_size}")
+        args.img_size = (args.img_size[0], args.img_size[-1])
+        cfg = timm.get_pretrained_cfg(args.model) if timm.is_model(args.model) else None
+        if cfg is not None and cfg.fixed_input_size:
+            arguments["img_size"] = args.img_size
+    return arguments

@@ -1,0 +1,127 @@
+"""Classifies images: a file, several, or a folder of them.
+
+    python tools/infer.py photo.jpg --model svit_small --checkpoint svit_small.safetensors
+    python tools/infer.py photos/ --model svit_nano_32.cifar10 --pretrained --top 3 --format csv > classes.csv
+
+Prints a table, JSON or CSV: the most probable classes of each image. What cannot be read is named and skipped.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tabulate import tabulate
+from timm.data import get_img_extensions, resolve_data_config
+from tqdm import tqdm
+
+from classification.data import DataError, eval_transform
+from classification.models import (
+    ModelError,
+    add_model_arguments,
+    choose_device,
+    class_names,
+    create_model,
+    size_arguments,
+)
+from svit.convert import CheckpointError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 1 after an error, also if an image could not be read."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="a file or a folder, searched to its end")
+    add_model_arguments(parser, "--model")
+    parser.add_argument("--top", metavar="K", type=int, default=5, help="classes an image; default: 5")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--format", choices=["table", "json", "csv"], default="table")
+    args = parser.parse_args(argv)
+    try:
+        found, unreadable = infer(args)
+    except (ModelError, CheckpointError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    show(found, args.format)
+    for path, error in unreadable:
+        print(f"error: {path}: cannot be read ({error})", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def infer(args: argparse.Namespace) -> tuple[list[dict], list[tuple[Path, Exception]]]:
+    """The classes of each image and their probabilities, best first; and the images that cannot be read."""
+    if args.top < 1:
+        raise DataError(f"--top: expected at least 1, got {args.top}")
+    paths = list(find_images(args.images))
+    device = choose_device(args.device)
+    model = create_model(args.model, args.checkpoint, args.pretrained, args.ema, **size_arguments(args))
+    model.to(device, memory_format=torch.channels_last)
+    size = {"input_size": (3, *args.img_size)} if args.img_size else {}
+    transform = eval_transform(resolve_data_config(size, model=model))
+    names = class_names(model)
+
+    found, unreadable = [], []
+    for start in tqdm(range(0, len(paths), args.batch_size), disable=None, unit="batch"):
+        read, tensors = [], []
+        for path in paths[start : start + args.batch_size]:
+            try:
+                with Image.open(path) as image:
+                    tensors.append(transform(image.convert("RGB")))
+                read.append(path)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                unreadable.append((path, error))
+        if not read:
+            continue
+        with torch.inference_mode():
+            images = torch.stack(tensors).to(device, memory_format=torch.channels_last)
+            best = model(images).float().softmax(1).topk(min(args.top, model.num_classes))
+        for path, shares, classes in zip(read, best.values.tolist(), best.indices.tolist(), strict=True):
+            top = [{"class": names[c], "index": c, "probability": p} for c, p in zip(classes, shares, strict=True)]
+            found.append({"image": str(path), "classes": top})
+    return found, unreadable
+
+
+def find_images(paths: list[Path]) -> Iterator[Path]:
+    """The files named and the images in the folders named, sorted.
+
+    Raises:
+        DataError: a path does not exist, or a folder holds no image.
+    """
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in get_img_extensions(as_set=True))
+            if not inside:
+                raise DataError(f"{path}: no images in this folder")
+            yield from inside
+        elif path.exists():
+            yield path
+        else:
+            raise DataError(f"{path}: no such file or folder")
+
+
+def show(found: list[dict], form: str) -> None:
+    if form == "json":
+        print(json.dumps(found, indent=1))
+        return
+    rows = [
+        {"image": image["image"], "rank": rank, **top}
+        for image in found
+        for rank, top in enumerate(image["classes"], start=1)
+    ]
+    if form == "csv":
+        writer = csv.DictWriter(sys.stdout, ["image", "rank", "class", "index", "probability"])
+        writer.writeheader()
+        writer.writerows(rows)
+        return
+    table = [
+        (image["image"], ", ".join(f"{top['class']} {top['probability']:.1%}" for top in image["classes"]))
+        for image in found
+    ]
+    print(tabulate(table, headers=["image", "classes"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

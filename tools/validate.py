@@ -1,0 +1,150 @@
+"""Evaluates an image classifier: top-1 and top-5, of each class if asked, the paper's figure beside.
+
+    python tools/validate.py svit_small --checkpoint svit_small.safetensors --data-dir data/imagenet
+    python tools/validate.py svit_nano_32.cifar10 --pretrained --data-dir data --dataset torch/cifar10 --per-class
+    python tools/validate.py svit_small --checkpoint svit_small.safetensors --data-dir data/imagenet \\
+        --img-size 384 --crop-pct 1.0 --flip --json result.json
+
+Size, crop and normalization are those of the checkpoint or the model, unless an option says otherwise. `--data-dir` is
+a folder with one folder a class (or one that holds such a folder under val/), a tar file, or the root of what
+`--dataset` names.
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from timm.data import resolve_data_config
+from tqdm import tqdm
+
+from classification.data import DataError, Loader, classes_of, eval_transform, open_dataset
+from classification.evaluation import evaluate
+from classification.models import (
+    ModelError,
+    add_model_arguments,
+    choose_device,
+    class_names,
+    create_model,
+    size_arguments,
+)
+from svit.convert import CheckpointError
+from svit.files import replacing
+
+# Top-1 of the paper's Table 2 in per cent, by model and size.
+PUBLISHED = {
+    ("svit_small", 224): 83.6,
+    ("svit_base", 224): 84.8,
+    ("svit_large", 224): 85.3,
+    ("svit_small", 384): 85.0,
+    ("svit_base", 384): 86.0,
+    ("svit_large", 384): 86.4,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 0 or 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--data-dir", metavar="DIR", required=True)
+    parser.add_argument("--dataset", metavar="NAME", default="folder", help="folder (default), torch/..., hfds/...")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--download", action="store_true", help="where timm can")
+    parser.add_argument("--crop-pct", metavar="SHARE", type=float, help="of the resized image's side that is kept")
+    parser.add_argument("--flip", action="store_true", help="average the logits of the image and its mirror image")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=2, help="processes that read; default: 2")
+    parser.add_argument("--max-unreadable", metavar="N", type=int, default=10, help="images that may be skipped")
+    parser.add_argument("--amp", choices=["bf16", "fp16"], help="mixed precision")
+    parser.add_argument("--per-class", action="store_true", help="top-1 of each class, the worst first")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to a file, too")
+    args = parser.parse_args(argv)
+    try:
+        result = validate(args)
+    except (ModelError, CheckpointError, DataError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_result(result, args.per_class)
+    if args.json:
+        with replacing(args.json) as part:
+            part.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def validate(args: argparse.Namespace) -> dict:
+    """What the command line asks for, as numbers: accuracy in per cent."""
+    device = choose_device(args.device)
+    model = create_model(args.model, args.checkpoint, args.pretrained, args.ema, **size_arguments(args))
+    model.to(device, memory_format=torch.channels_last)
+    size = {"input_size": (3, *args.img_size)} if args.img_size else {}
+    crop = {"crop_pct": args.crop_pct} if args.crop_pct else {}
+    preprocessing = resolve_data_config({**size, **crop}, model=model)
+    options = {"download": args.download} if args.dataset.startswith("torch/") else {}
+    loader = Loader(
+        partial(open_dataset, args.dataset, args.data_dir, args.split, **options),
+        eval_transform(preprocessing),
+        args.batch_size,
+        training=False,
+        workers=args.workers,
+        limit=args.max_unreadable,
+    )
+    names, found = class_names(model), classes_of(loader.dataset)
+    if found and len(found) > model.num_classes:
+        raise DataError(f"data_dir: {len(found)} classes, expected at most the model's {model.num_classes}")
+    told = model.pretrained_cfg.get("label_names")
+    if found and told and list(told) != found:
+        raise DataError(f"data_dir: its classes are {found[:10]}, expected the checkpoint's {list(told)[:10]}")
+    if found and not told and len(found) == model.num_classes:
+        names = found
+    autocast = partial(
+        torch.autocast, device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, enabled=bool(args.amp)
+    )
+    batches = tqdm(loader.epoch(), total=len(loader), disable=None, desc="evaluating", unit="batch")
+    found = evaluate(model, batches, model.num_classes, device, autocast, args.flip, channels_last=True)
+    height, width = preprocessing["input_size"][1:]
+    result = {
+        "model": args.model,
+        "images": found.count,
+        "img_size": [height, width],
+        "crop_pct": preprocessing["crop_pct"],
+        "top1": found.top1,
+        "top5": found.top5,
+        "loss": found.loss,
+        "hits": found.hits,
+        "unreadable": len(loader.dataset) - found.count if not loader.streams else None,
+        "classes": {
+            name: {"top1": 100 * hits / count, "images": count}
+            for name, hits, count in zip(names, found.class_hits, found.class_counts, strict=True)
+            if count
+        },
+    }
+    if model.num_classes == 1000 and height == width:
+        result["paper_top1"] = PUBLISHED.get((args.model.partition(".")[0], height))
+    return result
+
+
+def print_result(result: dict, per_class: bool) -> None:
+    height, width = result["img_size"]
+    paper = result.get("paper_top1")
+    row = {
+        "model": result["model"],
+        "images": result["images"],
+        "size": f"{height} x {width}",
+        "crop": result["crop_pct"],
+        "top-1": f"{result['top1']:.2f}",
+        "top-5": f"{result['top5']:.2f}",
+        "top-1 (paper)": paper or "-",
+        "loss": f"{result['loss']:.4f}",
+    }
+    print(tabulate([row], headers="keys"))
+    if per_class:
+        worst_first = sorted(result["classes"].items(), key=lambda item: item[1]["top1"])
+        rows = [(name, f"{c['top1']:.2f}", c["images"]) for name, c in worst_first]
+        print("\n" + tabulate(rows, headers=["class", "top-1", "images"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
