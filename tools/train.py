@@ -121,7 +121,7 @@ class Training:
 
         self.sharded = recipe.parallel == "fsdp"
         self.accelerator = Accelerator(
-            cpu=cpu,
+            cpu=cpu or not torch.accelerator.is_available(),  # else its processes would not know each other
             mixed_precision=recipe.mixed_precision,
             gradient_accumulation_steps=recipe.grad_accum,
             fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
