@@ -1,0 +1,103 @@
+"""What the documents say exists: files and headings behind links, pages of the site, tools and their options."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers import missing
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
+
+
+def relative(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def links(document: Path) -> list[str]:
+    """The relative ones, pictures among them."""
+    text = re.sub(r"`[^`]*`", "", FENCE.sub("", document.read_text()))
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^]]+\]: (\S+)", text, re.MULTILINE)
+    return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+def anchors(document: Path) -> set[str]:
+    """Of the headings, as GitHub makes them; whether MkDocs makes the same is for its strict build to say."""
+    headings = re.findall(r"^#+ (.*)", FENCE.sub("", document.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def commands() -> list[tuple[str, str, str]]:
+    """(document, tool, its arguments) of each command with one of tools/, and of each table of a tool's options."""
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text().replace("\\\n", " ")
+        for tool, arguments in re.findall(r"(?<!\.\./)\btools/([\w/]+)\.py([^`\n#|]*)", text):
+            found.append((document.name, tool, arguments))
+        for tool, rows in re.findall(r"^\| option of (\w+)\.py \|.*\n((?:\|.*\n)+)", text, re.MULTILINE):
+            found.append((document.name, tool, " ".join(re.findall(r"^\|([^|]*)\|", rows, re.MULTILINE))))
+    return found
+
+
+def options(source: Path) -> set[str]:
+    """What a tool's parser takes, and those of the modules of tools/ that it imports."""
+    text = source.read_text()
+    known = set(re.findall(r"""["'](--[a-z][\w-]*)["']""", text))
+    for module in re.findall(r"^(?:from|import) ([\w.]+)", text, re.MULTILINE):
+        path = ROOT / "tools" / (module.replace(".", "/") + ".py")
+        if path.is_file():
+            known |= options(path)
+    return known
+
+
+@pytest.mark.parametrize("document", relative(DOCUMENTS))
+def test_links(document):
+    document = ROOT / document
+    for link in links(document):
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def test_commands():
+    assert len(commands()) > 40
+    for document, tool, arguments in commands():
+        source = ROOT / "tools" / f"{tool}.py"
+        assert source.is_file(), f"{document}: {source}"
+        used = set(re.findall(r"(?<=[\s\[`])--[a-z][\w-]*", arguments))
+        assert used <= options(source), f"{document}: {tool}.py {used - options(source)}"
+
+
+def test_navigation():
+    """Every page is in the site's navigation, and nothing else."""
+
+    def files(entry) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [file for inner in (entry.values() if isinstance(entry, dict) else entry) for file in files(inner)]
+
+    nav = files(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(nav) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES)
+
+
+def test_site(tmp_path):
+    """`make docs`, whose warnings are errors: a page it cannot read, a dead link, a docstring's unknown argument."""
+    for package in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            missing(f"{package}: pip install svit[docs]")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rounds of association" in (tmp_path / "api" / "layers.html").read_text()
+    assert "<code>constraints.txt</code>" in (tmp_path / "detection.html").read_text()  # a link on GitHub alone
