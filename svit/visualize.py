@@ -119,6 +119,11 @@ class WatchedLayer:
     layer: SuperTokenAttention
     x: torch.Tensor
 
+    @property
+    def samples(self) -> bool:
+        """Whether it forms super tokens, of cells of more than one pixel."""
+        return self.layer.cell != (1, 1)
+
     @torch.no_grad()
     def sample(self, n_iter: int | None = None) -> tuple[torch.Tensor, Association]:
         """The super tokens (1, C, hh, ww) before they attend, and the association.
@@ -129,7 +134,7 @@ class WatchedLayer:
             n_iter: rounds of association, None for the layer's own number.
         """
         layer, size = self.layer, tuple(self.x.shape[-2:])
-        if layer.cell == (1, 1):
+        if not self.samples:
             q = torch.zeros(*size, 9, 1)
             q[:, :, 4] = 1
             return self.x, Association(q, layer.cell, size)
@@ -239,13 +244,20 @@ def borders(labels: torch.Tensor) -> torch.Tensor:
 def draw_super_tokens(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], point: Point = (0.5, 0.5)) -> "Figure":
     """One row a layer: the cells, the super tokens' borders and mean colours, the shares in the one at the point.
 
-    The shares are shown close up, since they are 0 outside the 3 x 3 cells around the super token.
+    The shares are shown close up, since they are 0 outside the 3 x 3 cells around the super token. Layers with cells of
+    one pixel have nothing to show and are left out.
 
     Args:
         photo: (H, W, 3) in 0 ... 1, the whole image at any size.
-        layers: titles and layers, with cells of more than one pixel.
+        layers: titles and layers, as `last_of_stages` finds them.
         point: x and y as fractions of the width and the height.
+
+    Raises:
+        ValueError: the point lies outside the image, or none of the layers has larger cells.
     """
+    layers = {title: watched for title, watched in layers.items() if watched.samples}
+    if not layers:
+        raise ValueError("layers: expected at least one with cells of more than one pixel, got none")
     figure, axes = _panels(photo, len(layers), 4)
     for (title, watched), row in zip(layers.items(), axes, strict=True):
         found = watched.association()
@@ -260,10 +272,10 @@ def draw_super_tokens(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], p
         _outline(row[1], photo, labels)
         row[2].set_title("their mean colours")
         row[2].images[0].set_data(mean_colours(photo, labels).numpy())
-        row[3].set_title(f"share in one, 0 to {share.max():.2f}")
+        row[3].set_title(f"share in the marked one: 0 to {share.max():.2f}")
         _overlay(row[3], photo, share)
         for ax in row:
-            _outline(ax, photo, labels == owner[0] * ww + owner[1], "cyan", 1.5)
+            _outline(ax, photo, labels == owner[0] * ww + owner[1], "cyan", 1.2)
         _zoom(row[3], photo, ((owner[1] + 0.5) / ww, (owner[0] + 0.5) / hh), ZOOM / min(hh, ww))
     return figure
 
@@ -271,7 +283,7 @@ def draw_super_tokens(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], p
 def draw_attention(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], point: Point = (0.5, 0.5)) -> "Figure":
     """The photo, and for each layer the attention of the super token at the point: mean of the heads, over the pixels.
 
-    Arguments as those of `draw_super_tokens`; cells of one pixel are welcome.
+    Arguments as those of `draw_super_tokens`; with cells of one pixel it is the attention of that pixel.
     """
     figure, axes = _panels(photo, 1, 1 + len(layers))
     axes[0, 0].set_title("photo")
@@ -279,7 +291,7 @@ def draw_attention(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], poin
     for (title, watched), ax in zip(layers.items(), axes[0, 1:], strict=True):
         found = watched.association()
         attention = found.spread(watched.attention(*found.owner(point)).mean(0))
-        ax.set_title(f"{title}, 0 to {attention.max():.2%}")
+        ax.set_title(f"{title}: 0 to {attention.max():.2%}")
         _overlay(ax, photo, attention)
         _mark(ax, photo, point)
     return figure
@@ -307,19 +319,19 @@ def _panels(photo: torch.Tensor, rows: int, columns: int):
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses a window system
 
     H, W = photo.shape[:2]
-    size = (columns * PANEL, rows * (PANEL * H / W + 0.3))
+    size = (columns * PANEL, rows * (PANEL * H / W + 0.25))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.imshow(photo.numpy(), extent=(0, W, H, 0))
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-        ax.title.set_size(9)
-        ax.yaxis.label.set_size(9)
+        ax.title.set_size(8)
+        ax.yaxis.label.set_size(8)
     return figure, axes
 
 
-def _outline(ax: "Axes", photo: torch.Tensor, labels: torch.Tensor, colour: str = "yellow", width: float = 0.5) -> None:
+def _outline(ax: "Axes", photo: torch.Tensor, labels: torch.Tensor, colour: str = "yellow", width: float = 0.4) -> None:
     """Draws the borders of labels (h, w) over the photo."""
     from matplotlib.collections import LineCollection
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import svit  # registers the models
 from svit.files import replacing
-from svit.visualize import draw
+from svit.visualize import draw_super_tokens, last_of_stages, watch
 
 MODEL = "svit_nano_32"
 ZOO = ["svit_tiny", "svit_small", "svit_base", "svit_large"]
@@ -72,6 +72,16 @@ def save(model: torch.nn.Module, path: Path) -> None:
         save_file(model.state_dict(), part)
 
 
+def draw(model: torch.nn.Module, image: torch.Tensor, path: Path) -> None:
+    """Writes a picture of the super tokens on one image (1, 1, 32, 32); the file appears whole or not at all."""
+    with watch(model) as layers:
+        model(image)
+    photo = (image[0, 0, :, :, None].expand(-1, -1, 3) + 1) / 2
+    figure = draw_super_tokens(photo.clamp(0, 1), last_of_stages(layers))
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=6)
@@ -98,10 +108,10 @@ def main() -> None:
     subprocess.run([sys.executable, flops, *ZOO], check=True)
 
     picture = args.out / "super_tokens.png"
-    draw(loaded, test_images[:4], picture)
+    draw(loaded, test_images[:1], picture)
     print(f"""
 wrote {checkpoint}: the weights, for timm.create_model("{MODEL}", checkpoint_path=...)
-wrote {picture}: digits, cells, learned super tokens, the soft association of one of them
+wrote {picture}: a digit's cells, learned super tokens, the soft association of one of them
 
 next, from the environment of this demo (`source .venv-demo/bin/activate`):
   python tools/flops.py svit_small convnext_tiny --img-size 800 1280

@@ -180,18 +180,17 @@ def look(
     image = create_transform(**config)(photo)[None].to(next(model.parameters()).device)
     with watch(model) as layers:
         logits = model(image)[0]
-    facts = f"{size[0]} x {size[1]} pixels"
+    facts = f"seen at {size[0]} x {size[1]} pixels"
     if model.num_classes:
-        facts += f"; {prediction(logits, class_names(model))}"
+        facts += f", classified as {prediction(logits, class_names(model))}"
 
     shown = photo.copy()
     shown.thumbnail((SHOWN, SHOWN))
     shown = torch.from_numpy(np.array(shown)).float() / 255
     stages = last_of_stages(layers)
-    sampled = {title: watched for title, watched in stages.items() if watched.layer.cell != (1, 1)}
-    first = next(iter(sampled.values()))
+    first = next(watched for watched in stages.values() if watched.samples)
     return facts, {
-        "super tokens": draw_super_tokens(shown, sampled, point),
+        "super tokens": draw_super_tokens(shown, stages, point),
         "attention": draw_attention(shown, stages, point),
         "rounds of association": draw_iterations(shown, first, n_iter),
     }
@@ -211,9 +210,9 @@ def input_size(photo: Image.Image, asked: Sequence[int], stride: int) -> tuple[i
 
 
 def prediction(logits: torch.Tensor, names: Sequence[str]) -> str:
-    """The first classes in words."""
+    """The first classes in words; names of ImageNet hold commas."""
     shares, classes = logits.float().softmax(-1).topk(min(TOP, len(names)))
-    return ", ".join(f"{names[i]} {share:.0%}" for i, share in zip(classes.tolist(), shares.tolist(), strict=True))
+    return "; ".join(f"{names[i]} ({share:.1%})" for i, share in zip(classes.tolist(), shares.tolist(), strict=True))
 
 
 if __name__ == "__main__":
