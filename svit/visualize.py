@@ -43,6 +43,7 @@ __all__ = [
 Point = tuple[float, float]
 
 PANEL = 2.6  # width in inches
+TEXT = 9  # points
 ZOOM = 7  # cells: the 3 x 3 that hold a share, and 2 around
 
 
@@ -228,8 +229,7 @@ def mean_colours(photo: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     rows, cols = ((2 * torch.arange(n) + 1) * m // (2 * n) for n, m in zip(photo.shape, labels.shape, strict=False))
     label = labels[rows[:, None], cols].flatten()
     colours = photo.new_zeros(int(label.max()) + 1, photo.shape[2]).index_add_(0, label, photo.flatten(0, 1))
-    counts = label.bincount()
-    return (colours / counts.clamp(min=1)[:, None])[label].reshape(photo.shape)
+    return (colours / label.bincount()[:, None])[label].reshape(photo.shape)
 
 
 def borders(labels: torch.Tensor) -> torch.Tensor:
@@ -265,14 +265,14 @@ def draw_super_tokens(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], p
         owner = found.owner(point)
         labels = found.assignment()
         share = found.weights(*owner)
-        row[0].set_ylabel(title)
-        row[0].set_title(f"{hh} x {ww} cells")
+        row[0].set_ylabel(title, size=TEXT)
+        _title(row[0], f"{hh} x {ww} cells")
         _outline(row[0], photo, found.cells())
-        row[1].set_title("super tokens")
+        _title(row[1], "super tokens")
         _outline(row[1], photo, labels)
-        row[2].set_title("their mean colours")
+        _title(row[2], "their mean colours")
         row[2].images[0].set_data(mean_colours(photo, labels).numpy())
-        row[3].set_title(f"share in the marked one: 0 to {share.max():.2f}")
+        _title(row[3], f"share in the marked one: 0 to {share.max():.2f}")
         _overlay(row[3], photo, share)
         for ax in row:
             _outline(ax, photo, labels == owner[0] * ww + owner[1], "cyan", 1.2)
@@ -286,12 +286,12 @@ def draw_attention(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], poin
     Arguments as those of `draw_super_tokens`; with cells of one pixel it is the attention of that pixel.
     """
     figure, axes = _panels(photo, 1, 1 + len(layers))
-    axes[0, 0].set_title("photo")
+    _title(axes[0, 0], "photo")
     _mark(axes[0, 0], photo, point)
     for (title, watched), ax in zip(layers.items(), axes[0, 1:], strict=True):
         found = watched.association()
         attention = found.spread(watched.attention(*found.owner(point)).mean(0))
-        ax.set_title(f"{title}: 0 to {attention.max():.2%}")
+        _title(ax, f"{title}: 0 to {100 * attention.max():.3g}%")
         _overlay(ax, photo, attention)
         _mark(ax, photo, point)
     return figure
@@ -308,7 +308,7 @@ def draw_iterations(photo: torch.Tensor, watched: WatchedLayer, n_iter: int) -> 
             title += f": {(labels != before).float().mean():.1%} moved"
         if rounds == watched.layer.n_iter:
             title += " (the model's)"
-        ax.set_title(title)
+        _title(ax, title)
         _outline(ax, photo, labels)
         before = labels
     return figure
@@ -326,9 +326,11 @@ def _panels(photo: torch.Tensor, rows: int, columns: int):
         ax.imshow(photo.numpy(), extent=(0, W, H, 0))
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-        ax.title.set_size(8)
-        ax.yaxis.label.set_size(8)
     return figure, axes
+
+
+def _title(ax: "Axes", text: str) -> None:
+    ax.set_title(text, size=TEXT)
 
 
 def _outline(ax: "Axes", photo: torch.Tensor, labels: torch.Tensor, colour: str = "yellow", width: float = 0.4) -> None:

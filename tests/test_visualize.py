@@ -212,7 +212,7 @@ def test_figures_show_what_was_found(layers):
     attention = torch.from_numpy(axes[4].images[1].get_array().data)
     torch.testing.assert_close(attention, layers[3].attention(1, 0).mean(0))  # (0.3, 0.6) of 2 x 3 pixels
     torch.testing.assert_close(attention.sum(), torch.tensor(1.0))
-    assert axes[4].get_title() == f"stage 4: 0 to {attention.max():.2%}"
+    assert axes[4].get_title() == f"stage 4: 0 to {100 * attention.max():.3g}%"
 
     axes = draw_iterations(photo, layers[0], 3).axes
     rounds = [layers[0].association(n).assignment() for n in (1, 2, 3)]

@@ -1,0 +1,140 @@
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from classification.models import save_model
+from helpers import missing
+from svit.visualize import draw_attention
+from visualize import input_size, main
+
+FIGURES = ("super-tokens", "attention", "rounds-of-association")
+
+
+@pytest.fixture(autouse=True)
+def pictures_can_be_drawn():
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        missing("matplotlib")
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (50, 80, 3), dtype=np.uint8)).save(tmp_path / "a photo & more %20.png")
+    return tmp_path / "a photo & more %20.png"
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    torch.manual_seed(1)
+    model = timm.create_model("test_svit", num_classes=3)
+    save_model(tmp_path / "small.safetensors", model, "test_svit", classes=["<cat>", "dog", "coffee cup"])
+    return tmp_path / "small.safetensors"
+
+
+def test_a_page_and_its_pictures(photo, checkpoint, tmp_path, capsys):
+    out = tmp_path / "new" / "page"
+    assert main([str(photo), "--model", "test_svit", "--checkpoint", str(checkpoint), "--out", str(out)]) == 0
+    pictures = {f"{photo.stem}-{figure}.png" for figure in FIGURES}
+    assert {file.name for file in out.iterdir()} == {*pictures, "index.html"}
+    for picture in pictures:
+        with Image.open(out / picture) as image:
+            assert image.format == "PNG"
+            assert np.asarray(image.convert("L")).std() > 10
+
+    page = (out / "index.html").read_text("utf-8")
+    assert {unquote(name) for name in re.findall(r'(?:src|href)="([^"]*)"', page)} == pictures
+    assert "Super tokens of test_svit" in page
+    assert "Weights: small.safetensors" in page
+    assert "<h2>a photo &amp; more %20.png</h2>" in page
+    assert re.search(r"64 x 96 pixels, classified as .*&lt;cat&gt; \(\d+\.\d%\)", page)
+    assert "<cat>" not in page
+    shares = [float(share) for share in re.findall(r"\((\d+\.\d)%\)", page)]
+    assert len(shares) == 3
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+    assert capsys.readouterr().out.endswith(f"wrote {out / 'index.html'}\n")
+
+
+def test_several_images_random_weights_and_options(photo, tmp_path, capsys):
+    other = tmp_path / "other.jpg"
+    Image.new("L", (40, 40), 128).save(other)
+    options = ["--img-size", "40", "56", "--n-iter", "2", "--point", "1", "0", "--format", "webp", "--device", "cpu"]
+    out = ["--out", str(tmp_path / "out")]
+    assert main([str(photo), str(other), "--model", "svit_nano_32", *options, *out]) == 0
+    names = {f"{stem}-{figure}.webp" for stem in (photo.stem, "other") for figure in FIGURES}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*names, "index.html"}
+    with Image.open(tmp_path / "out" / "other-rounds-of-association.webp") as image:
+        assert image.format == "WEBP"
+        assert image.width == pytest.approx(2 * image.height, rel=0.2)  # two square panels
+    assert "Weights: random" in (tmp_path / "out" / "index.html").read_text("utf-8")
+    assert capsys.readouterr().out.count("seen at 40 x 56 pixels, classified as ") == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [((32,), (32, 48)), ((48,), (48, 80)), ((40,), (32, 64)), ((5,), (16, 16)), ((33, 70), (33, 70))],
+)
+def test_input_size_covers_the_image_with_whole_pixels(asked, size):
+    assert input_size(Image.new("RGB", (450, 290)), asked, 16) == size
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nosuch.jpg"], "nosuch.jpg: no such image"),
+        (["damaged.png"], "damaged.png: not an image, or a damaged one"),
+        (["cut.png"], "cut.png: not an image, or a damaged one"),
+        (["photo.png", "photo.jpg"], "photo.png: another image has the same name"),
+        (["photo.png", "--point", "0.5", "1.5"], "point: expected two fractions between 0 and 1, got 0.5 1.5"),
+        (["photo.png", "--n-iter", "0"], "--n-iter: expected at least 1, got 0"),
+        (["photo.png", "--img-size", "32", "0"], "--img-size: expected one or two positive numbers, got 32 0"),
+        (["photo.png", "--img-size", "1", "2", "3"], "--img-size: expected one or two positive numbers, got 1 2 3"),
+        (["photo.png", "--model", "svit_smal"], "model: no model 'svit_smal' in timm; did you mean svit_small"),
+        (["photo.png", "--model", "test_resnet"], "test_resnet: has no super-token attention; these have: svit_base, "),
+        (["photo.png", "--checkpoint", "nosuch.safetensors"], "nosuch.safetensors: no such file"),
+        (["photo.png", "--checkpoint", "damaged.png"], "damaged.png: cannot be read"),
+        (["photo.png", "--device", "nosuch"], "--device: nosuch cannot be used: "),
+        (["photo.png", "--out", "photo.png"], "--out: photo.png cannot be written to: File exists"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((48, 48), 50).save("photo.png")
+    Path("photo.jpg").write_bytes(Path("photo.png").read_bytes())
+    Path("damaged.png").write_bytes(b"no image")
+    Path("cut.png").write_bytes(Path("photo.png").read_bytes()[:-500])
+    before = sorted(tmp_path.rglob("*"))
+    # Of an option that is given twice the last one counts.
+    assert main(["--model", "test_svit", "--out", "out", *options]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {message}")
+    assert captured.err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_error_on_the_way_keeps_the_old_page(photo, tmp_path, monkeypatch, capsys):
+    other = photo.with_name("other.png")
+    other.write_bytes(photo.read_bytes())
+    command = [str(photo), str(other), "--model", "test_svit", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+
+    room = [draw_attention]  # for the pictures of the first image
+
+    def draw(*args):
+        if not room:
+            raise OSError(28, "No space left on device")
+        return room.pop()(*args)
+
+    monkeypatch.setattr("visualize.draw_attention", draw)
+    assert main([*command, "--point", "0.1", "0.1"]) == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
