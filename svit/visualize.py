@@ -347,7 +347,7 @@ def _overlay(ax: "Axes", photo: torch.Tensor, values: torch.Tensor) -> None:
     H, W = photo.shape[:2]
     top = values.max().clamp(min=1e-12)
     ax.images[0].set_data(photo.mean(-1, keepdim=True).expand(-1, -1, 3).numpy())
-    opacity = 0.2 + 0.65 * values / top
+    opacity = 0.2 + 0.55 * values / top
     ax.imshow(values.numpy(), cmap="inferno", alpha=opacity.numpy(), vmin=0, vmax=top.item(), extent=(0, W, H, 0))
 
 

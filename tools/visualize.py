@@ -112,7 +112,9 @@ def main(argv: list[str] | None = None) -> int:
                 shown = []
                 for caption, figure in figures.items():
                     name = f"{image.stem}-{caption.replace(' ', '-')}.{args.format}"
-                    figure.savefig(files.enter_context(replacing(args.out / name)), dpi=DPI)
+                    figure.savefig(
+                        files.enter_context(replacing(args.out / name)), dpi=DPI, bbox_inches="tight", pad_inches=0.05
+                    )
                     shown.append(FIGURE.format(file=quote(name), caption=caption))
                 sections.append(SECTION.format(image=escape(image.name), facts=escape(facts), figures="\n".join(shown)))
             weights = Path(args.checkpoint).name if args.checkpoint else "random"
