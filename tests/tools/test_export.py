@@ -1,0 +1,266 @@
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch._inductor import cpp_builder
+
+import export
+from classification.models import save_model
+from helpers import missing
+
+CLASSES = [f"class {i}" for i in range(10)]
+PREPROCESSING = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2), crop_pct=0.9, interpolation="nearest")
+TOLD = dict(
+    PREPROCESSING,
+    mean=[0.5, 0.4, 0.3],
+    std=[0.2, 0.2, 0.2],
+    crop_mode="center",
+    input_size=[3, 64, 64],
+    architecture="test_svit",
+    class_names=CLASSES,
+)
+# A super-token stage and a global one: every kind of layer, where four stages would take too long.
+TWO_STAGES = dict(
+    embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), stoken_size=(4, 1), layer_scale_init=(None, 0.1), head_width=32
+)
+
+
+def needs_onnx() -> None:
+    try:
+        export.check_onnx()
+    except export.ExportError as error:
+        missing(str(error))
+
+
+def needs_compiler() -> None:
+    try:
+        export.check_compiler()
+    except export.ExportError as error:
+        missing(str(error))
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Runs the tool in an empty folder: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        status = export.main(list(args))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def checkpoint(**arguments) -> torch.nn.Module:
+    """Writes c.safetensors; returns its model, whose logits are of order 1 and differ from image to image."""
+    torch.manual_seed(0)
+    cfg = dict(PREPROCESSING, label_names=CLASSES)
+    model = timm.create_model("test_svit", num_classes=10, pretrained_cfg_overlay=cfg, **arguments).eval()
+    torch.nn.init.normal_(model.get_classifier().weight, std=10)
+    save_model(Path("c.safetensors"), model, "test_svit", CLASSES)
+    return model
+
+
+@pytest.fixture
+def two_stages(run, monkeypatch) -> torch.nn.Module:
+    """The model of c.safetensors, and what `test_svit` means to the tool."""
+    monkeypatch.setattr(export, "create_model", partial(export.create_model, **TWO_STAGES))
+    return checkpoint(**TWO_STAGES)
+
+
+def check(model: torch.nn.Module, run: Callable, *shapes: tuple[int, ...]) -> None:
+    for shape in shapes:
+        x = torch.randn(shape)
+        expected = model(x)
+        assert expected.std(1).min() > 0.3
+        torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def differences(out: str) -> dict[str, float]:
+    """The printed difference for each shape."""
+    lines = [line.split(": max difference from PyTorch ") for line in out.splitlines() if "difference" in line]
+    return {shape: float(rest.split(",")[0]) for shape, rest in lines}
+
+
+def test_onnx(run, two_stages):
+    needs_onnx()
+    import onnx
+    import onnxruntime
+
+    status, out, err = run("test_svit", "--checkpoint", "c.safetensors")
+    assert (status, err) == (0, "")
+    assert sorted(os.listdir()) == ["c.safetensors", "test_svit.onnx"]  # one file, the weights in it
+    found = differences(out)
+    assert list(found) == ["2x3x64x64", "1x3x96x128", "3x3x71x85"]
+    assert max(found.values()) < 1e-4
+    assert "test_svit, image batch x 3 x height x width (height from 17, width from 17)\n" in out
+
+    onnx.checker.check_model("test_svit.onnx", full_check=True)
+    session = onnxruntime.InferenceSession("test_svit.onnx", providers=["CPUExecutionProvider"])
+    (image,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (image.name, image.shape) == ("image", ["batch", 3, "height", "width"])
+    assert (logits.name, logits.shape) == ("logits", ["batch", 10])
+    props = session.get_modelmeta().custom_metadata_map
+    assert {key: json.loads(value) for key, value in props.items()} == TOLD
+    check(two_stages, export.load_onnx(Path("test_svit.onnx")), (1, 3, 64, 64), (4, 3, 50, 131))
+
+
+def test_onnx_of_one_size(run, two_stages, monkeypatch):
+    needs_onnx()
+    options = ["--checkpoint", "c.safetensors", "--static", "--img-size", "40", "56", "--batch-size", "3"]
+    status, out, err = run("test_svit", *options, "--out", "one.onnx")
+    assert (status, err) == (0, "")
+    assert list(differences(out)) == ["3x3x40x56"]
+    assert out.endswith("test_svit, image 3 x 3 x 40 x 56\n")
+    check(two_stages, export.load_onnx(Path("one.onnx")), (3, 3, 40, 56))
+
+    # Weights that would be a second file.
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    status, out, err = run("test_svit", *options, "--out", "two.onnx")
+    assert (status, out) == (1, "")
+    assert err == "error: the weights do not fit in one ONNX file; --format torch takes them\n"
+    assert sorted(os.listdir()) == ["c.safetensors", "one.onnx"]
+
+
+def test_torch(run, two_stages):
+    status, out, err = run("test_svit", "--checkpoint", "c.safetensors", "--format", "torch")
+    assert (status, err) == (0, "")
+    assert sorted(os.listdir()) == ["c.safetensors", "test_svit.pt2"]
+    assert list(differences(out)) == ["2x3x64x64", "1x3x96x128", "3x3x71x85"]
+    told = dict.fromkeys(TOLD, "")
+    program = torch.export.load("test_svit.pt2", extra_files=told)
+    assert {key: json.loads(value) for key, value in told.items()} == TOLD
+    check(two_stages, program.module(), (1, 3, 64, 64), (4, 3, 50, 131))
+    # Plain operations: whoever loads it does not need svit.
+    assert not any("svit" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+
+
+def test_aoti(run, two_stages):
+    needs_compiler()
+    options = ["--format", "aoti", "--static", "--img-size", "32", "--batch-size", "2"]  # the least to compile
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        status, out, err = run("test_svit", "--checkpoint", "c.safetensors", *options)
+    assert (status, err) == (0, "")
+    assert sorted(os.listdir()) == ["c.safetensors", "test_svit.pt2"]
+    assert list(differences(out)) == ["2x3x32x32"]
+    compiled = torch._inductor.aoti_load_package("test_svit.pt2")
+    told = {key: json.loads(value) for key, value in compiled.get_metadata().items() if key in TOLD}
+    assert told == {**TOLD, "input_size": [3, 32, 32]}
+    check(two_stages, compiled, (2, 3, 32, 32))
+
+
+def test_model_of_one_size(run):
+    status, out, err = run("test_vit", "--format", "torch", "--img-size", "64")
+    assert (status, err) == (0, "warning: test_vit: no --checkpoint, so its weights are random\n")
+    assert list(differences(out)) == ["2x3x64x64", "1x3x64x64", "3x3x64x64"]
+    assert out.endswith("test_vit, image batch x 3 x 64 x 64\n")
+
+
+def test_sizes_that_do_not_work_are_said(run):
+    """A ResNet whose stem pools is exported for one parity of sizes."""
+    status, out, err = run("test_resnet", "--format", "torch", "--img-size", "64")
+    assert status == 0
+    assert list(differences(out)) == ["2x3x64x64", "1x3x96x128"]
+    assert err.splitlines()[1].startswith("warning: images of 3x3x71x85 do not work: Guard failed")
+
+
+def test_weights_of_a_folder(run):
+    """What push_to_hub.py writes."""
+    model = checkpoint()
+    timm.models.save_for_hf(model, "folder", safe_serialization=True)
+    options = ["--format", "torch", "--static", "--img-size", "32"]
+    status, _, err = run("local-dir:folder", *options)
+    assert (status, err) == (0, "")
+    check(model, export.load_torch(Path("folder.pt2")), (1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x + 0.1, lambda x: x * torch.nan])
+def test_a_wrong_file_is_not_kept(run, two_stages, monkeypatch, wrong):
+    form = export.FORMATS["torch"]
+    broken = form._replace(load=lambda path: lambda x: wrong(form.load(path)(x)))
+    monkeypatch.setitem(export.FORMATS, "torch", broken)
+    Path("out.pt2").write_text("old")
+    options = ["--format", "torch", "--static", "--img-size", "32", "--out", "out.pt2"]
+    status, out, err = run("test_svit", "--checkpoint", "c.safetensors", *options)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: the file is wrong, and is not kept; 1x3x32x32: max difference from PyTorch")
+    assert sorted(os.listdir()) == ["c.safetensors", "out.pt2"]
+    assert Path("out.pt2").read_text() == "old"
+
+
+BAD = {
+    "svit_smal": "model: no model 'svit_smal' in timm; did you mean svit_small",
+    "foo/bar": "Model name 'foo/bar' has no source prefix",
+    "local-dir:none": "Config file not found: none",
+    "test_svit --checkpoint none.pth": "none.pth: no such file\n",
+    "test_svit --checkpoint bad.safetensors": "bad.safetensors: cannot be read; it is damaged",
+    "test_resnet --checkpoint c.safetensors": "c.safetensors: does not fit the model; ",
+    "test_svit --out out.onnx": "out.onnx: expected a name that ends in .pt2\n",
+    "test_svit --out none/out.pt2": "none/out.pt2: there is no folder none\n",
+    "test_svit --out folder.pt2": "folder.pt2: is a folder\n",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_arguments(run, line):
+    checkpoint()
+    Path("bad.safetensors").write_bytes(b"nothing")
+    Path("folder.pt2").mkdir()
+    before = sorted(os.listdir())
+    status, out, err = run("--format", "torch", *line.split())
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1].startswith(f"error: {BAD[line]}".rstrip("\n"))
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("options", ["--img-size 0", "--img-size 8 8 8", "--img-size a", "--batch-size -1"])
+def test_bad_numbers(run, options):
+    with pytest.raises(SystemExit) as stop:
+        run("test_svit", *options.split())
+    assert stop.value.code == 2
+    assert os.listdir() == []
+
+
+def test_cannot_be_written(run, two_stages, monkeypatch):
+    def full_disk(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch.export, "save", full_disk)
+    options = ["--checkpoint", "c.safetensors", "--format", "torch", "--static", "--img-size", "32"]
+    status, out, err = run("test_svit", *options)
+    assert (status, out) == (1, "")
+    assert err == "error: test_svit.pt2: cannot be written (No space left on device)\n"
+    assert os.listdir() == ["c.safetensors"]
+
+
+def test_cannot_be_exported(run, two_stages, monkeypatch):
+    def refuse(*_, **__):
+        raise KeyError("no such operator\nand so on")
+
+    monkeypatch.setattr(torch.export, "export", refuse)
+    status, out, err = run("test_svit", "--checkpoint", "c.safetensors", "--format", "torch")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: test_svit: cannot be exported: KeyError: 'no such operator")
+    assert err.count("\n") == 1
+    assert os.listdir() == ["c.safetensors"]
+
+
+def test_missing_package(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    status, out, err = run("test_svit")
+    assert (status, out) == (1, "")
+    assert err == "error: --format onnx: needs onnxruntime; pip install 'svit[export]'\n"
+
+
+def test_no_compiler(run, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    cpp_builder.cpp_compiler_search.cache_clear()
+    status, out, err = run("test_svit", "--format", "aoti")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: --format aoti: needs a C++ compiler, such as g++")
