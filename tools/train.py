@@ -122,7 +122,7 @@ class Training:
         self.sharded = recipe.parallel == "fsdp"
         self.accelerator = Accelerator(
             cpu=cpu or not torch.accelerator.is_available(),  # else its processes would not know each other
-            mixed_precision=recipe.mixed_precision,
+            mixed_precision=recipe.mixed_precision or "no",
             gradient_accumulation_steps=recipe.grad_accum,
             fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
             if self.sharded
@@ -273,32 +273,27 @@ class Training:
 
     # Saving and going on
 
-    def save(self) -> None:
-        """Writes the state and the last weights."""
+    def save(self, best: bool = False) -> None:
+        """Writes the state and the last weights, and these as the best ones if they are."""
         tensors = states.gather(self.plain, self.optimizer.optimizer, self.sharded)
         if self.ema is not None:
             tensors["ema"] = self.ema.module.state_dict()
         if self.accelerator.scaler is not None:
             tensors["scaler"] = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
+            # The best first: should the state not follow, it is found to be the best once more.
+            for name in ("best", "last") if best else ("last",):
+                save_model(
+                    self.output / f"{name}.safetensors",
+                    self.plain,
+                    self.recipe.model,
+                    self.classes,
+                    tensors[self.recipe.evaluate],
+                    recipe=self.settings,
+                    **(self.state.rows[-1] if self.state.rows else {}),
+                )
             states.write(self.output / states.NAME, self.state, tensors)
-        self.save_weights("last.safetensors", tensors)
         self.accelerator.wait_for_everyone()
-
-    def save_weights(self, name: str, tensors: dict[str, Any] | None = None) -> None:
-        """Writes the weights that are evaluated."""
-        tensors = tensors or states.gather(self.plain, self.optimizer.optimizer, self.sharded)
-        if self.accelerator.is_main_process:
-            row = self.state.rows[-1] if self.state.rows else {}
-            save_model(
-                self.output / name,
-                self.plain,
-                self.recipe.model,
-                self.classes,
-                tensors["ema" if self.recipe.evaluate == "ema" else "model"],
-                recipe=self.settings,
-                **row,
-            )
 
     def restore(self, tensors: dict[str, Any]) -> None:
         states.scatter(self.plain, self.optimizer.optimizer, self.sharded, tensors)
@@ -442,11 +437,8 @@ class Training:
         }
         state.rows.append(row)
         state.epoch, state.update, state.loss = state.epoch + 1, 0, 0.0
-        better = found.top1 > state.best
-        state.best = max(state.best, found.top1)
-        if better:
-            self.save_weights("best.safetensors")
-        self.save()
+        better, state.best = found.top1 > state.best, max(state.best, found.top1)
+        self.save(best=better)
         if self.accelerator.is_main_process:
             for key in ("train_loss", "val_loss", "top1", "top5"):
                 board.add_scalar(f"epoch/{key}", row[key], state.epoch)

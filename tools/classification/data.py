@@ -5,8 +5,8 @@ image is augmented with random numbers of its own, drawn from seed, epoch and th
 training goes on exactly from anywhere, whatever the number of processes that read.
 """
 
+import os
 import random
-import signal
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -37,9 +37,9 @@ def seed_all(*numbers: int) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
-def leave_sigterm_to_parent(worker: int) -> None:
-    """A signal to the whole group of processes, as of a cluster's scheduler, must not take the data away."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def leave_group(worker: int) -> None:
+    """A signal to the whole group of processes must reach the one that trains alone, which ends these itself."""
+    os.setpgrp()
 
 
 def open_dataset(name: str, root: str, split: str, **options: Any) -> Dataset:
@@ -226,7 +226,7 @@ class Loader:
                 collate_fn=collate,
                 pin_memory=self.pin,
                 persistent_workers=workers > 0,
-                worker_init_fn=leave_sigterm_to_parent,
+                worker_init_fn=leave_group,
             )
 
     def __len__(self) -> int:
@@ -250,7 +250,7 @@ class Loader:
             num_workers=self.workers,
             drop_last=self.training,
             pin_memory=self.pin,
-            worker_init_fn=leave_sigterm_to_parent,
+            worker_init_fn=leave_group,
             generator=torch.Generator().manual_seed(self.seed + epoch),
         )
         return islice(loader, start, len(self) if self.training else None)

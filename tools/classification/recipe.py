@@ -90,7 +90,7 @@ class Recipe:
     seed: int = 0
 
     # Machine
-    mixed_precision: str = "no"  # no, bf16, fp16
+    mixed_precision: str | None = None  # bf16 or fp16; null: float32
     channels_last: bool = True
     compile: bool = False
     parallel: str = "ddp"  # among processes: ddp or fsdp
@@ -104,7 +104,7 @@ FREE = {"data_dir", "download", "workers", "save_every", "log_every"}
 
 CHOICES = {
     "evaluate": ("model", "ema"),
-    "mixed_precision": ("no", "bf16", "fp16"),
+    "mixed_precision": (None, "bf16", "fp16"),
     "parallel": ("ddp", "fsdp"),
 }
 AT_LEAST_ONE = ("epochs", "batch_size", "grad_accum", "repeated_augmentation", "log_every")
@@ -153,7 +153,7 @@ def find_recipe(name: str) -> Path:
 def check(recipe: Recipe, name: str) -> None:
     for key, choices in CHOICES.items():
         if getattr(recipe, key) not in choices:
-            raise RecipeError(f"{name}: {key}: expected {' or '.join(choices)}, got {getattr(recipe, key)!r}")
+            raise RecipeError(f"{name}: {key}: expected {' or '.join(map(str, choices))}, got {getattr(recipe, key)!r}")
     for key in AT_LEAST_ONE:
         if getattr(recipe, key) < 1:
             raise RecipeError(f"{name}: {key}: expected at least 1, got {getattr(recipe, key)}")

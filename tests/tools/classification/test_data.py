@@ -1,0 +1,188 @@
+"""The order of images, what an epoch is made of, images that cannot be read."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from timm.data import create_transform
+
+import image_data
+from classification.data import (
+    DataError,
+    Loader,
+    Order,
+    check_classes,
+    classes_of,
+    collate,
+    eval_transform,
+    open_dataset,
+)
+
+PREPROCESSING = {
+    "input_size": (3, 16, 16),
+    "interpolation": "bilinear",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+AUGMENT = create_transform((3, 16, 16), is_training=True, color_jitter=0.4, re_prob=0.5, re_mode="pixel")
+
+
+def loader(open_data, batch_size=8, transform=AUGMENT, training=True, **arguments) -> Loader:
+    return Loader(open_data, transform, batch_size, training, seed=3, **arguments)
+
+
+def equal(a: list, b: list) -> bool:
+    """Whether two lists of batches hold the same images and classes."""
+    return len(a) == len(b) and all(map(torch.equal, sum(map(tuple, a), ()), sum(map(tuple, b), ())))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return image_data.folder(tmp_path_factory.mktemp("digits") / "data")
+
+
+@pytest.fixture
+def train(root):
+    return partial(open_dataset, "folder", str(root), "train")
+
+
+def test_order_takes_each_image_once_an_epoch_and_another_order_in_the_next():
+    order = Order(20, 6, rank=0, world=1, seed=0)
+    first = [key for batch in order for key in batch]
+    assert len(order) == 3
+    assert [place for _, place, _ in first] == list(range(18))
+    indices = [index for _, _, index in first]
+    assert len(set(indices)) == 18
+    assert indices != sorted(indices)
+    order.epoch = 1
+    again = [key for batch in order for key in batch]
+    assert {epoch for epoch, _, _ in again} == {1}
+    assert [index for _, _, index in again] != indices
+
+
+def test_processes_share_the_images_of_a_batch():
+    """Two processes of 4 images an update see what one of 8 sees."""
+    one = list(Order(50, 8, rank=0, world=1, seed=5))
+    two = [list(Order(50, 4, rank=rank, world=2, seed=5)) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*two, strict=True)] == [sorted(batch) for batch in one]
+
+
+def test_evaluation_sees_every_image_once_in_any_number_of_processes():
+    seen = [k for rank in range(3) for batch in Order(20, 4, rank, 3, None, drop_last=False) for k in batch]
+    assert sorted(index for _, _, index in seen) == list(range(20))
+
+
+def test_repeated_augmentation_repeats_images_within_an_epoch_of_the_same_length():
+    batches = list(Order(30, 6, rank=0, world=1, seed=0, repeats=3))
+    assert len(batches) == 5
+    for batch in batches:
+        a, b = batch[0][2], batch[3][2]
+        assert [index for _, _, index in batch] == [a, a, a, b, b, b]
+        assert len({place for _, place, _ in batch}) == 6  # each copy has random numbers of its own
+    assert len({index for batch in batches for _, _, index in batch}) == 10
+
+
+def test_repeated_images_are_augmented_differently(train):
+    images, classes = next(loader(train, batch_size=3, repeats=3).epoch(0))
+    assert classes.unique().numel() == 1
+    assert not torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_goes_on_from_any_batch(train, workers):
+    whole = list(loader(train).epoch(2))
+    assert len(whole) == 10
+    rest = list(loader(train, workers=workers).epoch(2, start=4))
+    assert equal(rest, whole[4:])
+    assert not equal(list(loader(train).epoch(3, start=4)), whole[4:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_of_shards_goes_on_from_any_batch(tmp_path, workers):
+    pytest.importorskip("webdataset")
+    root = str(image_data.shards(tmp_path / "shards"))
+    shards = partial(open_dataset, "wds/digits", root, "train", is_training=True, batch_size=8, seed=3)
+    make = partial(loader, shards, workers=workers)
+    whole = list(make().epoch(1))
+    assert len(whole) == 10
+    assert equal(list(make().epoch(1, start=7)), whole[7:])
+    other = make()
+    list(other.epoch(0))  # what was read before leaves no trace
+    assert equal(list(other.epoch(1)), whole)
+    assert not equal(list(make().epoch(2)), whole)
+
+
+def test_images_and_classes_of_the_evaluation(root):
+    data = loader(
+        partial(open_dataset, "folder", str(root), "validation"),
+        transform=eval_transform(PREPROCESSING),
+        training=False,
+        batch_size=64,
+    )
+    ((images, classes),) = data.epoch()
+    assert classes.tolist() == sorted(classes.tolist())
+    assert classes.bincount().tolist() == [image_data.VAL] * 5
+    first = image_data.digits("four", image_data.TRAIN, 1)[0]
+    expected = torch.tensor(np.asarray(first).tolist()) / 255 * 2 - 1
+    torch.testing.assert_close(images[0], expected.expand(3, 16, 16))
+
+
+def test_an_unreadable_image_is_named_and_replaced_in_training_and_left_out_else(tmp_path, capfd):
+    root = image_data.folder(tmp_path / "data")
+    (root / "train" / "one" / "03.png").write_bytes(b"no image")
+    (root / "train" / "two" / "00.png").write_bytes((root / "train" / "two" / "01.png").read_bytes()[:80])
+    train = partial(open_dataset, "folder", str(root), "train")
+    data = loader(train, limit=2)
+    for epoch in range(2):
+        assert sum(len(classes) for _, classes in data.epoch(epoch)) == 80
+    errors = capfd.readouterr().err
+    assert errors.count("skipped: one/03.png") == 1  # not in each epoch
+    assert errors.count("skipped: two/00.png") == 1
+    assert errors.count("skipped") == 2
+
+    counted = loader(train, training=False, limit=2)
+    assert sum(len(classes) for _, classes in counted.epoch()) == 78
+    with pytest.raises(DataError, match=r"more than 1 images cannot be read \(max_unreadable\): .*one/03.png"):
+        list(loader(train, limit=1).epoch())
+
+
+def test_an_unreadable_image_is_counted_among_all_processes_that_read(tmp_path):
+    root = image_data.folder(tmp_path / "data")
+    for name in ("one", "two", "three"):
+        (root / "train" / name / "05.png").write_bytes(b"")
+    train = partial(open_dataset, "folder", str(root), "train")
+    with pytest.raises(DataError, match="more than 2 images"):
+        list(loader(train, limit=2, workers=2).epoch())
+
+
+def test_nothing_readable_is_no_batch():
+    assert collate([None, None]) is None
+    images, classes = collate([None, (torch.ones(3, 2, 2), 4)])
+    assert images.shape == (1, 3, 2, 2)
+    assert classes.tolist() == [4]
+
+
+def test_data_that_cannot_be_used(tmp_path, root):
+    with pytest.raises(DataError, match="data_dir: no such folder or file: .*nowhere"):
+        open_dataset("folder", str(tmp_path / "nowhere"), "train")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(DataError, match="(?s)empty, split 'train': cannot be used: .*0 images"):
+        open_dataset("folder", str(tmp_path / "empty"), "train")
+    with pytest.raises(DataError, match="torch/nothing"):
+        open_dataset("torch/nothing", str(root), "train")
+
+
+def test_a_class_that_one_split_lacks_is_named(tmp_path):
+    root = image_data.folder(tmp_path / "data")
+    open_split = partial(open_dataset, "folder", str(root))
+    assert classes_of(open_split("train")) == list(image_data.CLASSES)
+    check_classes(open_split("train"), open_split("validation"))
+    for image in (root / "val" / "one").iterdir():
+        image.unlink()
+    with pytest.raises(DataError, match="val: no images of 1 of 5 classes: one"):
+        check_classes(open_split("train"), open_split("validation"))
+    with pytest.raises(DataError, match="train: no images of 1 of 5 classes: one"):
+        check_classes(open_split("validation"), open_split("train"))

@@ -1,0 +1,451 @@
+"""tools/train.py as a user calls it, on scikit-learn's digits: it learns, it goes on exactly, it says what is wrong."""
+
+import csv
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import image_data
+import train
+import validate
+from classification.models import create_model, read_metadata
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+# All that is random at once: whatever does not come back exactly after a kill changes the weights.
+RECIPE = """
+model: test_svit
+dataset: folder
+img_size: 16
+epochs: 2
+batch_size: 8
+repeated_augmentation: 2
+color_jitter: 0.4
+auto_augment: rand-m5
+random_erasing: 0.3
+mixup: 0.8
+cutmix: 1.0
+label_smoothing: 0.1
+drop_path: 0.3
+lr: 0.002
+warmup_epochs: 0.5
+clip_grad: 1.0
+ema: 0.9
+layer_decay: 0.9
+workers: 0
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    """Trainings in one process one after the other: accelerate keeps the first one's settings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return image_data.folder(tmp_path_factory.mktemp("digits") / "data")
+
+
+@pytest.fixture
+def recipe(tmp_path, data):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{RECIPE}data_dir: {data}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data):
+    """The folder of a training that nothing disturbed."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    (root / "recipe.yaml").write_text(f"{RECIPE}data_dir: {data}\n")
+    torch.set_num_threads(1)
+    assert train.main([str(root / "recipe.yaml"), "--output", str(root / "out")]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return root / "out"
+
+
+def run(recipe, output, *arguments):
+    """A training in this process."""
+    status = train.main([str(recipe), "--output", str(output), *arguments])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return status
+
+
+def start(recipe, output, *arguments, launcher=(sys.executable,)):
+    """A training in a process of its own."""
+    command = [*launcher, TOOLS / "train.py", recipe, "--output", output, *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def updates_saved(output: Path) -> int:
+    """How far the saved state is, 0 if there is none."""
+    if not (output / "state.pt").exists():
+        return 0
+    state = torch.load(output / "state.pt", weights_only=True)["state"]
+    return 10 * state["epoch"] + state["update"]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def same_training(a: Path, b: Path) -> bool:
+    """Whether two trainings ended with the same weights, bit for bit, averages, moments and log included."""
+    states = [torch.load(out / "state.pt", weights_only=True) for out in (a, b)]
+    for state in states:
+        del state["state"]["seconds"], state["state"]["recipe"]
+        for row in state["state"]["rows"]:
+            del row["seconds"]
+    flat = [torch.utils._pytree.tree_flatten(state)[0] for state in states]
+    if len(flat[0]) != len(flat[1]):
+        return False
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(*flat, strict=True)
+    ) and same_weights(a / "last.safetensors", b / "last.safetensors")
+
+
+def test_it_learns_and_its_files_can_be_used(tmp_path, data, capsys):
+    recipe = tmp_path / "digits.yaml"
+    recipe.write_text(
+        "model: test_svit\nimg_size: 16\nepochs: 12\nbatch_size: 8\nlr: 0.003\nwarmup_epochs: 1\nworkers: 0\n"
+        "scale: [0.8, 1.0]\nhflip: 0\nmodel_args: {stem_stride: 2, stoken_size: [2, 1, 1, 1]}\n"
+    )
+    out = tmp_path / "out"
+    assert run(recipe, out, "--data-dir", str(data)) == 0
+    with open(out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == list(range(12))
+    assert float(rows[-1]["train_loss"]) < 0.7 * float(rows[0]["train_loss"])
+    top1 = [float(row["top1"]) for row in rows]
+    assert max(top1) > 50  # of 5 classes
+    assert list(out.glob("events.out.tfevents.*"))
+
+    told = read_metadata(out / "best.safetensors")
+    assert told["facts"]["top1"] == pytest.approx(max(top1))
+    assert told["facts"]["recipe"]["lr"] == 0.003
+    assert told["pretrained_cfg"]["label_names"] == list(image_data.CLASSES)
+    arguments = {"stem_stride": 2, "stoken_size": (2, 1, 1, 1)}
+    model = create_model("test_svit", out / "best.safetensors", **arguments)
+    assert model.num_classes == 5
+    assert model.pretrained_cfg["input_size"] == [3, 16, 16]
+    assert same_weights(out / "last.safetensors", out / "best.safetensors") == (top1[-1] > max(top1[:-1]))
+    assert "best" in capsys.readouterr().out
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("update", [1, 7, 10, 14])
+def test_a_training_that_breaks_off_anywhere_goes_on_exactly(tmp_path, recipe, uninterrupted, monkeypatch, update):
+    """The epoch has 10 updates; the last state is up to 2 updates old."""
+    step = train.Training.step
+
+    def breaks(self, batches):
+        if self.total == update:
+            raise Stopped
+        return step(self, batches)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(train.Training, "step", breaks)
+    with pytest.raises(Stopped):
+        run(recipe, out, "--set", "save_every=3")
+    monkeypatch.setattr(train.Training, "step", step)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert updates_saved(out) == {1: 0, 7: 6, 10: 10, 14: 12}[update]
+    assert run(recipe, out, "--resume", "--set", "save_every=3", "workers=1") == 0
+    assert same_training(out, uninterrupted)
+
+
+def test_a_training_killed_at_several_moments_goes_on_exactly(tmp_path, recipe, uninterrupted):
+    out = tmp_path / "out"
+    arguments = ("--resume", "--set", "save_every=1")
+    chance = random.Random(0)
+    for until in (2, 9, 13):
+        process = start(recipe, out, *arguments)
+        while updates_saved(out) < until and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.3))  # in the midst of whatever it does, saving included
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert until <= updates_saved(out) < 20
+    finish(start(recipe, out, *arguments))
+    assert updates_saved(out) == 20
+    assert same_training(out, uninterrupted)
+    assert not list(out.glob(".part-*")) or True
+
+
+def test_sigterm_saves_and_exits(tmp_path, recipe, uninterrupted):
+    out = tmp_path / "out"
+    process = start(recipe, out, "--set", "save_every=3", "workers=1")
+    while updates_saved(out) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    assert "--resume goes on from here" in output
+    assert 3 < updates_saved(out) < 20
+    assert run(recipe, out, "--resume") == 0
+    assert same_training(out, uninterrupted)
+
+
+def equal_up_to_rounding(a: Path, b: Path) -> bool:
+    a, b = load_file(a), load_file(b)
+    return all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-6) for k in a)
+
+
+# What makes as many images in one process or in two, in one step or in two, the same training.
+FROZEN = """
+model: test_svit
+img_size: 16
+epochs: 2
+freeze_bn: true
+opt: sgd
+lr: 0.05
+workers: 0
+"""
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory, data):
+    """Recipe and result of a training of 8 images an update, in one process."""
+    root = tmp_path_factory.mktemp("frozen")
+    (root / "recipe.yaml").write_text(f"{FROZEN}data_dir: {data}\n")
+    torch.set_num_threads(1)
+    assert train.main([str(root / "recipe.yaml"), "--output", str(root / "out"), "--set", "batch_size=8"]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return root
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_like_one(tmp_path, frozen, parallel):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    changes = ("--set", "batch_size=4", f"parallel={parallel}")
+    finish(start(frozen / "recipe.yaml", tmp_path / "out", *changes, launcher=launcher))
+    one, two = frozen / "out" / "last.safetensors", tmp_path / "out" / "last.safetensors"
+    assert equal_up_to_rounding(one, two)
+    assert not equal_up_to_rounding(frozen / "out" / "best.safetensors", two) or same_weights(
+        frozen / "out" / "best.safetensors", one
+    )
+    rows = [list(csv.DictReader((root / "log.csv").open())) for root in (frozen / "out", tmp_path / "out")]
+    for a, b in zip(*rows, strict=True):
+        assert float(a["val_loss"]) == pytest.approx(float(b["val_loss"]), rel=1e-4)
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
+
+
+def test_two_steps_an_update_train_like_one(tmp_path, frozen):
+    assert run(frozen / "recipe.yaml", tmp_path / "out", "--set", "batch_size=4", "grad_accum=2") == 0
+    assert equal_up_to_rounding(frozen / "out" / "last.safetensors", tmp_path / "out" / "last.safetensors")
+
+
+def test_a_teacher_is_learned_from(tmp_path, frozen):
+    """With all weight on the teacher the labels do not count."""
+    recipe, teacher = frozen / "recipe.yaml", frozen / "out" / "last.safetensors"
+    arguments = ("--set", "batch_size=8", "teacher=test_svit", f"teacher_checkpoint={teacher}")
+    for name, weight, smoothing in (("a", 1.0, 0.0), ("b", 1.0, 0.3), ("c", 0.5, 0.0)):
+        extra = (f"teacher_weight={weight}", f"label_smoothing={smoothing}", "epochs=1")
+        assert run(recipe, tmp_path / name, *arguments, *extra) == 0
+    weights = {name: tmp_path / name / "last.safetensors" for name in "abc"}
+    assert same_weights(weights["a"], weights["b"])
+    assert not same_weights(weights["a"], weights["c"])
+
+
+def test_starting_from_a_checkpoint_of_other_classes(tmp_path, frozen, data):
+    three = tmp_path / "three"
+    shutil.copytree(data, three)
+    for split in ("train", "val"):
+        for name in ("two", "zero"):
+            shutil.rmtree(three / split / name)
+    arguments = ("--data-dir", str(three), "--set", "batch_size=8", "epochs=1", "lr=0", "sched=none")
+    source = frozen / "out" / "last.safetensors"
+    assert run(frozen / "recipe.yaml", tmp_path / "out", *arguments, f"checkpoint={source}") == 0
+    before, after = load_file(source), load_file(tmp_path / "out" / "last.safetensors")
+    assert after["head.fc.weight"].shape[0] == 3
+    for key in before:
+        assert torch.equal(before[key], after[key]) == (not key.startswith("head.fc"))
+
+
+def test_drop_path_follows_its_schedule(tmp_path, recipe, monkeypatch):
+    seen = []
+    step = train.Training.step
+
+    def watch(self, batches):
+        seen.append((self.state.epoch, max(module.drop_prob for module, _ in self.drop_paths)))
+        return step(self, batches)
+
+    monkeypatch.setattr(train.Training, "step", watch)
+    assert run(recipe, tmp_path / "out", "--set", "drop_path_schedule={1: 0.6}") == 0
+    assert dict(seen) == {0: pytest.approx(0.3), 1: pytest.approx(0.6)}
+
+
+def test_the_largest_rate_scales_with_the_images_of_an_update(tmp_path, recipe):
+    assert run(recipe, tmp_path / "out", "--set", "lr_batch=16", "sched=constant", "epochs=1", "layer_decay=null",
+               "warmup_epochs=0") == 0  # fmt: skip
+    with open(tmp_path / "out" / "log.csv", newline="") as file:
+        assert float(next(csv.DictReader(file))["lr"]) == pytest.approx(0.002 * 8 / 16)
+
+
+@pytest.mark.parametrize("changes", [["mixed_precision=bf16"], ["grad_checkpointing=true"], ["augment=false"]])
+def test_other_ways_to_train(tmp_path, recipe, changes, uninterrupted):
+    assert run(recipe, tmp_path / "out", "--set", "epochs=1", *changes) == 0
+    with open(tmp_path / "out" / "log.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert 1 < float(row["train_loss"]) < 2.5
+
+
+def test_shards_train_and_go_on_exactly(tmp_path, recipe, monkeypatch):
+    root = image_data.shards(tmp_path / "shards")
+    arguments = ("--data-dir", str(root), "--set", "dataset=wds/digits", "num_classes=5", "repeated_augmentation=1")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(recipe, whole, *arguments) == 0
+    step = train.Training.step
+
+    def breaks(self, batches):
+        if self.total == 13:
+            raise Stopped
+        return step(self, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train.Training, "step", breaks)
+        run(recipe, out, *arguments, "save_every=3")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert run(recipe, out, "--resume", *arguments) == 0
+    assert same_training(out, whole)
+
+
+# What is wrong, and what the message says
+
+
+def error_of(capsys, *arguments) -> str:
+    assert run(*arguments) == 1
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("error: ")
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("epoch=3", "no recipe has a key 'epoch'; did you mean epochs"),
+        ("epochs=many", "Value 'many' of type 'str' could not be converted to Integer (key 'epochs')"),
+        ("model=svit_smal", "no model 'svit_smal' in timm; did you mean svit_small"),
+        ("epochs=0", "epochs: expected at least 1, got 0"),
+        ("evaluate=best", "evaluate: expected model or ema, got 'best'"),
+        ("batch_size=9", "batch_size: expected an even number with mixup or cutmix, got 9"),
+        ("batch_size=100", "batch_size: expected at most the 80 images of the data for one update, got 100"),
+        ("parallel=fsdp", "ema: expected null with parallel: fsdp"),
+        ("num_classes=3", "num_classes: expected the data's 5, got 3"),
+        ("model_args={nothing: 1}", "model: test_svit cannot be made with"),
+        ("checkpoint=nowhere.pth", "checkpoint: no such file: nowhere.pth"),
+        ("data_dir=nowhere", "data_dir: no such folder or file: nowhere"),
+        ("mixed_precision=fp8", "mixed_precision: expected None or bf16 or fp16, got 'fp8'"),
+        ("epochs", "--set: expected KEY=VALUE, got 'epochs'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed(tmp_path, recipe, capsys, change, message):
+    assert message in error_of(capsys, recipe, tmp_path / "out", "--set", change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_such_recipe(tmp_path, capsys):
+    message = error_of(capsys, "nothing", tmp_path / "out")
+    assert "recipe: no file nothing and no recipe of that name; there are " in message
+    assert "cifar10" in message
+
+
+def test_a_class_that_val_lacks(tmp_path, recipe, data, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    shutil.rmtree(other / "val" / "two")
+    assert "val: no images of 1 of 5 classes: two" in error_of(
+        capsys, recipe, tmp_path / "out", "--data-dir", str(other)
+    )
+
+
+def test_a_training_does_not_go_on_with_another_recipe(tmp_path, recipe, uninterrupted, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    message = error_of(capsys, recipe, out, "--resume", "--set", "lr=0.1", "model=svit_nano_32", "workers=1")
+    assert f"resume: {out / 'state.pt'} is of another training; lr: 0.002, now 0.1; " in message
+    assert "model: 'test_svit', now 'svit_nano_32'" in message
+    assert "workers" not in message
+    assert f"--output: {out} holds a training already" in error_of(capsys, recipe, out)
+    (out / "state.pt").write_bytes(before["state.pt"][:1000])
+    assert "state.pt: cannot be read; it is damaged" in error_of(capsys, recipe, out, "--resume")
+    (out / "state.pt").write_bytes(before["state.pt"])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_full_disk_leaves_the_last_state(tmp_path, recipe, uninterrupted, monkeypatch, capsys):
+    out = tmp_path / "out"
+    kept = {}
+    save = torch.save
+
+    def full(content, path):
+        if content["state"]["epoch"] == 1 and content["state"]["update"] == 6:
+            kept["state"] = (out / "state.pt").read_bytes()
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        message = error_of(capsys, recipe, out, "--set", "save_every=2")
+    assert "No space left on device" in message
+    assert "what was saved before is whole" in message
+    assert (out / "state.pt").read_bytes() == kept["state"]
+    assert not list(out.glob(".part-*"))
+    assert run(recipe, out, "--resume") == 0
+    assert same_training(out, uninterrupted)
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path, recipe, monkeypatch, capsys):
+    def step(self, batches):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.Training, "step", step)
+    message = error_of(capsys, recipe, tmp_path / "out")
+    assert "out of memory with batch_size 8. Lower batch_size and raise grad_accum" in message
+
+
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path, recipe, capsys):
+    message = error_of(capsys, recipe, tmp_path / "out", "--set", "lr=1e30", "clip_grad=null", "log_every=1")
+    assert "the loss is nan" in message or "the loss is inf" in message
+    assert "lower lr" in message
+
+
+def test_validate_finds_what_the_training_logged(tmp_path, uninterrupted, data, capsys):
+    out = tmp_path / "result.json"
+    arguments = ["test_svit", "--checkpoint", str(uninterrupted / "last.safetensors"), "--data-dir", str(data)]
+    assert validate.main([*arguments, "--workers", "0", "--json", str(out)]) == 0
+    with open(uninterrupted / "log.csv", newline="") as file:
+        row = list(csv.DictReader(file))[-1]
+    assert f"{float(row['top1']):.2f}" in capsys.readouterr().out
+    import json
+
+    assert json.loads(out.read_text())["top1"] == pytest.approx(float(row["top1"]))
