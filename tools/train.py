@@ -365,11 +365,11 @@ class Training:
             for module in self.model.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
-        # All that is random here follows from where the training stands.
-        seed_all(r.seed, 1, self.total, self.rank)
         loss = torch.zeros((), device=self.accelerator.device)
-        for _ in range(r.grad_accum):
+        for part in range(r.grad_accum):
             images, classes = next(batches)
+            # All that is random from here on follows from where the training stands.
+            seed_all(r.seed, 1, self.total, part, self.rank)
             images = images.to(
                 self.accelerator.device,
                 non_blocking=True,
@@ -381,13 +381,13 @@ class Training:
                 images, classes = self.mixup(images, classes)
             with self.accelerator.accumulate(self.model):
                 with self.accelerator.autocast():
-                    part = self.tasks[soft](images, classes)["loss"]
-                self.accelerator.backward(part)
+                    part_loss = self.tasks[soft](images, classes)["loss"]
+                self.accelerator.backward(part_loss)
                 if r.clip_grad and self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), r.clip_grad)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            loss += part.detach() / r.grad_accum
+            loss += part_loss.detach() / r.grad_accum
         if self.ema is not None:
             self.ema.update(self.plain, self.total + 1)
         return loss

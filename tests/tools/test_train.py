@@ -1,6 +1,7 @@
 """tools/train.py as a user calls it, on scikit-learn's digits: it learns, it goes on exactly, it says what is wrong."""
 
 import csv
+import json
 import os
 import random
 import shutil
@@ -195,7 +196,6 @@ def test_a_training_killed_at_several_moments_goes_on_exactly(tmp_path, recipe, 
     finish(start(recipe, out, *arguments))
     assert updates_saved(out) == 20
     assert same_training(out, uninterrupted)
-    assert not list(out.glob(".part-*")) or True
 
 
 def test_sigterm_saves_and_exits(tmp_path, recipe, uninterrupted):
@@ -328,9 +328,10 @@ def test_shards_train_and_go_on_exactly(tmp_path, recipe, monkeypatch):
             raise Stopped
         return step(self, batches)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         patch.setattr(train.Training, "step", breaks)
-        run(recipe, out, *arguments, "save_every=3")
+        with pytest.raises(Stopped):
+            run(recipe, out, *arguments, "save_every=3")
     AcceleratorState._reset_state(reset_partial_state=True)
     assert run(recipe, out, "--resume", *arguments) == 0
     assert same_training(out, whole)
@@ -445,7 +446,5 @@ def test_validate_finds_what_the_training_logged(tmp_path, uninterrupted, data, 
     assert validate.main([*arguments, "--workers", "0", "--json", str(out)]) == 0
     with open(uninterrupted / "log.csv", newline="") as file:
         row = list(csv.DictReader(file))[-1]
-    assert f"{float(row['top1']):.2f}" in capsys.readouterr().out
-    import json
-
+    assert f"{float(row['top1']):g}" in capsys.readouterr().out
     assert json.loads(out.read_text())["top1"] == pytest.approx(float(row["top1"]))
