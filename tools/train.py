@@ -15,6 +15,7 @@ import argparse
 import csv
 import io
 import math
+import shutil
 import signal
 import sys
 import time
@@ -309,6 +310,8 @@ class Training:
         first = self.accelerator.is_main_process
         if first:
             self.output.mkdir(parents=True, exist_ok=True)
+            for part in self.output.glob(".part-*"):  # of a training that was killed while it wrote
+                shutil.rmtree(part)
             with replacing(self.output / "recipe.yaml") as part:
                 part.write_text(OmegaConf.to_yaml(self.settings))
         board = SummaryWriter(self.output, purge_step=self.total) if first else None

@@ -196,6 +196,7 @@ def test_a_training_killed_at_several_moments_goes_on_exactly(tmp_path, recipe, 
     finish(start(recipe, out, *arguments))
     assert updates_saved(out) == 20
     assert same_training(out, uninterrupted)
+    assert not list(out.glob(".part-*"))
 
 
 def test_sigterm_saves_and_exits(tmp_path, recipe, uninterrupted):
