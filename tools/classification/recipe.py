@@ -1,10 +1,13 @@
-"""Recipes: everything that decides how a training comes out, in a YAML file."""
+"""Recipes: everything that decides how a training comes out, in a YAML file.
+
+A recipe may start from another one: `base: NAME_OR_FILE`.
+"""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -125,7 +128,7 @@ def load_recipe(name: str, changes: list[str] = ()) -> Recipe:
         if "=" not in change:
             raise RecipeError(f"--set: expected KEY=VALUE, got {change!r}")
     try:
-        read = OmegaConf.merge(OmegaConf.load(find_recipe(name)), OmegaConf.from_dotlist(list(changes)))
+        read = OmegaConf.merge(read_yaml(name), OmegaConf.from_dotlist(list(changes)))
         for key in read:
             if key not in known:
                 raise RecipeError(f"{name}: no recipe has a key {key!r}{did_you_mean(str(key), known)}")
@@ -134,6 +137,15 @@ def load_recipe(name: str, changes: list[str] = ()) -> Recipe:
         raise RecipeError(f"{name}: {str(error).splitlines()[0]}{where(error)}") from error
     check(recipe, name)
     return recipe
+
+
+def read_yaml(name: str) -> DictConfig:
+    """A recipe's keys; those of the recipe that its key `base` names come first."""
+    read = OmegaConf.load(find_recipe(name))
+    if not isinstance(read, DictConfig):
+        raise RecipeError(f"{name}: expected keys and values, got a list")
+    base = read.pop("base", None)
+    return OmegaConf.merge(read_yaml(base), read) if base else read
 
 
 def where(error: Exception) -> str:
