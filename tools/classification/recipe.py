@@ -132,6 +132,8 @@ def load_recipe(name: str, changes: list[str] = ()) -> Recipe:
         for key in read:
             if key not in known:
                 raise RecipeError(f"{name}: no recipe has a key {key!r}{did_you_mean(str(key), known)}")
+            if OmegaConf.is_missing(read, key):
+                raise RecipeError(f"{name}: {key}: expected a value, which --set {key}=... gives, got none")
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), read))
     except (OmegaConfBaseException, YAMLError, OSError) as error:
         raise RecipeError(f"{name}: {str(error).splitlines()[0]}{where(error)}") from error
