@@ -151,7 +151,7 @@ class Training:
         options = {"download": r.download} if kind == "torch" else {}
         streams = {"batch_size": r.batch_size, "seed": r.seed}
         train = partial(open_dataset, r.dataset, r.data_dir, r.train_split, **options)
-        val = partial(open_dataset, r.dataset, r.data_dir, r.val_split, **options)
+        val = partial(open_dataset, r.dataset, r.val_dir or r.data_dir, r.val_split, **options)
         if kind in ("wds", "hfids", "tfds"):
             train = partial(train, is_training=True, num_samples=r.train_samples, **streams)
             val = partial(val, num_samples=r.val_samples, **streams)

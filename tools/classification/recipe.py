@@ -38,6 +38,7 @@ class Recipe:
     # Data
     dataset: str = "folder"  # or a tar file; else a name of timm's: torch/..., wds/..., hfds/...
     data_dir: str = MISSING
+    val_dir: str | None = None  # null: data_dir
     train_split: str = "train"
     val_split: str = "validation"
     download: bool = False
@@ -103,7 +104,7 @@ class Recipe:
 
 
 # What may differ when a training goes on: it decides where and how fast it runs, not what comes out.
-FREE = {"data_dir", "download", "workers", "save_every", "log_every"}
+FREE = {"data_dir", "val_dir", "download", "workers", "save_every", "log_every"}
 
 CHOICES = {
     "evaluate": ("model", "ema"),
