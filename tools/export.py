@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="of timm or svit; hf-hub: and local-dir: names bring weights")
     parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="weights; default: random ones")
+    parser.add_argument("--pretrained", action="store_true", help="timm's weights, or those that come with svit")
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
     parser.add_argument("--out", metavar="FILE", type=Path, help="default: MODEL.onnx or MODEL.pt2")
     parser.add_argument("--img-size", metavar="N", type=positive, nargs="+", help="H [W]; default: the model's own")
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             # Of PyTorch's exporters about themselves.
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            export(args.model, args.checkpoint, form, out, size, args.batch_size, args.static)
+            export(args.model, args.checkpoint, args.pretrained, form, out, size, args.batch_size, args.static)
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -91,6 +92,7 @@ def check_target(out: Path, suffix: str) -> None:
 def export(
     name: str,
     checkpoint: Path | None,
+    pretrained: bool,
     form: "Format",
     out: Path,
     img_size: tuple[int, int] | None,
@@ -102,7 +104,7 @@ def export(
     Raises:
         ExportError: the model cannot be made or exported, the file cannot be written or computes something else.
     """
-    model, in_chans, size = build(name, checkpoint, img_size)
+    model, in_chans, size = build(name, checkpoint, pretrained, img_size)
     fixed_size = model.pretrained_cfg.get("fixed_input_size")
     # torch.export takes a size of 1 for a fixed one.
     shape = (batch_size if static else max(batch_size, 2), in_chans, *size)
@@ -120,12 +122,15 @@ def export(
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): {name}, image {signature(program)}")
 
 
-def build(name: str, checkpoint: Path | None, img_size: tuple[int, int] | None) -> tuple[nn.Module, int, tuple]:
+def build(
+    name: str, checkpoint: Path | None, pretrained: bool, img_size: tuple[int, int] | None
+) -> tuple[nn.Module, int, tuple]:
     """The model, of plain operations only, the channels and the size of its images."""
-    hosted = ":" in name  # a name that says where the weights are
-    if checkpoint is None and not hosted:
+    # A name with a colon says where its weights are.
+    pretrained = pretrained or (":" in name and checkpoint is None)
+    if checkpoint is None and not pretrained:
         print(f"warning: {name}: no --checkpoint, so its weights are random", file=sys.stderr)
-    options = dict(checkpoint=checkpoint, pretrained=hosted and checkpoint is None, exportable=True)
+    options = dict(checkpoint=checkpoint, pretrained=pretrained, exportable=True)
     try:
         model = create_model(name, **options)
         in_chans, *own_size = resolve_model_data_config(model)["input_size"]

@@ -1,7 +1,7 @@
 """Draws what a model's super tokens look like on photographs: pictures, and a page that shows them side by side.
 
     python tools/visualize.py cat.jpg street.jpg --model svit_small --checkpoint svit_small.safetensors
-    python tools/visualize.py cat.jpg --model svit_nano_32 --checkpoint cifar.safetensors --img-size 256 --point 0.4 0.3
+    python tools/visualize.py cat.jpg --model svit_nano_32.cifar10 --pretrained --img-size 256 --point 0.4 0.3
 
 Open OUT/index.html. docs/visualization.md says what the pictures mean.
 """
@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
     parser.add_argument("--model", metavar="NAME", required=True, help="a model of timm with super-token attention")
-    parser.add_argument("--checkpoint", metavar="FILE", help="its weights; without them they are random")
+    parser.add_argument("--checkpoint", metavar="FILE", help="its weights; without any they are random")
+    parser.add_argument("--pretrained", action="store_true", help="timm's weights, or those that come with svit")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("outputs/visualize"), help="default: %(default)s"
     )
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check(args)
         photos = {image: read_photo(image) for image in args.images}
-        model = load_model(args.model, args.checkpoint, args.device)
+        model = load_model(args.model, args.checkpoint, args.pretrained, args.device)
         make_folder(args.out)
         # Every file takes its place at the end, the page last; on an error none does.
         with ExitStack() as files:
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
                     )
                     shown.append(FIGURE.format(file=quote(name), caption=caption))
                 sections.append(SECTION.format(image=escape(image.name), facts=escape(facts), figures="\n".join(shown)))
-            weights = Path(args.checkpoint).name if args.checkpoint else "random"
+            weights = Path(args.checkpoint).name if args.checkpoint else "pretrained" if args.pretrained else "random"
             text = PAGE.format(model=escape(args.model), weights=escape(weights), sections="\n".join(sections))
             page.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
@@ -152,10 +153,10 @@ def read_photo(path: Path) -> Image.Image:
         raise InputError(f"{path}: not an image, or a damaged one ({error})") from error
 
 
-def load_model(name: str, checkpoint: str | None, device: str | None) -> nn.Module:
-    """The model on its device; without a checkpoint its weights are random, the same at each run."""
+def load_model(name: str, checkpoint: str | None, pretrained: bool, device: str | None) -> nn.Module:
+    """The model on its device; without a checkpoint and not pretrained its weights are random, the same at each run."""
     torch.manual_seed(0)
-    model = create_model(name, checkpoint)
+    model = create_model(name, checkpoint, pretrained)
     if not any(isinstance(module, SuperTokenAttention) for module in model.modules()):
         ours = ", ".join(timm.list_models(module="svit"))
         raise InputError(f"{name}: has no super-token attention; these have: {ours}")
