@@ -14,20 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tabulate import tabulate
-from timm.data import get_img_extensions, resolve_data_config
+from timm.data import get_img_extensions
 from tqdm import tqdm
 
 from classification.data import DataError, eval_transform
-from classification.models import (
-    ModelError,
-    add_model_arguments,
-    choose_device,
-    class_names,
-    create_model,
-    size_arguments,
-)
+from classification.models import ModelError, add_model_arguments, class_names, open_model
 from svit.convert import CheckpointError
 
 
@@ -53,14 +46,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def infer(args: argparse.Namespace) -> tuple[list[dict], list[tuple[Path, Exception]]]:
     """The classes of each image and their probabilities, best first; and the images that cannot be read."""
-    if args.top < 1:
-        raise DataError(f"--top: expected at least 1, got {args.top}")
+    for option, value in (("--top", args.top), ("--batch-size", args.batch_size)):
+        if value < 1:
+            raise DataError(f"{option}: expected at least 1, got {value}")
     paths = list(find_images(args.images))
-    device = choose_device(args.device)
-    model = create_model(args.model, args.checkpoint, args.pretrained, args.ema, **size_arguments(args))
-    model.to(device, memory_format=torch.channels_last)
-    size = {"input_size": (3, *args.img_size)} if args.img_size else {}
-    transform = eval_transform(resolve_data_config(size, model=model))
+    model, device, preprocessing = open_model(args)
+    transform = eval_transform(preprocessing)
     names = class_names(model)
 
     found, unreadable = [], []
@@ -69,10 +60,12 @@ def infer(args: argparse.Namespace) -> tuple[list[dict], list[tuple[Path, Except
         for path in paths[start : start + args.batch_size]:
             try:
                 with Image.open(path) as image:
-                    tensors.append(transform(image.convert("RGB")))
-                read.append(path)
+                    photo = ImageOps.exif_transpose(image).convert("RGB")
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 unreadable.append((path, error))
+                continue
+            read.append(path)
+            tensors.append(transform(photo))
         if not read:
             continue
         with torch.inference_mode():
@@ -92,7 +85,8 @@ def find_images(paths: list[Path]) -> Iterator[Path]:
     """
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in get_img_extensions(as_set=True))
+            kinds = get_img_extensions(as_set=True)
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds and p.is_file())
             if not inside:
                 raise DataError(f"{path}: no images in this folder")
             yield from inside

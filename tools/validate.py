@@ -13,24 +13,18 @@ a folder with one folder a class (or one that holds such a folder under val/), a
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from tabulate import tabulate
-from timm.data import resolve_data_config
+from torch import nn
 from tqdm import tqdm
 
 from classification.data import DataError, Loader, classes_of, eval_transform, open_dataset
 from classification.evaluation import evaluate
-from classification.models import (
-    ModelError,
-    add_model_arguments,
-    choose_device,
-    class_names,
-    create_model,
-    size_arguments,
-)
+from classification.models import ModelError, add_model_arguments, class_names, open_model
 from svit.convert import CheckpointError
 from svit.files import replacing
 
@@ -43,6 +37,9 @@ PUBLISHED = {
     ("svit_base", 384): 86.0,
     ("svit_large", 384): 86.4,
 }
+
+# Of tables: figures as they are written, with all their digits.
+FIGURES = dict(disable_numparse=True, stralign="right")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,25 +60,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to a file, too")
     args = parser.parse_args(argv)
     try:
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
         result = validate(args)
+        print_result(result, args.per_class)
+        if args.json:
+            with replacing(args.json) as part:
+                part.write_text(json.dumps(result, indent=1) + "\n")
     except (ModelError, CheckpointError, DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print_result(result, args.per_class)
-    if args.json:
-        with replacing(args.json) as part:
-            part.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
 def validate(args: argparse.Namespace) -> dict:
     """What the command line asks for, as numbers: accuracy in per cent."""
-    device = choose_device(args.device)
-    model = create_model(args.model, args.checkpoint, args.pretrained, args.ema, **size_arguments(args))
-    model.to(device, memory_format=torch.channels_last)
-    size = {"input_size": (3, *args.img_size)} if args.img_size else {}
-    crop = {"crop_pct": args.crop_pct} if args.crop_pct else {}
-    preprocessing = resolve_data_config({**size, **crop}, model=model)
+    for option, value, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0)):
+        if value < least:
+            raise ValueError(f"{option}: expected at least {least}, got {value}")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise ValueError(f"--crop-pct: expected more than 0 and at most 1, got {args.crop_pct}")
+    model, device, preprocessing = open_model(args, crop_pct=args.crop_pct)
     options = {"download": args.download} if args.dataset.startswith("torch/") else {}
     loader = Loader(
         partial(open_dataset, args.dataset, args.data_dir, args.split, **options),
@@ -91,30 +90,22 @@ def validate(args: argparse.Namespace) -> dict:
         workers=args.workers,
         limit=args.max_unreadable,
     )
-    names, found = class_names(model), classes_of(loader.dataset)
-    if found and len(found) > model.num_classes:
-        raise DataError(f"data_dir: {len(found)} classes, expected at most the model's {model.num_classes}")
-    told = model.pretrained_cfg.get("label_names")
-    if found and told and list(told) != found:
-        raise DataError(f"data_dir: its classes are {found[:10]}, expected the checkpoint's {list(told)[:10]}")
-    if found and not told and len(found) == model.num_classes:
-        names = found
-    autocast = partial(
-        torch.autocast, device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, enabled=bool(args.amp)
-    )
+    names = names_of_classes(model, classes_of(loader.dataset))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
+    autocast = partial(torch.autocast, device.type, dtype) if dtype else nullcontext
     batches = tqdm(loader.epoch(), total=len(loader), disable=None, desc="evaluating", unit="batch")
     found = evaluate(model, batches, model.num_classes, device, autocast, args.flip, channels_last=True)
     height, width = preprocessing["input_size"][1:]
     result = {
         "model": args.model,
         "images": found.count,
+        "unreadable": len(loader.dataset) - found.count if not loader.streams else None,
         "img_size": [height, width],
         "crop_pct": preprocessing["crop_pct"],
         "top1": found.top1,
         "top5": found.top5,
         "loss": found.loss,
         "hits": found.hits,
-        "unreadable": len(loader.dataset) - found.count if not loader.streams else None,
         "classes": {
             name: {"top1": 100 * hits / count, "images": count}
             for name, hits, count in zip(names, found.class_hits, found.class_counts, strict=True)
@@ -122,8 +113,25 @@ def validate(args: argparse.Namespace) -> dict:
         },
     }
     if model.num_classes == 1000 and height == width:
-        result["paper_top1"] = PUBLISHED.get((args.model.partition(".")[0], height))
+        architecture = model.pretrained_cfg.get("architecture") or args.model
+        result["paper_top1"] = PUBLISHED.get((architecture.partition(".")[0], height))
     return result
+
+
+def names_of_classes(model: nn.Module, found: list[str] | None) -> list[str]:
+    """Names of the model's classes: its checkpoint's, or else those of the data.
+
+    Folders are numbered by their own names, so the data must have the model's classes, all of them.
+
+    Raises:
+        DataError: it has others.
+    """
+    told = model.pretrained_cfg.get("label_names")
+    if found and told and list(told) != found:
+        raise DataError(f"data_dir: its classes are {found[:10]}, expected the checkpoint's {list(told)[:10]}")
+    if found and not told and len(found) != model.num_classes:
+        raise DataError(f"data_dir: {len(found)} classes, expected the model's {model.num_classes}")
+    return found if found and not told else class_names(model)
 
 
 def print_result(result: dict, per_class: bool) -> None:
@@ -132,18 +140,19 @@ def print_result(result: dict, per_class: bool) -> None:
     row = {
         "model": result["model"],
         "images": result["images"],
+        **({"unreadable": result["unreadable"]} if result["unreadable"] else {}),
         "size": f"{height} x {width}",
         "crop": result["crop_pct"],
         "top-1": f"{result['top1']:.2f}",
         "top-5": f"{result['top5']:.2f}",
-        "top-1 (paper)": paper or "-",
+        "top-1 (paper)": f"{paper:.1f}" if paper else "-",
         "loss": f"{result['loss']:.4f}",
     }
-    print(tabulate([row], headers="keys"))
+    print(tabulate([row], headers="keys", **FIGURES))
     if per_class:
         worst_first = sorted(result["classes"].items(), key=lambda item: item[1]["top1"])
         rows = [(name, f"{c['top1']:.2f}", c["images"]) for name, c in worst_first]
-        print("\n" + tabulate(rows, headers=["class", "top-1", "images"]))
+        print("\n" + tabulate(rows, headers=["class", "top-1", "images"], **FIGURES))
 
 
 if __name__ == "__main__":

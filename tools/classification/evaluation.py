@@ -56,27 +56,30 @@ def evaluate(
     Raises:
         ValueError: there is no image, or a class that the model does not have.
     """
-    training = model.training
-    model.eval()
     hits, hits5, counts = (torch.zeros(num_classes, dtype=torch.float64, device=device) for _ in range(3))
     loss = torch.zeros((), dtype=torch.float64, device=device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    for images, classes in batches:
-        if int(classes.max()) >= num_classes or int(classes.min()) < 0:
-            raise ValueError(f"class: expected 0 to {num_classes - 1}, got {classes.tolist()}")
-        images = images.to(device, non_blocking=True, memory_format=memory_format)
-        classes = classes.to(device, non_blocking=True)
-        with autocast():
-            logits = model(images)
-            if flip:
-                logits = (logits + model(images.flip(-1))) / 2
-        logits = logits.float()
-        loss += F.cross_entropy(logits, classes, reduction="sum")
-        best = logits.topk(min(5, num_classes)).indices == classes[:, None]
-        hits.index_add_(0, classes, best[:, 0].double())
-        hits5.index_add_(0, classes, best.any(1).double())
-        counts.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float64))
-    model.train(training)
+    training = model.training
+    model.eval()
+    try:
+        for images, classes in batches:
+            wrong = classes[(classes < 0) | (classes >= num_classes)]
+            if len(wrong):
+                raise ValueError(f"class: expected 0 to {num_classes - 1}, got {wrong[0]}")
+            images = images.to(device, non_blocking=True, memory_format=memory_format)
+            classes = classes.to(device, non_blocking=True)
+            with autocast():
+                logits = model(images)
+                if flip:
+                    logits = (logits + model(images.flip(-1))) / 2
+            logits = logits.float()
+            loss += F.cross_entropy(logits, classes, reduction="sum")
+            best = logits.topk(min(5, num_classes)).indices == classes[:, None]
+            hits.index_add_(0, classes, best[:, 0].double())
+            hits5.index_add_(0, classes, best.any(1).double())
+            counts.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float64))
+    finally:
+        model.train(training)
     hits, hits5, counts, loss = (reduce(t).cpu() for t in (hits, hits5, counts, loss))
     total = int(counts.sum())
     if total == 0:

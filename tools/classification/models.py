@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from timm.data import resolve_data_config
 from torch import nn
 
 import svit  # noqa: F401  registers the models
 from svit.convert import CheckpointError, differences, read_state_dict, summary
 from svit.files import replacing
+from svit.models.original import from_original, is_original
 from svit.names import did_you_mean
 
 # What a checkpoint tells of its model, as timm's pretrained_cfg names it.
@@ -35,7 +38,8 @@ def create_model(
     """A model of timm with the weights of a checkpoint, in eval mode.
 
     A checkpoint of ours (`save_model`) says how many classes it has, what they are called and how images are
-    preprocessed; the model then has these in its `pretrained_cfg`, where `timm.data.resolve_data_config` looks.
+    preprocessed; the model then has these in its `pretrained_cfg`, where `timm.data.resolve_data_config` looks. One of
+    tools/train.py says the recipe's `model_args` too.
 
     Args:
         name: any model of timm; `hf-hub:` and `local-dir:` names work too.
@@ -45,7 +49,8 @@ def create_model(
         arguments: of `timm.create_model`, such as num_classes; they go before what the checkpoint says.
 
     Raises:
-        ModelError: no such model (near names are listed), or it does not take the arguments.
+        ModelError: no such model (near names are listed), it does not take the arguments, or timm's weights of it
+            cannot be had.
         CheckpointError: the checkpoint cannot be read or does not fit the model.
     """
     if "/" not in name and ":" not in name and not timm.is_model(name):
@@ -53,14 +58,22 @@ def create_model(
     if checkpoint is not None:
         if pretrained:
             raise ModelError("pretrained: expected False together with a checkpoint, got True")
-        told = read_metadata(checkpoint).get("pretrained_cfg", {})
+        told = read_metadata(checkpoint)
+        arguments = {**told["facts"].get("recipe", {}).get("model_args", {}), **arguments}
+        told = told["pretrained_cfg"]
         arguments.setdefault("pretrained_cfg_overlay", told)
         if "num_classes" in told:
             arguments.setdefault("num_classes", told["num_classes"])
+        if "input_size" in told and has_fixed_size(name):
+            arguments.setdefault("img_size", tuple(told["input_size"][1:]))
+    elif ema:
+        raise ModelError("ema: expected a checkpoint that holds the moving average, got none")
     try:
         model = timm.create_model(name, pretrained=pretrained, **arguments)
-    except (TypeError, RuntimeError) as error:
-        raise ModelError(f"model: {name} cannot be made with {arguments}: {error}") from error
+    except Exception as error:  # timm, the model and the download can raise nearly anything
+        shown = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
+        given = f" with {shown}" if shown else ""
+        raise ModelError(f"model: {name} cannot be made{given}: {' '.join(str(error).split())}") from error
     if checkpoint is not None:
         load_weights(model, checkpoint, ema)
     return model.eval()
@@ -76,6 +89,8 @@ def load_weights(model: nn.Module, checkpoint: str | Path, ema: bool = False) ->
     if not path.is_file():
         raise CheckpointError(f"{checkpoint}: no such file")
     state_dict = read_state_dict(path, ema)
+    if is_original(state_dict):
+        state_dict = from_original(state_dict)
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
@@ -116,7 +131,7 @@ def save_model(
 
 
 def read_metadata(checkpoint: str | Path) -> dict[str, Any]:
-    """What `save_model` wrote beside the weights: "pretrained_cfg" and "facts"; {} of files without such.
+    """What `save_model` wrote beside the weights: "pretrained_cfg" and "facts", both empty in files without such.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -124,14 +139,14 @@ def read_metadata(checkpoint: str | Path) -> dict[str, Any]:
     path = Path(checkpoint)
     if not path.is_file():
         raise CheckpointError(f"{checkpoint}: no such file")
-    if path.suffix != ".safetensors":
-        return {}
+    metadata = {}
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except safetensors.SafetensorError as error:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+        return {key: json.loads(metadata.get(key, "{}")) for key in ("pretrained_cfg", "facts")}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint}: cannot be read; it is damaged or cut short ({error})") from error
-    return {key: json.loads(metadata[key]) for key in ("pretrained_cfg", "facts") if key in metadata}
 
 
 def class_names(model: nn.Module) -> list[str]:
@@ -146,8 +161,30 @@ def class_names(model: nn.Module) -> list[str]:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; None for the GPU if there is one."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device of that name; None for the GPU if there is one.
+
+    Raises:
+        ModelError: no such device, or it is not there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch's words for an unknown device, and for one not there
+        raise ModelError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def has_fixed_size(name: str) -> bool:
+    """Whether a model of timm is made for one size of image, which its argument `img_size` sets.
+
+    Raises:
+        ModelError: it has no weights of the name behind the dot.
+    """
+    try:
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    except RuntimeError as error:
+        raise ModelError(f"model: {error}") from error
+    return cfg is not None and bool(cfg.fixed_input_size)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, name: str = "model") -> None:
@@ -166,18 +203,33 @@ def add_model_arguments(parser: argparse.ArgumentParser, name: str = "model") ->
     parser.add_argument("--device", metavar="NAME", help="default: the GPU if there is one")
 
 
-def size_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What `create_model` needs of these options beside the names; --img-size becomes a pair.
+def open_model(args: argparse.Namespace, **preprocessing: Any) -> tuple[nn.Module, torch.device, dict[str, Any]]:
+    """The model that these options name, on its device, and the preprocessing of its images.
+
+    Args:
+        args: parsed by a parser with `add_model_arguments`.
+        preprocessing: what of it shall be other than the model's; None counts as nothing.
 
     Raises:
-        ModelError: the size is none.
+        ModelError: as `create_model`; or the number of classes, the size or the device is none.
+        CheckpointError: as `create_model`.
     """
-    arguments = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    arguments = {}
+    if args.num_classes is not None:
+        if args.num_classes < 1:
+            raise ModelError(f"--num-classes: expected at least 1, got {args.num_classes}")
+        arguments["num_classes"] = args.num_classes
     if args.img_size:
         if len(args.img_size) > 2 or min(args.img_size) < 1:
             raise ModelError(f"--img-size: expected one or two positive whole numbers, got {args.img_size}")
-        args.img_size = (args.img_size[0], args.img_size[-1])
-        cfg = timm.get_pretrained_cfg(args.model) if timm.is_model(args.model) else None
-        if cfg is not None and cfg.fixed_input_size:
-            arguments["img_size"] = args.img_size
-    return arguments
+        size = (args.img_size[0], args.img_size[-1])
+        preprocessing["input_size"] = (3, *size)
+        if has_fixed_size(args.model):
+            arguments["img_size"] = size
+    device = choose_device(args.device)
+    if args.checkpoint is None and not args.pretrained:
+        print("warning: neither --checkpoint nor --pretrained: the weights are random", file=sys.stderr)
+    model = create_model(args.model, args.checkpoint, args.pretrained, args.ema, **arguments)
+    model.to(device, memory_format=torch.channels_last)
+    preprocessing = {key: value for key, value in preprocessing.items() if value is not None}
+    return model, device, resolve_data_config(preprocessing, model=model)

@@ -1,0 +1,133 @@
+"""tools/infer.py: classes of images as a direct computation finds them, in three formats; what cannot be read."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import image_data
+from infer import find_images, main
+
+
+@pytest.fixture
+def run(digits, capsys):
+    """Classifies as the command line says; exit status, output and errors."""
+
+    def run(*arguments, model="test_svit", checkpoint=digits.checkpoint):
+        status = main([*map(str, arguments), "--model", model, "--checkpoint", str(checkpoint)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@torch.no_grad()
+def expected(model, files, images, top) -> list[dict]:
+    best = model(images).softmax(1).sort(1, descending=True)
+    return [
+        {
+            "image": str(file),
+            "classes": [
+                {"class": image_data.CLASSES[c], "index": c, "probability": pytest.approx(p, abs=1e-4)}
+                for c, p in list(zip(row.tolist(), shares.tolist(), strict=True))[:top]
+            ],
+        }
+        for file, row, shares in zip(files, best.indices, best.values, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("top", [2, 9])
+def test_the_classes_of_a_folder_as_json(digits, run, see, top):
+    status, out, err = run(digits.root / "val", "--top", top, "--format", "json", "--batch-size", 7)
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found == expected(digits.model, digits.files, see(digits.files), top)
+    assert len({image["classes"][0]["class"] for image in found}) > 2
+
+
+def test_another_size(digits, run, see):
+    files = digits.files[::9]
+    _, out, _ = run(*files, "--img-size", 24, "--format", "json")
+    assert json.loads(out) == expected(digits.model, files, see(files, size=24, edge=24), 5)
+
+
+def test_csv_and_table_say_the_same_as_json(digits, run):
+    files = digits.files[::11]
+    found = json.loads(run(*files, "--top", 3, "--format", "json")[1])
+    _, out, _ = run(*files, "--top", 3, "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert len(rows) == 12
+    for row, (image, rank) in zip(rows, ((image, rank) for image in found for rank in range(3)), strict=True):
+        top = image["classes"][rank]
+        assert (row["image"], int(row["rank"]), row["class"]) == (image["image"], rank + 1, top["class"])
+        assert (int(row["index"]), float(row["probability"])) == (top["index"], pytest.approx(top["probability"]))
+    _, out, _ = run(*files, "--top", 3)
+    lines = out.splitlines()[2:]
+    assert len(lines) == 4
+    for line, image in zip(lines, found, strict=True):
+        assert line.split()[0] == image["image"]
+        assert line.endswith(", ".join(f"{top['class']} {top['probability']:.1%}" for top in image["classes"]))
+
+
+def test_unreadable_images_are_named_and_the_others_classified(digits, run, tmp_path):
+    files = [Path(shutil.copy(file, tmp_path / f"{number}.png")) for number, file in enumerate(digits.files[:4])]
+    whole = json.loads(run(tmp_path, "--format", "json")[1])
+    files[1].write_bytes(files[1].read_bytes()[:60])
+    files[2].write_text("no image")
+    status, out, err = run(tmp_path, "--format", "json", "--batch-size", 1)
+    assert status == 1
+    names = [image["image"] for image in json.loads(out)]
+    assert names == [str(files[0]), str(files[3])]
+    for image, same in zip(json.loads(out), (whole[0], whole[3]), strict=True):
+        assert [top["class"] for top in image["classes"]] == [top["class"] for top in same["classes"]]
+    errors = err.strip().splitlines()
+    assert [line.split(" (")[0] for line in errors] == [f"error: {file}: cannot be read" for file in files[1:3]]
+
+    for file in files:
+        file.write_text("no image")
+    status, out, err = run(tmp_path, "--format", "json")
+    assert (status, json.loads(out), err.count("cannot be read")) == (1, [], 4)
+
+
+def test_a_photo_is_turned_upright(digits, run, tmp_path):
+    upright, turned = digits.files[9], tmp_path / "turned.png"
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned clockwise
+    with Image.open(upright) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    found = json.loads(run(upright, turned, "--format", "json")[1])
+    assert found[0]["classes"] == found[1]["classes"]
+
+
+def test_folders_are_searched_to_their_end_for_images(tmp_path):
+    (tmp_path / "b" / "folder.png").mkdir(parents=True)
+    for name in ("b/2.JPG", "b/folder.png/3.jpeg", "1.png", "notes.txt", "b/data.csv"):
+        (tmp_path / name).touch()
+    assert list(find_images([tmp_path])) == [tmp_path / name for name in ("1.png", "b/2.JPG", "b/folder.png/3.jpeg")]
+    assert list(find_images([tmp_path / "notes.txt"])) == [tmp_path / "notes.txt"]  # named, so tried
+
+
+def test_what_cannot_be_done_is_said_in_a_line(digits, run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged.safetensors").write_bytes(digits.checkpoint.read_bytes()[:999])
+    image = digits.files[0]
+    for message, arguments, options in (
+        (f"{tmp_path / 'empty'}: no images in this folder", [tmp_path / "empty"], {}),
+        (f"{tmp_path / 'none.png'}: no such file or folder", [image, tmp_path / "none.png"], {}),
+        ("--top: expected at least 1, got 0", [image, "--top", 0], {}),
+        ("--batch-size: expected at least 1, got 0", [image, "--batch-size", 0], {}),
+        ("--img-size: expected one or two positive", [image, "--img-size", 0], {}),
+        ("--device: toaster cannot be used", [image, "--device", "toaster"], {}),
+        ("did you mean svit_small", [image], {"model": "svit_smal"}),
+        ("does not fit the model", [image], {"model": "svit_nano_32"}),
+        ("damaged.safetensors: cannot be read", [image], {"checkpoint": tmp_path / "damaged.safetensors"}),
+    ):
+        status, out, err = run(*arguments, **options)
+        assert (status, out) == (1, ""), message
+        assert err.startswith("error: ")
+        assert message in err
+        assert len(err.splitlines()) == 1

@@ -1,0 +1,182 @@
+"""tools/validate.py: its figures are those of a direct computation, and it says what is wrong."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import image_data
+import validate
+from classification.evaluation import Accuracy
+from classification.models import save_model
+
+
+@pytest.fixture
+def run(digits, tmp_path):
+    """Evaluates as the command line says; exit status and figures."""
+
+    def run(*arguments, root=digits.root, checkpoint=digits.checkpoint, model="test_svit"):
+        out = tmp_path / "new" / "result.json"
+        options = ["--data-dir", str(root), "--checkpoint", str(checkpoint), "--workers", "0", "--json", str(out)]
+        status = validate.main([model, *options, *map(str, arguments)])
+        return status, json.loads(out.read_text()) if out.exists() else None
+
+    return run
+
+
+@pytest.fixture
+def error_of(run, capsys):
+    def error_of(*arguments, **options) -> str:
+        assert run(*arguments, **options) == (1, None)
+        *_, error = capsys.readouterr().err.strip().splitlines()
+        assert error.startswith("error: ")
+        return error
+
+    return error_of
+
+
+def check(found: dict, logits: torch.Tensor, classes: torch.Tensor) -> None:
+    right = logits.argmax(1) == classes
+    assert found["images"] == len(classes)
+    assert found["hits"] == right.sum()
+    assert found["top1"] == pytest.approx(100 * right.double().mean().item())
+    assert found["top5"] == 100
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, classes).item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_figures_of_all_and_of_each_class(digits, run, see, capsys):
+    status, found = run("--per-class", "--batch-size", 7)
+    assert status == 0
+    logits = digits.model(see(digits.files))
+    check(found, logits, digits.classes)
+    assert 50 < found["top1"] < 100
+    assert (found["img_size"], found["crop_pct"], found["unreadable"]) == ([16, 16], 1.0, 0)
+    right = (logits.argmax(1) == digits.classes).view(5, -1).double().mean(1)
+    shares = {name: 100 * share for name, share in zip(image_data.CLASSES, right.tolist(), strict=True)}
+    assert {name: c["top1"] for name, c in found["classes"].items()} == pytest.approx(shares)
+    assert {c["images"] for c in found["classes"].values()} == {image_data.VAL}
+
+    all_images, each_class = (table.splitlines() for table in capsys.readouterr().out.split("\n\n"))
+    cells = dict(zip(all_images[0].split(), all_images[2].split(), strict=False))
+    assert (cells["model"], cells["images"]) == ("test_svit", "40")
+    assert {f"{found['top1']:.2f}", "100.00", f"{found['loss']:.4f}"} <= set(all_images[2].split())
+    rows = [line.split() for line in each_class[2:]]
+    assert {name: float(share) for name, share, _ in rows} == pytest.approx(shares, abs=0.01)
+    listed = [float(share) for _, share, _ in rows]
+    assert listed == sorted(listed)
+    assert listed[0] < listed[-1]
+
+
+@torch.no_grad()
+def test_flip_averages_the_logits_of_both(digits, run, see):
+    status, found = run("--flip")
+    images = see(digits.files)
+    assert status == 0
+    check(found, (digits.model(images) + digits.model(images.flip(3))) / 2, digits.classes)
+
+
+@torch.no_grad()
+def test_another_size_and_crop(digits, run, see):
+    status, found = run("--img-size", 24, "--crop-pct", 0.75)
+    assert status == 0
+    assert (found["img_size"], found["crop_pct"]) == ([24, 24], 0.75)
+    check(found, digits.model(see(digits.files, size=24, edge=32)), digits.classes)
+
+
+def test_mixed_precision_changes_the_loss_little(run):
+    exact, mixed = (run(*arguments)[1]["loss"] for arguments in ((), ("--amp", "bf16")))
+    assert exact != mixed
+    assert mixed == pytest.approx(exact, rel=0.1)
+
+
+@pytest.fixture
+def copy(digits, tmp_path):
+    return shutil.copytree(digits.root, tmp_path / "copy")
+
+
+@torch.no_grad()
+def test_unreadable_images_are_named_counted_and_too_many_an_error(digits, copy, run, see, error_of, capsys):
+    broken = [3, 17]
+    for index in broken:
+        (copy / digits.files[index].relative_to(digits.root)).write_bytes(b"no image")
+    assert "more than 1 images cannot be read" in error_of("--max-unreadable", 1, root=copy)
+    status, found = run("--max-unreadable", 2, root=copy)
+    assert status == 0
+    assert found["unreadable"] == 2
+    read = [index for index in range(40) if index not in broken]
+    check(found, digits.model(see([digits.files[i] for i in read])), digits.classes[read])
+    out, err = capsys.readouterr()
+    for index in broken:
+        assert f"unreadable, skipped: {digits.files[index].relative_to(digits.root / 'val')}" in err
+    assert "unreadable" in out
+
+
+def test_classes_of_data_and_checkpoint_must_agree(digits, copy, tmp_path, error_of):
+    (copy / "val" / "one").rename(copy / "val" / "uno")
+    assert "its classes are ['four', 'three', 'two', 'uno', 'zero'], expected" in error_of(root=copy)
+    shutil.rmtree(copy / "val" / "uno")
+    assert "expected the checkpoint's ['four', 'one', 'three', 'two', 'zero']" in error_of(root=copy)
+    # Of one that does not say what its classes are called, their number counts.
+    save_model(tmp_path / "nameless.safetensors", timm.create_model("test_svit", num_classes=5), "test_svit")
+    nameless = tmp_path / "nameless.safetensors"
+    assert "data_dir: 4 classes, expected the model's 5" in error_of(root=copy, checkpoint=nameless)
+
+
+def test_the_datas_names_where_the_checkpoint_has_none(digits, run, tmp_path):
+    save_model(tmp_path / "nameless.safetensors", timm.create_model("test_svit", num_classes=5), "test_svit")
+    _, found = run(checkpoint=tmp_path / "nameless.safetensors")
+    assert set(found["classes"]) == set(image_data.CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch-size", 0), "--batch-size: expected at least 1, got 0"),
+        (("--workers", -1), "--workers: expected at least 0, got -1"),
+        (("--crop-pct", 0), "--crop-pct: expected more than 0 and at most 1, got 0.0"),
+        (("--num-classes", 7), "does not fit the model; other shapes"),
+        (("--pretrained",), "pretrained: expected False together with a checkpoint"),
+        (("--dataset", "torch/nothing"), "torch/nothing"),
+        (("--json", "setup.cfg/result.json"), "setup.cfg"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(error_of, arguments, message):
+    assert message in error_of(*arguments)
+
+
+def test_no_data_and_no_model(error_of, tmp_path):
+    assert "no such folder or file: " in error_of(root=tmp_path / "nowhere")
+    (tmp_path / "empty" / "val").mkdir(parents=True)
+    assert "empty, split 'validation': cannot be used" in error_of(root=tmp_path / "empty")
+    assert "no model 'svit_smal' in timm; did you mean svit_small" in error_of(model="svit_smal")
+    assert "no such file" in error_of(checkpoint=tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "paper"),
+    [
+        ("svit_small", 224, 83.6),
+        ("svit_large.in1k", 224, 85.3),
+        ("svit_base.in1k_384", 384, 86.0),
+        ("svit_small", 256, None),
+        ("resnet18", 224, None),
+    ],
+)
+def test_the_papers_figure_stands_beside(monkeypatch, run, capsys, architecture, size, paper):
+    model = timm.create_model("test_svit")
+    model.pretrained_cfg["architecture"] = architecture
+    config = {**timm.data.resolve_data_config({}, model=model), "input_size": (3, size, size)}
+    monkeypatch.setattr(validate, "open_model", lambda args, **_: (model, torch.device("cpu"), config))
+    monkeypatch.setattr(validate, "classes_of", lambda _: None)
+    found = Accuracy(8, 6, 7, 0.5, [6, *[0] * 999], [8, *[0] * 999])
+    monkeypatch.setattr(validate, "evaluate", lambda *_, **__: found)
+    status, result = run()
+    assert status == 0
+    assert result["paper_top1"] == paper
+    assert (result["top1"], result["top5"]) == (75, 87.5)
+    assert list(result["classes"].values()) == [{"top1": 75.0, "images": 8}]
+    assert (str(paper) if paper else "-") in capsys.readouterr().out.splitlines()[-1].split()
