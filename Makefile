@@ -29,6 +29,7 @@ $(error MM: expected upstream or onedl, got $(MM))
 endif
 SDIST := $(TESTENV)/timm-$(TIMM)
 
+JOBS ?= 2
 PARTS ?= tests sanitizer ops inference training compiled
 
 .PHONY: demo test docs gpu-check lint format clean
@@ -37,7 +38,7 @@ demo: .venv-demo/installed
 	.venv-demo/bin/python tools/demo.py
 
 test: lint $(SDIST)
-	SVIT_TIMM_SDIST=$(abspath $(SDIST)) $(TESTENV)/bin/python -m pytest $(TESTS)
+	SVIT_TIMM_SDIST=$(abspath $(SDIST)) OMP_NUM_THREADS=1 $(TESTENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 docs: .venv-docs/installed
 	.venv-docs/bin/mkdocs build --strict

@@ -186,7 +186,7 @@ def test_finds_the_model_of_a_file(tmp_path, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_finds_every_model(name):
-    ours = timm.create_model(name, device="meta").state_dict()
+    ours = timm.create_model(name, num_classes=1000, device="meta").state_dict()
     original = name.startswith("svit_l")
     assert find_model(Path("x"), to_original(ours) if original else ours, original, None, 1000) == name
 

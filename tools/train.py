@@ -197,6 +197,7 @@ class Training:
             transform = create_transform(
                 self.preprocessing["input_size"],
                 is_training=True,
+                train_crop_mode=r.crop,
                 scale=r.scale,
                 ratio=r.ratio,
                 hflip=r.hflip,
@@ -321,7 +322,8 @@ class Training:
                 while self.state.epoch < self.recipe.epochs:
                     if not self.train_epoch(board, bar):
                         self.save()
-                        bar.write("SIGTERM: saved; --resume goes on from here")
+                        if first:
+                            bar.write("SIGTERM: saved; --resume goes on from here")
                         return False
                     self.finish_epoch(board, bar)
         finally:

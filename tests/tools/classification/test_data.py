@@ -1,5 +1,6 @@
 """The order of images, what an epoch is made of, images that cannot be read."""
 
+import pickle
 from functools import partial
 
 import numpy as np
@@ -173,6 +174,25 @@ def test_data_that_cannot_be_used(tmp_path, root):
         open_dataset("folder", str(tmp_path / "empty"), "train")
     with pytest.raises(DataError, match="torch/nothing"):
         open_dataset("torch/nothing", str(root), "train")
+
+
+def test_torchvisions_cifar10(tmp_path, monkeypatch):
+    """Its files as they lie on a disk, with 10 images in each."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 3 * 32 * 32), dtype=np.uint8)
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": list(range(10))}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    train = partial(open_dataset, "torch/cifar10", str(tmp_path), "train", download=True)
+    assert len(train()) == 50
+    assert classes_of(train()) == [f"class {i}" for i in range(10)]
+    val = partial(open_dataset, "torch/cifar10", str(tmp_path), "validation")
+    transform = eval_transform({**PREPROCESSING, "input_size": (3, 32, 32)})
+    ((images, classes),) = loader(val, batch_size=16, transform=transform, training=False).epoch()
+    assert classes.tolist() == list(range(10))
+    torch.testing.assert_close(images, torch.tensor(pixels).view(10, 3, 32, 32) / 255 * 2 - 1)
 
 
 def test_a_class_that_one_split_lacks_is_named(tmp_path):
