@@ -3,6 +3,7 @@
     python tools/benchmark.py svit_small plain:svit_small convnext_tiny --batch-size 4
     python tools/benchmark.py svit_small plain:svit_small --img-size 800 1280 --batch-size 1
     python tools/benchmark.py svit_small swin_tiny_patch4_window7_224 --sweep 224 448 672 --plot time-per-pixel.png
+    python tools/benchmark.py svit_small convnext_tiny --csv speed.csv    # the columns of timm's benchmark.py
 
 A model is any timm name. Before it may stand, and add up: `maps:` for its feature maps alone, without what follows the
 last one, as detectors and segmentors use it; `plain:` for an SViT made of the authors' operations
@@ -13,15 +14,17 @@ the model adds: to a process of its own, or on a GPU to what the allocator gave 
 """
 
 import argparse
+import csv
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -31,7 +34,9 @@ from torch import nn
 
 import svit
 from plain_form import plain_form
+from svit.files import replacing
 from svit.ops import triton
+from svit.profiling import count
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 
@@ -296,6 +301,55 @@ def table(rows: list[dict]) -> str:
     return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f")
 
 
+def sizes_of(spec: str, setting: Setting) -> tuple[int, int | None]:
+    """Parameters of what `spec` names, and its MACs for one image; None in training and where they cannot be counted.
+
+    They are counted on a CPU in float32, and without a compiler or a graph, into which a trace cannot look.
+    """
+    traceable = ":".join(part for part in spec.split(":") if part not in ("compiled", "graph"))
+    model = build(traceable, replace(setting, train=False, amp=None, device="cpu", dtype="float32"))
+    params = sum(p.numel() for p in model.parameters())
+    if setting.train:
+        return params, None
+    try:
+        found = count(model, setting.size)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"warning: {spec}: its MACs cannot be counted: {reason}", file=sys.stderr)
+        return params, None
+    for op, times in found.unsupported.items():
+        print(f"warning: {spec}: {op} counts as 0 (runs {times} times)", file=sys.stderr)
+    return params, found.macs
+
+
+def csv_row(row: dict, setting: Setting, params: int, macs: int | None) -> dict:
+    """A row of `compare` in the columns and units of timm's benchmark.py, and behind them its peak memory."""
+    h, w = setting.size
+    values = {
+        "samples_per_sec": round(row["img/s"], 2),
+        "step_time": round(row["ms/img"] * setting.batch_size, 3),
+        "batch_size": setting.batch_size,
+        "img_size": h if h == w else f"{h}x{w}",
+    }
+    if not setting.train:
+        values |= {"gmacs": None if macs is None else macs / 1e9, "macts": None}  # activations are not counted
+    prefix = "train" if setting.train else "infer"
+    memory = row["peak MiB"]
+    return {
+        "model": row["model"],
+        **{f"{prefix}_{name}": value for name, value in values.items()},
+        "param_count": params / 1e6,
+        f"{prefix}_peak_mib": None if math.isnan(memory) else round(memory, 2),
+    }
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def plot(sweep: dict[tuple[int, int], list[dict]], path: Path) -> None:
     """Nanoseconds a pixel against the side of the image, one line a model."""
     import matplotlib
@@ -334,6 +388,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--report", type=Path, help="append the table, with machine and versions, to this Markdown file"
     )
+    parser.add_argument(
+        "--csv", metavar="FILE", type=Path, help="write the results in the columns of timm's benchmark.py"
+    )
     parser.add_argument("--peak-memory-job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.models and not args.peak_memory_job:
@@ -342,6 +399,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--img-size: expected one or two positive numbers, got {args.img_size}")
     if args.plot and not args.sweep:
         parser.error("--plot needs --sweep")
+    if args.csv and (args.csv.is_dir() or not args.csv.parent.is_dir()):  # before the work, not after
+        parser.error(f"--csv: expected a file in a folder that exists, got {args.csv}")
     return args
 
 
@@ -357,8 +416,10 @@ def main() -> None:
     print(environment(args.device))
     sizes = [(n, n) for n in args.sweep] if args.sweep else [(args.img_size[0], args.img_size[-1])]
     results = {}
+    csv_rows = []
     for size in sizes:
         setting = Setting(size, args.batch_size, args.train, args.amp, args.device, args.dtype)
+        counted = {spec: sizes_of(spec, setting) for spec in args.models} if args.csv else {}
         results[size] = compare(args.models, setting, args.runs)
         text = f"\n## {title(setting, args.runs)}\n\n{table(results[size])}\n"
         print(text)
@@ -366,6 +427,10 @@ def main() -> None:
             args.report.parent.mkdir(parents=True, exist_ok=True)
             with args.report.open("a") as report:
                 report.write(f"{text}\n{environment(args.device)}\n")
+        if args.csv:
+            csv_rows += [csv_row(row, setting, *counted[row["model"]]) for row in results[size]]
+    if args.csv:
+        write_csv(csv_rows, args.csv)
     if args.plot:
         plot(results, args.plot)
 

@@ -1,8 +1,14 @@
+import csv
+import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import flops
 import pytest
+import timm
 import torch
 
 import benchmark
@@ -95,6 +101,148 @@ def test_command_line(tmp_path):
     assert picture.stat().st_size > 1000
     memory = float(done.stdout.split("| test_svit")[1].split("|")[6])
     assert 1 < memory < 2000
+
+
+# of timm's benchmark.py, and ours at the end
+INFERENCE = [
+    *["model", "infer_samples_per_sec", "infer_step_time", "infer_batch_size", "infer_img_size", "infer_gmacs"],
+    *["infer_macts", "param_count", "infer_peak_mib"],
+]
+TRAINING = [
+    *["model", "train_samples_per_sec", "train_step_time", "train_batch_size", "train_img_size", "param_count"],
+    "train_peak_mib",
+]
+
+
+def read_csv(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def printed_rows(text: str) -> list[dict]:
+    """Of all tables of the tool's output."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines if line[0] != "model"]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Runs the tool in an empty folder, and in this process, whose memory counts for nothing; returns its output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "peak_memory_elsewhere", lambda spec, *_: 12.345 if ":" in spec else float("nan"))
+
+    def run(*args: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *args, "--runs", "2", "--device", "cpu"])
+        benchmark.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_csv_row():
+    row = {"model": "plain:test_svit", "img/s": 123.4567, "ms/img": 8.1000049, "peak MiB": 45.678}
+    found = benchmark.csv_row(row, SETTING, 1_234_567, 89_012_345)
+    assert list(found) == INFERENCE
+    assert list(found.values()) == ["plain:test_svit", 123.46, 16.2, 2, "32x48", 0.089012345, None, 1.234567, 45.68]
+    found = benchmark.csv_row(row, replace(SETTING, train=True, size=(64, 64)), 1_234_567, None)
+    assert list(found) == TRAINING
+    assert list(found.values()) == ["plain:test_svit", 123.46, 16.2, 2, 64, 1.234567, 45.68]
+
+
+def test_csv_of_a_sweep(run):
+    """A row for each size and model, in the order of the tables, with their figures and those of tools/flops.py."""
+    out = run("test_svit", "plain:test_svit", "--batch-size", "2", "--sweep", "32", "64", "--csv", "speed.csv")
+    rows = read_csv(Path("speed.csv"))
+    assert list(rows[0]) == INFERENCE
+    models = ["test_svit", "plain:test_svit"]
+    assert [(row["model"], row["infer_img_size"]) for row in rows] == [(m, n) for n in ("32", "64") for m in models]
+    for row, printed in zip(rows, printed_rows(out), strict=True):
+        assert row["model"] == printed["model"]
+        assert float(row["infer_samples_per_sec"]) == float(printed["img/s"]) > 0
+        step = float(row["infer_step_time"])
+        assert step == pytest.approx(2 * float(printed["ms/img"]), abs=0.011)
+        assert float(row["infer_samples_per_sec"]) == pytest.approx(2e3 / step, rel=1e-3)
+        assert (row["infer_batch_size"], row["infer_macts"]) == ("2", "")
+        assert row["infer_peak_mib"] == ("12.35" if ":" in row["model"] else "")  # unknown, so empty
+    assert flops.main(["test_svit", "--img-size", "64", "--json", "flops.json"]) == 0
+    (counted,) = json.loads(Path("flops.json").read_text())
+    assert round(float(rows[2]["infer_gmacs"]) * 1e9) == counted["macs"]
+    assert round(float(rows[2]["param_count"]) * 1e6) == counted["params"]
+    assert float(rows[0]["infer_gmacs"]) < float(rows[2]["infer_gmacs"])
+    assert float(rows[1]["infer_gmacs"]) > float(rows[0]["infer_gmacs"])  # the plain form does more
+
+
+def test_csv_of_training(run):
+    out = run("test_svit", "--train", "--img-size", "32", "48", "--csv", "speed.csv")
+    (row,) = read_csv(Path("speed.csv"))
+    (printed,) = printed_rows(out)
+    assert list(row) == TRAINING
+    assert float(row["train_samples_per_sec"]) == float(printed["img/s"]) > 0
+    assert float(row["train_step_time"]) == pytest.approx(4 * float(printed["ms/img"]), abs=0.021)
+    assert (row["train_batch_size"], row["train_img_size"], row["train_peak_mib"]) == ("4", "32x48", "")
+    params = sum(p.numel() for p in timm.create_model("test_svit").parameters())
+    assert round(float(row["param_count"]) * 1e6) == params
+
+
+def test_counts_of_what_a_trace_cannot_look_into():
+    gpu = replace(SETTING, device="cuda", dtype="bfloat16", amp="bfloat16")
+    expected = benchmark.count(timm.create_model("test_svit"), (32, 48))
+    assert benchmark.sizes_of("compiled:graph:test_svit", gpu) == (expected.params, expected.macs)
+
+
+def test_counts_of_a_form():
+    """Of the model that runs, not of the one that its name says."""
+    whole, maps, folded = (benchmark.sizes_of(f"{p}test_svit", SETTING) for p in ("", "maps:", "folded:"))
+    for fewer in (maps, folded):
+        assert fewer[0] < whole[0]
+        assert 0.8 * whole[1] < fewer[1] < whole[1]
+
+
+def test_model_that_cannot_be_counted(run, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no trace\nmore")
+
+    monkeypatch.setattr(benchmark, "count", fail)
+    assert benchmark.sizes_of("test_svit", SETTING)[1] is None
+    assert capsys.readouterr().err == "warning: test_svit: its MACs cannot be counted: no trace\n"
+    run("test_svit", "--img-size", "32", "--csv", "speed.csv")
+    (row,) = read_csv(Path("speed.csv"))
+    assert row["infer_gmacs"] == ""
+    assert float(row["param_count"]) > 0
+
+
+def test_what_counts_as_0_is_said(capsys, monkeypatch):
+    monkeypatch.setattr("svit.profiling.UNCOUNTED", frozenset())
+    benchmark.sizes_of("test_svit", SETTING)
+    assert "warning: test_svit: aten::gelu counts as 0 (runs 8 times)\n" in capsys.readouterr().err
+
+
+def test_csv_is_whole_or_not_there(run, monkeypatch):
+    Path("speed.csv").write_text("the last one")
+    compare = benchmark.compare
+
+    def fail_at_64(specs, setting, runs):
+        if setting.size == (64, 64):
+            raise RuntimeError("out of memory")
+        return compare(specs, setting, runs)
+
+    monkeypatch.setattr(benchmark, "sizes_of", lambda *_: (1, 1))
+    monkeypatch.setattr(benchmark, "compare", fail_at_64)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run("test_svit", "--sweep", "32", "64", "--csv", "speed.csv")
+    monkeypatch.setattr(csv.DictWriter, "writerows", lambda self, rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("test_svit", "--sweep", "32", "--csv", "speed.csv")
+    assert Path("speed.csv").read_text() == "the last one"
+    assert os.listdir() == ["speed.csv"]
+
+
+def test_csv_needs_its_folder(run, capsys):
+    for path in ("none/speed.csv", "."):
+        with pytest.raises(SystemExit) as stop:
+            run("test_svit", "--csv", path)
+        assert stop.value.code == 2
+        assert f"--csv: expected a file in a folder that exists, got {path}\n" in capsys.readouterr().err
 
 
 def test_bad_command_lines():
