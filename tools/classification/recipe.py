@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from timm.optim import list_optimizers
 from yaml import YAMLError
 
 from svit.names import did_you_mean
@@ -53,7 +54,8 @@ class Recipe:
 
     # Augmentation (timm's)
     augment: bool = True  # off: images are resized and cropped as in the evaluation
-    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # share of the area in a random crop
+    crop: str = "rrc"  # rrc: a random part, resized; rkrr: half the images resized, then cut or padded anywhere
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # share of the area that is seen; rkrr: over 1 too
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     hflip: float = 0.5
     color_jitter: float = 0.0
@@ -107,19 +109,25 @@ class Recipe:
 FREE = {"data_dir", "val_dir", "download", "workers", "save_every", "log_every"}
 
 CHOICES = {
+    "crop": ("rrc", "rkrr"),
     "evaluate": ("model", "ema"),
     "mixed_precision": (None, "bf16", "fp16"),
     "parallel": ("ddp", "fsdp"),
+    "sched": ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"),
+    "interpolation": (None, "nearest", "bilinear", "bicubic", "lanczos", "random"),
 }
 AT_LEAST_ONE = ("epochs", "batch_size", "grad_accum", "repeated_augmentation", "log_every")
+AT_LEAST_ZERO = ("workers", "max_unreadable", "seed")
+LENGTHS = {"scale": 2, "ratio": 2, "mean": 3, "std": 3}
 
 
-def load_recipe(name: str, changes: list[str] = ()) -> Recipe:
+def load_recipe(name: str, changes: list[str] = (), data_dir: str | None = None) -> Recipe:
     """Reads a recipe and checks it.
 
     Args:
         name: a YAML file, or the name of one in tools/recipes/.
         changes: "key=value" each, applied on top; a value is YAML, a key within another has a dot.
+        data_dir: in place of the recipe's, taken as it is.
 
     Raises:
         RecipeError: no such recipe, an unknown key (the nearest is named), a value of another type or out of range.
@@ -130,30 +138,37 @@ def load_recipe(name: str, changes: list[str] = ()) -> Recipe:
             raise RecipeError(f"--set: expected KEY=VALUE, got {change!r}")
     try:
         read = OmegaConf.merge(read_yaml(name), OmegaConf.from_dotlist(list(changes)))
+        if data_dir is not None:
+            read["data_dir"] = data_dir.replace("${", "\\${")  # no name of another key
         for key in read:
             if key not in known:
                 raise RecipeError(f"{name}: no recipe has a key {key!r}{did_you_mean(str(key), known)}")
             if OmegaConf.is_missing(read, key):
                 raise RecipeError(f"{name}: {key}: expected a value, which --set {key}=... gives, got none")
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), read))
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
-        raise RecipeError(f"{name}: {str(error).splitlines()[0]}{where(error)}") from error
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{name}: {what}{where(error)}") from error
     check(recipe, name)
     return recipe
 
 
-def read_yaml(name: str) -> DictConfig:
+def read_yaml(name: str, seen: tuple[Path, ...] = ()) -> DictConfig:
     """A recipe's keys; those of the recipe that its key `base` names come first."""
-    read = OmegaConf.load(find_recipe(name))
+    path = find_recipe(name)
+    if path in seen:
+        raise RecipeError(f"base: {name} starts from itself")
+    read = OmegaConf.load(path)
     if not isinstance(read, DictConfig):
         raise RecipeError(f"{name}: expected keys and values, got a list")
     base = read.pop("base", None)
-    return OmegaConf.merge(read_yaml(base), read) if base else read
+    return OmegaConf.merge(read_yaml(base, (*seen, path)), read) if base else read
 
 
 def where(error: Exception) -> str:
-    key = getattr(error, "full_key", None)
-    return f" (key {key!r})" if key else ""
+    """The key or the line that an error is about, as far as it tells."""
+    key, mark = getattr(error, "full_key", None), getattr(error, "problem_mark", None)
+    return f" (key {key!r})" if key else f" (line {mark.line + 1})" if mark else ""
 
 
 def find_recipe(name: str) -> Path:
@@ -169,9 +184,17 @@ def check(recipe: Recipe, name: str) -> None:
     for key, choices in CHOICES.items():
         if getattr(recipe, key) not in choices:
             raise RecipeError(f"{name}: {key}: expected {' or '.join(map(str, choices))}, got {getattr(recipe, key)!r}")
-    for key in AT_LEAST_ONE:
-        if getattr(recipe, key) < 1:
-            raise RecipeError(f"{name}: {key}: expected at least 1, got {getattr(recipe, key)}")
+    for keys, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
+        for key in keys:
+            if getattr(recipe, key) < least:
+                raise RecipeError(f"{name}: {key}: expected at least {least}, got {getattr(recipe, key)}")
+    for key, length in LENGTHS.items():
+        numbers = getattr(recipe, key)
+        if numbers is not None and len(numbers) != length:
+            raise RecipeError(f"{name}: {key}: expected {length} numbers, got {numbers}")
+    optimizers = list_optimizers()
+    if recipe.opt.lower().removeprefix("lookahead_") not in optimizers:
+        raise RecipeError(f"{name}: opt: no optimizer {recipe.opt!r} in timm{did_you_mean(recipe.opt, optimizers)}")
     if recipe.evaluate == "ema" and recipe.ema is None:
         raise RecipeError(f"{name}: evaluate: expected model, since ema is null, got 'ema'")
     if recipe.ema is not None and recipe.parallel == "fsdp":
@@ -183,9 +206,13 @@ def check(recipe: Recipe, name: str) -> None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps a training of the one recipe from going on with the other, a line for each key."""
+    """What keeps a training of the one recipe from going on with the other, a line for each key.
+
+    A key that the old one lacks had its default, being newer than it.
+    """
+    old = {**vars(Recipe()), **old}
     return [
-        f"{key}: {old.get(key)!r}, now {new.get(key)!r}"
+        f"{key}: {old[key]!r}, now {new.get(key)!r}"
         for key in sorted(set(old) | set(new))
-        if key not in FREE and old.get(key) != new.get(key)
+        if key not in FREE and old[key] != new.get(key)
     ]

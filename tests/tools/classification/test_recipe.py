@@ -1,0 +1,110 @@
+"""Recipes: how they are read, changed and checked, and those that come with the project."""
+
+import pytest
+import timm
+
+from classification.recipe import FOLDER, Recipe, RecipeError, differences, load_recipe
+
+SMALL = "model: test_svit\ndata_dir: data\nepochs: 3\n"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text: str = "", name: str = "recipe.yaml") -> str:
+        (tmp_path / name).write_text(SMALL + text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_what_a_recipe_does_not_say_is_the_default(recipe):
+    assert load_recipe(recipe("lr: 0.1")) == Recipe(model="test_svit", data_dir="data", epochs=3, lr=0.1)
+
+
+def test_changes_go_before_the_file_also_within_a_key(recipe):
+    name = recipe("mixed_precision: bf16\nclip_grad: 1\nmodel_args: {stem_stride: 2, head_width: 8}")
+    changes = ["epochs=7", "mixed_precision=null", "model_args.head_width=16", "model_args.depths=[1, 1, 1, 2]"]
+    read = load_recipe(name, [*changes, "scale=[0.5, 1]", "drop_path=0.1", "drop_path_schedule={2: 0.3}"])
+    assert read.epochs == 7
+    assert read.mixed_precision is None
+    assert read.clip_grad == 1.0
+    assert read.model_args == {"stem_stride": 2, "head_width": 16, "depths": [1, 1, 1, 2]}
+    assert read.scale == [0.5, 1.0]
+    assert read.drop_path_schedule == {2: 0.3}
+
+
+@pytest.mark.parametrize("data_dir", ["2024_01", "yes", "a #1: [b]", "${lr}", "x=y"])
+def test_a_data_dir_of_its_own_is_taken_as_it_is(recipe, data_dir):
+    assert load_recipe(recipe(), ["data_dir=other"], data_dir).data_dir == data_dir
+
+
+def test_a_recipe_starts_from_another(recipe):
+    base = recipe("batch_size: 2\nlr: 0.1", "base.yaml")
+    middle = recipe(f"base: {base}\nlr: 0.2", "middle.yaml")
+    read = load_recipe(recipe(f"base: {middle}\nopt: sgd"), ["epochs=9"])
+    assert (read.batch_size, read.lr, read.opt, read.epochs) == (2, 0.2, "sgd", 9)
+    recipe(f"base: {middle}", "base.yaml")
+    with pytest.raises(RecipeError, match="middle.yaml starts from itself"):
+        load_recipe(middle)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "no recipe has a key 'epoch'; did you mean epochs"),
+        ("7: 3", "no recipe has a key 7"),
+        ("lr: fast", "Value 'fast' of type 'str' could not be converted to Float .key 'lr'"),
+        ("batch_size: 1.5", "could not be converted to Integer .key 'batch_size'"),
+        ("batch_size: null", "batch_size"),
+        ("mean: 0.5", "mean"),
+        ("mean: [0.5, 0.5]", r"mean: expected 3 numbers, got \[0.5, 0.5\]"),
+        ("scale: [0.5]", r"scale: expected 2 numbers, got \[0.5\]"),
+        ("img_size: ???", "img_size: expected a value, which --set img_size=... gives, got none"),
+        ("workers: -1", "workers: expected at least 0, got -1"),
+        ("grad_accum: 0", "grad_accum: expected at least 1, got 0"),
+        ("parallel: dp", "parallel: expected ddp or fsdp, got 'dp'"),
+        ("sched: cosin", "sched: expected cosine or tanh .* got 'cosin'"),
+        ("interpolation: cubic", "interpolation: expected .* got 'cubic'"),
+        ("opt: adamww", "opt: no optimizer 'adamww' in timm; did you mean .*adamw"),
+        ("evaluate: ema", "evaluate: expected model, since ema is null, got 'ema'"),
+        ("drop_path_schedule: {2: 0.1}", "drop_path: expected more than 0 with a drop_path_schedule"),
+        ("lr: 1\nlr: 2", "found duplicate key lr .line 5"),
+        ("lr: [1", "expected ',' or ']'.* .line"),
+    ],
+)
+def test_what_is_wrong_is_named(recipe, text, message):
+    name = recipe(text)
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(name)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{name}: ")
+
+
+def test_what_is_no_recipe(tmp_path):
+    path = tmp_path / "recipe"
+    for content, message in (
+        (b"- 1\n- 2", "expected keys and values, got a list"),
+        (b"\xff\xfe\x00", "codec can't decode"),
+        (b"model: test_svit\nepochs: 1", "missing mandatory value: data_dir"),
+        (b"", "missing mandatory value: model"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(str(path))
+    with pytest.raises(RecipeError, match="no file nothing and no recipe of that name; there are .*cifar10"):
+        load_recipe("nothing")
+    with pytest.raises(RecipeError, match="--set: expected KEY=VALUE, got 'epochs'"):
+        load_recipe("cifar10", ["epochs"])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+def test_recipes_of_the_project_can_be_followed(name):
+    recipe = load_recipe(name, ["checkpoint=file.safetensors"], "data")
+    assert timm.is_model(recipe.model)
+    assert timm.get_pretrained_cfg(recipe.model) is not None
+
+
+def test_differences_are_those_that_change_the_result():
+    old = {"lr": 0.1, "workers": 2, "data_dir": "a", "opt": "sgd", "gone": 1}
+    assert differences(old, {"lr": 0.2, "workers": 4, "data_dir": "b", "opt": "sgd", "gone": 1}) == ["lr: 0.1, now 0.2"]
+    assert differences({}, {"lr": 0.2}) == ["lr: None, now 0.2"]
