@@ -1,37 +1,67 @@
-import subprocess
-import sys
-from pathlib import Path
+import csv
+import json
 
 import demo
+import numpy as np
+import pytest
 import timm
 import torch
+from sklearn.datasets import load_digits
+
+from classification.models import read_metadata
 
 
 def test_digits_are_real_and_disjoint():
-    train_images, train_classes, test_images, test_classes = demo.digits()
-    assert train_images.shape == (1437, 1, 32, 32)
-    assert test_images.shape == (360, 1, 32, 32)
-    assert torch.equal(torch.cat([train_classes, test_classes]).unique(), torch.arange(10))
-    flat = {tuple(x.flatten().tolist()) for x in train_images}
-    assert not flat & {tuple(x.flatten().tolist()) for x in test_images}
+    images = demo.digits()
+    data = load_digits()
+    assert len(images) == len(data.images) == 1797
+    assert sum(name.startswith("val/") for name in images) == 360
+    for number, (name, image) in enumerate(images.items()):
+        assert name.split("/")[1] == demo.NAMES[data.target[number]]
+        small = np.asarray(image.resize((8, 8)), dtype=float) * 16 / 255
+        assert np.abs(small - data.images[number]).mean() < 1.5  # of 16
+    test = {image.tobytes() for name, image in images.items() if name.startswith("val/")}
+    assert not test & {image.tobytes() for name, image in images.items() if name.startswith("train/")}
 
 
-def test_demo_from_end_to_end(tmp_path):
-    done = subprocess.run(
-        [sys.executable, demo.__file__, "--epochs", "2", "--out", tmp_path], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    checkpoint, picture = tmp_path / "svit_nano_32_digits.safetensors", tmp_path / "super_tokens.png"
-    assert set(tmp_path.iterdir()) == {picture, checkpoint}
-    lines = done.stdout.strip().splitlines()
-    assert any(line.startswith(f"wrote {checkpoint}") for line in lines)
-    assert any(line.startswith(f"wrote {picture}") for line in lines)
-    assert [line.split()[:1] for line in lines[-3:]] == [["python"]] * 3
-    assert all(name in done.stdout for name in demo.ZOO)
-    # The accuracy printed is that of the file.
-    model = timm.create_model(demo.MODEL, in_chans=1, num_classes=10, checkpoint_path=str(checkpoint))
-    _, _, images, classes = demo.digits()
-    accuracy = demo.accuracy(model, images, classes)
-    assert f"test accuracy {accuracy:.2%}" in done.stdout
-    assert accuracy > 0.5
-    assert Path(picture).stat().st_size > 10_000
+def test_demo_from_end_to_end(tmp_path, monkeypatch, capfd):
+    some = dict(list(demo.digits().items())[:250])
+    monkeypatch.setattr(demo, "digits", lambda: some)
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "state.pt").write_text("of an earlier demo")
+    demo.main(["--epochs", "2", "--out", str(tmp_path)])
+
+    out = capfd.readouterr().out
+    commands = [line.split()[2] for line in out.splitlines() if line.startswith("$ ")]
+    assert commands == [f"tools/{name}.py" for name in ("train", "validate", "infer", "visualize", "flops")]
+    assert all(name in out for name in demo.ZOO)
+    assert {file.name for file in tmp_path.iterdir()} == {"digits", "training", "accuracy.json", "super_tokens"}
+    assert len(list((tmp_path / "digits").rglob("*.png"))) == 250
+    assert len(list((tmp_path / "super_tokens").glob("*.png"))) == 6
+    for name in ("training/best.safetensors", "training/log.csv", "super_tokens/index.html"):
+        assert (tmp_path / name).exists()
+        assert f"\n{tmp_path / name}: " in out
+
+    # What is printed is the accuracy of the best weights, and timm reads them.
+    found = json.loads((tmp_path / "accuracy.json").read_text())
+    with open(tmp_path / "training" / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    assert found["images"] == 50
+    assert abs(found["top1"] - max(float(row["top1"]) for row in rows)) < 1e-6
+    assert f"{found['top1']:.2f}" in out
+    checkpoint = tmp_path / "training" / "best.safetensors"
+    assert read_metadata(checkpoint)["pretrained_cfg"]["label_names"] == sorted(demo.NAMES)
+    model = timm.create_model(demo.MODEL, num_classes=10, checkpoint_path=str(checkpoint))
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_the_demo_stops_where_a_tool_fails(tmp_path, monkeypatch, capfd):
+    images = demo.digits()
+    (tmp_path / "train.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(demo, "TOOLS", tmp_path)
+    monkeypatch.setattr(demo, "digits", lambda: dict(list(images.items())[:20]))
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(["--out", str(tmp_path / "new" / "out")])
+    assert stopped.value.code == 3
+    assert capfd.readouterr().out.count("\n$ ") == 1
