@@ -196,8 +196,8 @@ def test_a_wrong_file_is_not_kept(run, two_stages, monkeypatch, wrong):
 
 BAD = {
     "svit_smal": "model: no model 'svit_smal' in timm; did you mean svit_small",
-    "foo/bar": "Model name 'foo/bar' has no source prefix",
-    "local-dir:none": "Config file not found: none",
+    "foo/bar": "model: foo/bar cannot be made with {'exportable': True}: Model name 'foo/bar' has no source",
+    "local-dir:none": "model: local-dir:none cannot be made with {'exportable': True}: Config file not found",
     "test_svit --checkpoint none.pth": "none.pth: no such file\n",
     "test_svit --checkpoint bad.safetensors": "bad.safetensors: cannot be read; it is damaged",
     "test_resnet --checkpoint c.safetensors": "c.safetensors: does not fit the model; ",

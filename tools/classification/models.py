@@ -64,8 +64,6 @@ def create_model(
         arguments.setdefault("pretrained_cfg_overlay", told)
         if "num_classes" in told:
             arguments.setdefault("num_classes", told["num_classes"])
-        if "input_size" in told and has_fixed_size(name):
-            arguments.setdefault("img_size", tuple(told["input_size"][1:]))
     elif ema:
         raise ModelError("ema: expected a checkpoint that holds the moving average, got none")
     try:
@@ -89,7 +87,7 @@ def load_weights(model: nn.Module, checkpoint: str | Path, ema: bool = False) ->
     if not path.is_file():
         raise CheckpointError(f"{checkpoint}: no such file")
     state_dict = read_state_dict(path, ema)
-    if is_original(state_dict):
+    if is_original(state_dict):  # our models take these too, but an error shall name our keys
         state_dict = from_original(state_dict)
     try:
         model.load_state_dict(state_dict)

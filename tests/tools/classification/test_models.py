@@ -54,6 +54,7 @@ def test_what_is_saved_comes_back(model, checkpoint):
     loaded = create_model("test_svit", checkpoint)
     assert not loaded.training
     assert same(loaded, model)
+    assert same(create_model("test_svit", checkpoint, pretrained_cfg_overlay={"crop_pct": 0.5}), model)
     assert class_names(loaded) == NAMES
     config = resolve_data_config({}, model=loaded)
     assert {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()} == {
@@ -96,7 +97,9 @@ def test_a_model_of_a_fixed_size_gets_its_checkpoints(tmp_path):
 def test_a_failed_save_leaves_the_old_file(checkpoint, model, monkeypatch):
     before = checkpoint.read_bytes()
 
-    def full(*_):
+    def full(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:100])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
@@ -115,6 +118,8 @@ def test_files_without_metadata(tmp_path, model):
         loaded = create_model("test_svit", tmp_path / name, num_classes=3)
         assert same(loaded, model)
         assert read_metadata(tmp_path / name) == {"pretrained_cfg": {}, "facts": {}}
+    with pytest.raises(CheckpointError, match=r"fit the model; other shapes: 2 \(head.fc.weight: "):
+        create_model("test_svit", tmp_path / "authors.pth", num_classes=7)
 
 
 def test_the_moving_average_of_a_file_that_holds_both(tmp_path, model, checkpoint):
