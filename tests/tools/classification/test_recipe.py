@@ -105,6 +105,11 @@ def test_recipes_of_the_project_can_be_followed(name):
 
 
 def test_differences_are_those_that_change_the_result():
-    old = {"lr": 0.1, "workers": 2, "data_dir": "a", "opt": "sgd", "gone": 1}
-    assert differences(old, {"lr": 0.2, "workers": 4, "data_dir": "b", "opt": "sgd", "gone": 1}) == ["lr: 0.1, now 0.2"]
-    assert differences({}, {"lr": 0.2}) == ["lr: None, now 0.2"]
+    old, new = (
+        {**vars(Recipe()), "data_dir": d, "workers": w, "lr": lr} for d, w, lr in (("a", 2, 0.1), ("b", 4, 0.2))
+    )
+    assert differences(old, new) == ["lr: 0.1, now 0.2"]
+    assert differences(old, old) == []
+    # A key newer than the old recipe had its default then.
+    del old["opt"], old["batch_size"]
+    assert differences(old, {**new, "opt": "sgd"}) == ["lr: 0.1, now 0.2", "opt: 'adamw', now 'sgd'"]
