@@ -75,11 +75,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--cpu", action="store_true", help="train on the CPU, though there is a GPU")
     args = parser.parse_args(argv)
-    changes = args.set + ([f"data_dir={args.data_dir}"] if args.data_dir else [])
     output = args.output or Path("outputs", "train", Path(args.recipe).stem)
     recipe = None
     try:
-        recipe = load_recipe(args.recipe, changes)
+        recipe = load_recipe(args.recipe, args.set, args.data_dir)
         finished = Training(recipe, output, args.resume, args.cpu).run()
     except (RecipeError, DataError, ModelError, CheckpointError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -138,8 +137,13 @@ class Training:
             self.state, tensors = states.read(resume_from, self.settings, images)
 
         self.make_data()
-        self.make_model()
-        self.make_optimizer(images)
+        try:
+            self.make_model()
+            self.make_optimizer(images)
+        except (RecipeError, DataError, ModelError, CheckpointError):
+            raise
+        except (AssertionError, TypeError, ValueError) as error:  # timm's, of what the recipe hands to it
+            raise RecipeError(f"the recipe cannot be followed: {type(error).__name__}: {error}") from error
         if tensors is not None:
             self.restore(tensors)
 
@@ -315,6 +319,8 @@ class Training:
                 shutil.rmtree(part)
             with replacing(self.output / "recipe.yaml") as part:
                 part.write_text(OmegaConf.to_yaml(self.settings))
+            if self.state.rows:  # which a kill may have kept from the log
+                write_log(self.output / "log.csv", self.state.rows)
         board = SummaryWriter(self.output, purge_step=self.total) if first else None
         bar = tqdm(total=self.recipe.epochs * self.updates, initial=self.total, disable=None if first else True)
         try:

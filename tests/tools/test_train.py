@@ -365,12 +365,25 @@ def error_of(capsys, *arguments) -> str:
         ("checkpoint=nowhere.pth", "checkpoint: no such file: nowhere.pth"),
         ("data_dir=nowhere", "data_dir: no such folder or file: nowhere"),
         ("mixed_precision=fp8", "mixed_precision: expected None or bf16 or fp16, got 'fp8'"),
+        ("auto_augment=foo", "the recipe cannot be followed: AssertionError"),
+        ("opt_args={foo: 1}", "the recipe cannot be followed: TypeError: "),
+        ("warmup_epochs=-1", "warmup_epochs: expected at least 0, got -1"),
+        ("img_size=0", "img_size: expected at least 1, got 0"),
         ("epochs", "--set: expected KEY=VALUE, got 'epochs'"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed(tmp_path, recipe, capsys, change, message):
     assert message in error_of(capsys, recipe, tmp_path / "out", "--set", change)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_log_of_a_training_killed_before_it_was_written(tmp_path, recipe, uninterrupted):
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    log = (out / "log.csv").read_text()
+    (out / "log.csv").write_text(log.splitlines()[0])
+    assert run(recipe, out, "--resume") == 0
+    assert (out / "log.csv").read_text() == log
 
 
 def test_no_such_recipe(tmp_path, capsys):

@@ -65,7 +65,10 @@ def classes_of(dataset: Dataset) -> list[str] | None:
     reader = getattr(dataset, "reader", dataset)
     numbers = getattr(reader, "class_to_idx", None)
     if numbers:
-        return sorted(numbers, key=numbers.get)
+        names = {}
+        for name, number in numbers.items():
+            names.setdefault(number, name)  # the first: torchvision's ImageNet has several names for a class
+        return [names[number] for number in sorted(names)]
     features = getattr(getattr(reader, "dataset", None), "features", None) or {}  # Hugging Face
     names = getattr(features.get("label"), "names", None)
     return list(names) if names else None
@@ -240,7 +243,7 @@ class Loader:
         """The batches of an epoch from number `start` on: images (B, 3, H, W) and classes (B,)."""
         if not self.streams:
             self.order.epoch, self.order.start = epoch, start
-            return (batch for batch in self.loader if batch is not None)
+            return self.readable()
         dataset = self.open()
         dataset.set_epoch(epoch)
         dataset.set_loader_cfg(num_workers=self.workers)
@@ -254,6 +257,12 @@ class Loader:
             generator=torch.Generator().manual_seed(self.seed + epoch),
         )
         return islice(loader, start, len(self) if self.training else None)
+
+    def readable(self) -> Iterator[Batch]:
+        try:
+            yield from (batch for batch in self.loader if batch is not None)
+        except DataError as error:  # of a process that reads; its traceback is no news
+            raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
 
 
 def eval_transform(preprocessing: dict[str, Any]):

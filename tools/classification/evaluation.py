@@ -56,8 +56,9 @@ def evaluate(
     Raises:
         ValueError: there is no image, or a class that the model does not have.
     """
-    hits, hits5, counts = (torch.zeros(num_classes, dtype=torch.float64, device=device) for _ in range(3))
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    hits, hits5, counts = (torch.zeros(num_classes, dtype=dtype, device=device) for _ in range(3))
+    loss = torch.zeros((), dtype=dtype, device=device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     training = model.training
     model.eval()
@@ -75,9 +76,9 @@ def evaluate(
             logits = logits.float()
             loss += F.cross_entropy(logits, classes, reduction="sum")
             best = logits.topk(min(5, num_classes)).indices == classes[:, None]
-            hits.index_add_(0, classes, best[:, 0].double())
-            hits5.index_add_(0, classes, best.any(1).double())
-            counts.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float64))
+            hits.index_add_(0, classes, best[:, 0].to(dtype))
+            hits5.index_add_(0, classes, best.any(1).to(dtype))
+            counts.index_add_(0, classes, torch.ones_like(classes, dtype=dtype))
     finally:
         model.train(training)
     hits, hits5, counts, loss = (reduce(t).cpu() for t in (hits, hits5, counts, loss))

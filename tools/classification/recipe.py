@@ -116,8 +116,8 @@ CHOICES = {
     "sched": ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"),
     "interpolation": (None, "nearest", "bilinear", "bicubic", "lanczos", "random"),
 }
-AT_LEAST_ONE = ("epochs", "batch_size", "grad_accum", "repeated_augmentation", "log_every")
-AT_LEAST_ZERO = ("workers", "max_unreadable", "seed")
+AT_LEAST_ONE = ("epochs", "batch_size", "grad_accum", "repeated_augmentation", "log_every", "img_size", "save_every")
+AT_LEAST_ZERO = ("workers", "max_unreadable", "seed", "warmup_epochs", "lr", "weight_decay", "drop_path")
 LENGTHS = {"scale": 2, "ratio": 2, "mean": 3, "std": 3}
 
 
@@ -186,8 +186,9 @@ def check(recipe: Recipe, name: str) -> None:
             raise RecipeError(f"{name}: {key}: expected {' or '.join(map(str, choices))}, got {getattr(recipe, key)!r}")
     for keys, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
         for key in keys:
-            if getattr(recipe, key) < least:
-                raise RecipeError(f"{name}: {key}: expected at least {least}, got {getattr(recipe, key)}")
+            value = getattr(recipe, key)
+            if value is not None and value < least:
+                raise RecipeError(f"{name}: {key}: expected at least {least}, got {value}")
     for key, length in LENGTHS.items():
         numbers = getattr(recipe, key)
         if numbers is not None and len(numbers) != length:
