@@ -31,9 +31,11 @@ assert not list(package.parent.glob("mm_configs"))
 for name in timm.list_models(module="svit"):
     device = "meta" if name in ("svit_small", "svit_base", "svit_large") else "cpu"
     model = timm.create_model(name, device=device).eval()
-    assert model(torch.randn(1, 3, 64, 64, device=device)).shape == (1, 1000)
+    assert model(torch.randn(1, 3, 64, 64, device=device)).shape == (1, model.num_classes)
     with torch.inference_mode():
         model(torch.randn(1, 3, 64, 64, device=device))
+model = timm.create_model("svit_nano_32.cifar10", pretrained=True)  # the weights come along
+assert model.num_classes == 10 and model.head.fc.weight.abs().max() > 0.1
 print("version", svit.__version__)
 """
 

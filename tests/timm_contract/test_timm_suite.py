@@ -11,7 +11,7 @@ import timm
 
 import svit  # noqa: F401  registers the architectures
 
-# timm's tests that take an architecture by name, without those of pretrained weights: no tag of ours has any.
+# timm's tests that take an architecture by name, a tag by name, or a tag with weights.
 PER_ARCHITECTURE = {
     "test_model_forward",
     "test_model_backward",
@@ -25,6 +25,7 @@ PER_ARCHITECTURE = {
     "test_model_forward_fx_torchscript",
 }
 PER_TAG = {"test_model_default_cfgs"}
+PER_WEIGHTS = {"test_model_load_pretrained", "test_model_features_pretrained"}
 
 
 def run_timm_tests(sdist: Path, report: Path) -> subprocess.CompletedProcess:
@@ -47,5 +48,8 @@ def test_timm_suite(timm_sdist: Path, tmp_path: Path) -> None:
         (passed if case.find("skipped") is None else skipped).add((function, name))
     architectures = timm.list_models(module="svit")
     tags = timm.list_models(module="svit", include_tags=True)
-    assert passed == {(f, n) for f in PER_ARCHITECTURE for n in architectures} | {(f, n) for f in PER_TAG for n in tags}
+    weights = timm.list_pretrained("svit_*")
+    assert weights == ["svit_nano_32.cifar10"]
+    expected = [(PER_ARCHITECTURE, architectures), (PER_TAG, tags), (PER_WEIGHTS, weights)]
+    assert passed == {(function, name) for functions, names in expected for function in functions for name in names}
     assert not skipped
