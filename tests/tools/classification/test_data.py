@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp
 
 import image_data
 from classification.data import (
@@ -193,6 +194,13 @@ def test_torchvisions_cifar10(tmp_path, monkeypatch):
     ((images, classes),) = loader(val, batch_size=16, transform=transform, training=False).epoch()
     assert classes.tolist() == list(range(10))
     torch.testing.assert_close(images, torch.tensor(pixels).view(10, 3, 32, 32) / 255 * 2 - 1)
+
+
+def test_the_strongest_augmentation_works_with_this_pillow():
+    """Posterizing at its full magnitude keeps no bit; the ImageNet recipes' magnitude gets there now and then."""
+    image = image_data.digits("four", 0, 1)[0].convert("RGB")
+    for name in ("Posterize", "PosterizeIncreasing", "SolarizeAdd", "SharpnessIncreasing"):
+        AugmentOp(name, prob=1.0, magnitude=10)(image)
 
 
 def test_a_class_that_one_split_lacks_is_named(tmp_path):
