@@ -164,10 +164,10 @@ def parse_metric(text: str, dataset: str | None) -> EvalResult:
 def load(checkpoint: Path, name: str | None) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a checkpoint, and how it was trained as far as the checkpoint tells."""
     metadata = read_metadata(checkpoint)
-    name = name or metadata.get("pretrained_cfg", {}).get("architecture")
+    name = name or metadata["pretrained_cfg"].get("architecture")
     if name is None:
         raise HubError(f"{checkpoint}: does not say which model it is of; --model NAME does")
-    return create_model(name, checkpoint), metadata.get("facts", {})
+    return create_model(name, checkpoint), metadata["facts"]
 
 
 def write_folder(folder: Path, model: nn.Module, repo_id: str, **card: Any) -> None:

@@ -52,11 +52,10 @@ from classification.data import (
     seed_all,
 )
 from classification.evaluation import Accuracy, evaluate
-from classification.models import ModelError, create_model, save_model
+from classification.models import ModelError, create_model, read_weights, save_model
 from classification.recipe import Recipe, RecipeError, load_recipe
-from svit.convert import CheckpointError, differences, read_state_dict, summary
+from svit.convert import CheckpointError, differences, summary
 from svit.files import replacing
-from svit.models.original import from_original, is_original
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -493,9 +492,7 @@ def start_from(model: nn.Module, checkpoint: str) -> None:
     path = Path(checkpoint)
     if not path.is_file():
         raise CheckpointError(f"checkpoint: no such file: {checkpoint}")
-    weights, expected = read_state_dict(path), model.state_dict()
-    if is_original(weights):
-        weights = from_original(weights)
+    weights, expected = read_weights(path), model.state_dict()
     classifier = model.pretrained_cfg.get("classifier") or ()
     for name in (classifier,) if isinstance(classifier, str) else classifier:
         for key in (f"{name}.weight", f"{name}.bias"):

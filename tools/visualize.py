@@ -160,10 +160,7 @@ def load_model(name: str, checkpoint: str | None, pretrained: bool, device: str 
     if not any(isinstance(module, SuperTokenAttention) for module in model.modules()):
         ours = ", ".join(timm.list_models(module="svit"))
         raise InputError(f"{name}: has no super-token attention; these have: {ours}")
-    try:
-        return model.to(choose_device(device))
-    except (RuntimeError, AssertionError) as error:  # PyTorch's words for an unknown device, and for one not there
-        raise InputError(f"--device: {device} cannot be used: {str(error).splitlines()[0]}") from error
+    return model.to(choose_device(device))
 
 
 def make_folder(folder: Path) -> None:

@@ -309,7 +309,9 @@ def test_the_largest_rate_scales_with_the_images_of_an_update(tmp_path, recipe):
         assert float(next(csv.DictReader(file))["lr"]) == pytest.approx(0.002 * 8 / 16)
 
 
-@pytest.mark.parametrize("changes", [["mixed_precision=bf16"], ["grad_checkpointing=true"], ["augment=false"]])
+@pytest.mark.parametrize(
+    "changes", [["mixed_precision=bf16", "model=svit_nano_32"], ["grad_checkpointing=true"], ["augment=false"]]
+)
 def test_other_ways_to_train(tmp_path, recipe, changes, uninterrupted):
     assert run(recipe, tmp_path / "out", "--set", "epochs=1", *changes) == 0
     with open(tmp_path / "out" / "log.csv", newline="") as file:

@@ -86,14 +86,18 @@ def load_weights(model: nn.Module, checkpoint: str | Path, ema: bool = False) ->
     path = Path(checkpoint)
     if not path.is_file():
         raise CheckpointError(f"{checkpoint}: no such file")
-    state_dict = read_state_dict(path, ema)
-    if is_original(state_dict):  # our models take these too, but an error shall name our keys
-        state_dict = from_original(state_dict)
+    state_dict = read_weights(path, ema)
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         problems = summary(differences(state_dict, model.state_dict())) or error
         raise CheckpointError(f"{checkpoint}: does not fit the model; {problems}") from error
+
+
+def read_weights(path: Path, ema: bool = False) -> dict[str, torch.Tensor]:
+    """The weights in a file under our names; our models take the authors' too, but an error shall name our keys."""
+    state_dict = read_state_dict(path, ema)
+    return from_original(state_dict) if is_original(state_dict) else state_dict
 
 
 def save_model(
