@@ -309,6 +309,7 @@ def test_the_largest_rate_scales_with_the_images_of_an_update(tmp_path, recipe):
         assert float(next(csv.DictReader(file))["lr"]) == pytest.approx(0.002 * 8 / 16)
 
 
+# bfloat16 not with test_svit, which has a map of one pixel before its last downsampling here: see docs/training.md.
 @pytest.mark.parametrize(
     "changes", [["mixed_precision=bf16", "model=svit_nano_32"], ["grad_checkpointing=true"], ["augment=false"]]
 )
