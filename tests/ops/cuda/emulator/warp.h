@@ -1,0 +1,339 @@
+// What svit/ops/csrc/warp.h declares, for a CPU: kernels that include <warp.h> run here lane by lane.
+//
+// Every lane is a context of its own. It runs until it meets something that lanes do together (a product, a barrier), and
+// goes on when all have come. Shared memory begins as NaN; copies arrive when they are waited for, not before; lanes can
+// be run in any order, so that what lacks a barrier shows as another result. The layouts are those of the PTX ISA.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <ucontext.h>
+#include <vector_functions.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#undef __global__
+#undef __launch_bounds__
+#define __global__
+#define __launch_bounds__(...)
+
+namespace emulator {
+
+struct Group {  // of lanes that meet: a warp, a block, a cluster
+  const char* what = nullptr;
+  int size = 0, come = 0, meeting = 0;
+  std::vector<void*> brought;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+};
+
+struct Lane {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  int block, thread;
+  bool done = false;
+  Group* waits = nullptr;  // for a meeting after this one
+  int meeting = 0;
+  std::vector<std::vector<Copy>> copies = {{}};  // by commit
+};
+
+struct Machine {
+  int blocks, threads, bytes;
+  std::vector<std::vector<char>> memory;  // shared, by block
+  std::vector<Group> warps, block_groups;
+  Group cluster;
+  std::vector<Lane> lanes;
+  Lane* now = nullptr;
+  ucontext_t scheduler;
+  std::function<void()> kernel;
+  int first_block = 0;
+  std::string error;
+};
+
+inline Machine* machine = nullptr;
+inline uint3 threadIdx, blockIdx;
+
+inline void fail(const std::string& message) {
+  // An exception cannot leave a context: the scheduler raises it.
+  if (machine->error.empty()) machine->error = message;
+  swapcontext(&machine->now->context, &machine->scheduler);
+}
+
+// Waits for the whole group; the last to come calls `act` with what each brought.
+template <typename T, typename F>
+void meet(Group& group, const char* what, int index, T& brings, F act) {
+  Machine& m = *machine;
+  if (group.come == 0) {
+    group.what = what;
+  } else if (group.what != what) {
+    fail(std::string("lanes part: ") + group.what + " and " + what);
+  }
+  group.brought[index] = &brings;
+  if (++group.come == group.size) {
+    act(reinterpret_cast<T* const*>(group.brought.data()));
+    group.come = 0;
+    group.meeting++;
+  } else {
+    m.now->waits = &group;
+    m.now->meeting = group.meeting;
+    swapcontext(&m.now->context, &m.scheduler);
+  }
+}
+
+template <typename T, typename F>
+void meet_in_warp(const char* what, T& brings, F act) {
+  const Lane& lane = *machine->now;
+  meet(machine->warps[(lane.block * machine->threads + lane.thread) / 32], what, lane.thread % 32, brings, act);
+}
+
+inline void start() {
+  machine->kernel();
+  machine->now->done = true;
+  swapcontext(&machine->now->context, &machine->scheduler);
+}
+
+// Runs `blocks` blocks, `cluster` of them together. `order`: 0 lanes by number, 1 backwards, others shuffled by it.
+inline void run(std::function<void()> kernel, int blocks, int threads, int bytes, int cluster, int order) {
+  constexpr int GUARD = 64;
+  for (int first = 0; first < blocks; first += cluster) {
+    Machine m;
+    machine = &m;
+    m.blocks = cluster, m.threads = threads, m.bytes = bytes, m.first_block = first, m.kernel = kernel;
+    m.memory.assign(cluster, std::vector<char>(bytes + GUARD, '\xff'));
+    const auto group = [](int size) {
+      Group g;
+      g.size = size;
+      g.brought.resize(size);
+      return g;
+    };
+    m.warps.assign(cluster * threads / 32, group(32));
+    m.block_groups.assign(cluster, group(threads));
+    m.cluster = group(cluster * threads);
+    m.lanes.resize(cluster * threads);
+    std::vector<Lane*> turns;
+    for (int i = 0; i < cluster * threads; i++) {
+      Lane& lane = m.lanes[i];
+      constexpr int STACK = 1 << 16;
+      lane.stack.reset(new char[STACK]);
+      lane.block = i / threads, lane.thread = i % threads;
+      getcontext(&lane.context);
+      lane.context.uc_stack.ss_sp = lane.stack.get();
+      lane.context.uc_stack.ss_size = STACK;
+      makecontext(&lane.context, start, 0);
+      turns.push_back(&lane);
+    }
+    if (order == 1) std::reverse(turns.begin(), turns.end());
+    if (order > 1) std::shuffle(turns.begin(), turns.end(), std::mt19937(order));
+    for (bool left = true; left;) {
+      left = false;
+      bool moved = false;
+      for (Lane* lane : turns) {
+        if (lane->done) continue;
+        left = true;
+        if (lane->waits && lane->waits->meeting == lane->meeting) continue;
+        lane->waits = nullptr;
+        moved = true;
+        m.now = lane;
+        threadIdx = {static_cast<unsigned>(lane->thread), 0, 0};
+        blockIdx = {static_cast<unsigned>(first + lane->block), 0, 0};
+        swapcontext(&m.scheduler, &lane->context);
+        if (!m.error.empty()) throw std::runtime_error(m.error);
+      }
+      if (left && !moved) throw std::runtime_error("all lanes wait");
+    }
+    for (const auto& memory : m.memory) {
+      for (int i = bytes; i < bytes + GUARD; i++) {
+        if (memory[i] != '\xff') throw std::runtime_error("written beyond shared memory");
+      }
+    }
+  }
+}
+
+}  // namespace emulator
+
+namespace svit {
+
+using emulator::blockIdx;
+using emulator::threadIdx;
+using std::max;
+using std::min;
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+inline char* shared_memory() { return emulator::machine->memory[emulator::machine->now->block].data(); }
+
+template <typename T>
+float value(uint32_t both, int which) {
+  T half;
+  const uint16_t bits = static_cast<uint16_t>(both >> (16 * which));
+  std::memcpy(&half, &bits, 2);
+  return static_cast<float>(half);
+}
+
+template <typename T>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operands {
+    float* d;
+    const uint32_t *a, *b;
+  } mine = {d, a, b};
+  emulator::meet_in_warp("mma", mine, [](Operands* const* all) {
+    float A[16][16], B[16][8];
+    for (int lane = 0; lane < 32; lane++) {
+      const int g = lane / 4, t = lane % 4;
+      for (int e = 0; e < 2; e++) {
+        for (int i = 0; i < 4; i++) A[g + i % 2 * 8][2 * t + e + i / 2 * 8] = value<T>(all[lane]->a[i], e);
+        for (int i = 0; i < 2; i++) B[2 * t + e + i * 8][g] = value<T>(all[lane]->b[i], e);
+      }
+    }
+    for (int lane = 0; lane < 32; lane++) {
+      for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;
+        float sum = all[lane]->d[i];
+        for (int k = 0; k < 16; k++) sum += A[row][k] * B[k][column];
+        all[lane]->d[i] = sum;
+      }
+    }
+  });
+}
+
+struct MatrixLoad {
+  uint32_t* r;
+  const uint16_t* row;
+};
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  MatrixLoad mine = {r, static_cast<const uint16_t*>(row)};
+  emulator::meet_in_warp("load_matrices", mine, [](MatrixLoad* const* all) {
+    for (int lane = 0; lane < 32; lane++)
+      for (int i = 0; i < 4; i++) std::memcpy(&all[lane]->r[i], all[8 * i + lane / 4]->row + 2 * (lane % 4), 4);
+  });
+}
+
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  MatrixLoad mine = {r, static_cast<const uint16_t*>(row)};
+  emulator::meet_in_warp("load_matrices_transposed", mine, [](MatrixLoad* const* all) {
+    for (int lane = 0; lane < 32; lane++)
+      for (int i = 0; i < 4; i++) {
+        const uint32_t low = all[8 * i + 2 * (lane % 4)]->row[lane / 4];
+        const uint32_t high = all[8 * i + 2 * (lane % 4) + 1]->row[lane / 4];
+        all[lane]->r[i] = low | high << 16;
+      }
+  });
+}
+
+inline uint32_t transpose(uint32_t r) {
+  struct Value {
+    uint32_t from, to;
+  } mine = {r, 0};
+  emulator::meet_in_warp("transpose", mine, [](Value* const* all) {
+    const auto element = [&](int row, int column) { return all[4 * row + column / 2]->from >> (16 * (column % 2)) & 0xffff; };
+    for (int lane = 0; lane < 32; lane++) {
+      const int row = lane / 4, column = 2 * (lane % 4);
+      all[lane]->to = element(column, row) | element(column + 1, row) << 16;
+    }
+  });
+  return mine.to;
+}
+
+inline float shuffle_xor(float v, int lanes) {
+  struct Value {
+    float from, to;
+    int lanes;
+  } mine = {v, 0, lanes};
+  emulator::meet_in_warp("shuffle_xor", mine, [](Value* const* all) {
+    for (int lane = 0; lane < 32; lane++) all[lane]->to = all[lane ^ all[lane]->lanes]->from;
+  });
+  return mine.to;
+}
+
+inline void sync_warp() {
+  int nothing = 0;
+  emulator::meet_in_warp("sync_warp", nothing, [](int* const*) {});
+}
+
+inline void sync_block() {
+  int nothing = 0;
+  const emulator::Lane& lane = *emulator::machine->now;
+  emulator::meet(emulator::machine->block_groups[lane.block], "sync_block", lane.thread, nothing, [](int* const*) {});
+}
+
+inline void copy(void* to_shared, const void* from) {
+  emulator::machine->now->copies.back().push_back({to_shared, from});
+}
+inline void commit_copies() { emulator::machine->now->copies.emplace_back(); }
+template <int AHEAD>
+void wait_for_copies() {
+  auto& copies = emulator::machine->now->copies;
+  for (std::size_t i = 0; i + 1 + AHEAD < copies.size(); i++) {
+    for (const emulator::Copy& c : copies[i]) std::memcpy(c.to, c.from, 16);
+    copies[i].clear();
+  }
+}
+
+inline void hold_loads() {}
+inline int opaque(int number) { return number; }
+inline float reciprocal(float x) { return 1 / x; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+
+template <bool MANY>
+struct Cluster {
+  static int rank() { return MANY ? emulator::machine->now->block : 0; }
+  static int size() { return MANY ? emulator::machine->blocks : 1; }
+  static void sync() {
+    if (!MANY) return sync_block();
+    int nothing = 0;
+    const emulator::Machine& m = *emulator::machine;
+    emulator::meet(emulator::machine->cluster, "Cluster::sync", m.now->block * m.threads + m.now->thread, nothing,
+                   [](int* const*) {});
+  }
+  template <typename P>
+  static P* in(P* p, int rank) {
+    if (!MANY) return p;
+    emulator::Machine& m = *emulator::machine;
+    const auto offset = reinterpret_cast<char*>(p) - m.memory[m.now->block].data();
+    if (rank < 0 || rank >= m.blocks || offset < 0 || offset >= m.bytes) emulator::fail("not in a block's shared memory");
+    if (rank != m.now->block && std::any_of(m.lanes.begin() + rank * m.threads, m.lanes.begin() + (rank + 1) * m.threads,
+                                            [](const emulator::Lane& lane) { return lane.done; })) {
+      emulator::fail("reached into a block that may have ended");
+    }
+    return reinterpret_cast<P*>(m.memory[rank].data() + offset);
+  }
+};
+
+template <typename T>
+uint32_t pack(float first, float second) {
+  const T both[2] = {static_cast<T>(first), static_cast<T>(second)};
+  uint32_t bits;
+  std::memcpy(&bits, both, 4);
+  return bits;
+}
+
+template <typename T>
+float2 unpack(uint32_t both) {
+  return {value<T>(both, 0), value<T>(both, 1)};
+}
+
+template <typename T>
+struct Parameters {
+  const void* values;
+  bool wide;
+
+  float operator[](int i) const {
+    return wide ? static_cast<const float*>(values)[i] : static_cast<float>(static_cast<const T*>(values)[i]);
+  }
+};
+
+}  // namespace svit
