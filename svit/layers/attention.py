@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, use_fused_attn
 from torch import nn
 
-from svit.ops import choose, sample, spread
+from svit.ops import choose, sample, spread, super_token_attention
 
 from .checks import check_map, pair
-from .fusing import default_backend
+from .fusing import default_backend, drops_nothing, untouched
 
 torch.fx.wrap("check_map")
 # In one step each, so that the softmax in a graph is that of the attention, which timm's AttentionExtract looks for.
@@ -99,21 +99,44 @@ class SuperTokenAttention(nn.Module):
         """Whether `add_to` serves x: super tokens, and a backend for which the norm and the sum come for nothing."""
         if self.cell == (1, 1) or not isinstance(x, torch.Tensor):
             return False
-        return choose("sample", x.permute(0, 2, 3, 1), self.backend) != "reference"
+        return choose("sample", x.permute(0, 2, 3, 1), self.backend) != "reference" or self.one_kernel(x) is not None
 
     @torch.jit.ignore
-    def add_to(self, x: torch.Tensor, norm: LayerNorm2d, scale: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """x + scale(self(norm(x))), in fewer passes over the map: x is read three times and written once.
+    def one_kernel(self, x: torch.Tensor) -> str | None:
+        """Name of a backend that does all of `add_to` at once for x (B, dim, H, W), if there is one."""
+        layers = {self.qkv: nn.Conv2d, self.proj: nn.Conv2d}
+        if self.n_iter > 1 or not untouched(layers) or not drops_nothing(self.attn_drop, self.proj_drop):
+            return None
+        x, sizes = x.permute(0, 2, 3, 1), {"cell": self.cell, "num_heads": self.num_heads}
+        name = choose("super_token_attention", x, self.backend, must=False, **sizes)
+        return None if name == "reference" else name
+
+    @torch.jit.ignore
+    def add_to(
+        self, x: torch.Tensor, norm: LayerNorm2d, scale: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> torch.Tensor:
+        """x + scale(self(norm(x))), in fewer passes over the map: x is read three times, or once, and written once.
 
         Args:
             x: map (B, dim, H, W).
             norm: becomes part of the sampling.
             scale: any function that multiplies a map (B, dim, ., .) by factors a channel and an image, as layer scale
-                and drop path do. It is applied to the super tokens, since spreading is linear.
+                and drop path do, or None. It is applied to the super tokens, since spreading is linear.
         """
+        backend = self.one_kernel(x)
         x = check_map(x, self.dim).permute(0, 2, 3, 1)
+        if backend is not None:
+            linear = [p for layer in (self.qkv, self.proj) for p in (layer.weight.flatten(1), layer.bias)]
+            factors = None
+            if scale is not None:
+                factors = scale(torch.ones(x.shape[0], self.dim, 1, 1, device=x.device)).flatten(1)
+            y = super_token_attention(
+                x, self.cell, norm.weight, norm.bias, norm.eps, *linear, self.num_heads, factors, backend
+            )
+            return y.permute(0, 3, 1, 2)
         s, q = sample(x, self.cell, self.n_iter, norm.weight, norm.bias, norm.eps, backend=self.backend)
-        s = scale(self.attend(s.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        s = self.attend(s.permute(0, 3, 1, 2))
+        s = (s if scale is None else scale(s)).permute(0, 2, 3, 1)
         return spread(s, q, self.cell, x.shape[1:3], residual=x, backend=self.backend).permute(0, 3, 1, 2)
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,10 @@ from timm.layers import get_act_layer, get_norm_layer
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from svit.ops import choose, depthwise3x3, onednn
+from svit.ops import choose, conv_ffn, depthwise3x3, onednn
 
 from .checks import check_map
-from .fusing import default_backend, untouched
+from .fusing import default_backend, drops_nothing, untouched
 
 torch.fx.wrap("check_map")
 torch.fx.wrap("depthwise3x3")
@@ -81,6 +81,30 @@ class ConvFFN(nn.Module):
         x = self.dwconv_of_act(self.fc1(x))
         return self.drop2(self.fc2(x))
 
+    @torch.jit.ignore
+    def fuses(self, x: torch.Tensor) -> bool:
+        """Whether `add_to` serves x (B, dim, H, W): inference, and a backend that has the whole as one kernel."""
+        if torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or self.norm.training or not self.is_untouched():
+            return False
+        x, hidden = x.permute(0, 2, 3, 1), self.fc1.out_channels
+        return choose("conv_ffn", x, self.dwconv.backend, must=False, hidden=hidden) != "reference"
+
+    @torch.jit.ignore
+    def add_to(self, x: torch.Tensor) -> torch.Tensor:
+        """x + self(x), where `fuses` says so: the hidden map stays on the chip."""
+        y = conv_ffn(
+            self.norm(x).permute(0, 2, 3, 1),
+            x.permute(0, 2, 3, 1),
+            self.fc1.weight.flatten(1),
+            self.fc1.bias,
+            self.dwconv.weight,
+            self.dwconv.bias,
+            self.fc2.weight.flatten(1),
+            self.fc2.bias,
+            self.dwconv.backend,
+        )
+        return y.permute(0, 3, 1, 2)
+
     def dwconv_of_act(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102
             if self.fuses_gelu(x):
@@ -103,19 +127,13 @@ class ConvFFN(nn.Module):
     def is_untouched(self) -> bool:
         """Whether the layers behind the norm do just what they were built for: no dropout, no hooks, no wrappers."""
         convolutions = {self.fc1: nn.Conv2d, self.fc2: nn.Conv2d}
-        return drops_nothing(self.drop1) and drops_nothing(self.drop2) and self.is_gelu() and untouched(convolutions)
+        return drops_nothing(self.drop1, self.drop2) and self.is_gelu() and untouched(convolutions)
 
     def fuse(self) -> "ConvFFN":
         if isinstance(self.norm, nn.BatchNorm2d):
             fold_norm_before(self.norm, self.fc1)
             self.norm = nn.Identity()
         return self
-
-
-def drops_nothing(drop: nn.Module) -> bool:
-    if type(drop) is nn.Identity:
-        return True
-    return untouched({drop: nn.Dropout}) and (not drop.training or drop.p == 0)
 
 
 class Stem(nn.Module):

@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from svit.layers import ConvFFN, Downsample, FinalConv, LayerScale, ResidualDepthwiseConv, Stem, SuperTokenAttention
-from svit.layers.fusing import untouched
+from svit.layers.fusing import drops_nothing, untouched
 
 from .original import from_original, is_original
 
@@ -83,14 +83,21 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pos_embed(x)
         x = self.add_attention(x)
-        x = x + self.drop_path2(self.ls2(self.mlp(x)))
+        x = self.add_ffn(x)
         return x
 
     def add_attention(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
             if self.fuses_attention(x):
-                return self.attn.add_to(x, self.norm1, self.scale_attention)
+                scales = isinstance(self.ls1, LayerScale) or not drops_nothing(self.drop_path1)
+                return self.attn.add_to(x, self.norm1, self.scale_attention if scales else None)
         return x + self.scale_attention(self.attn(self.norm1(x)))
+
+    def add_ffn(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if self.fuses_ffn(x):
+                return self.mlp.add_to(x)
+        return x + self.drop_path2(self.ls2(self.mlp(x)))
 
     def scale_attention(self, x: torch.Tensor) -> torch.Tensor:
         return self.drop_path1(self.ls1(x))
@@ -105,6 +112,13 @@ class Block(nn.Module):
         if type(scale) not in (LayerScale, nn.Identity) or type(drop_path) not in (DropPath, nn.Identity):
             return False
         return norm.bias is not None and self.attn.fuses(x)
+
+    @torch.jit.ignore
+    def fuses_ffn(self, x: torch.Tensor) -> bool:
+        """Whether a backend takes the residual into the conv-FFN."""
+        if type(self.ls2) is not nn.Identity or not drops_nothing(self.drop_path2):
+            return False
+        return untouched({self.mlp: ConvFFN}) and self.mlp.fuses(x)
 
     @torch.no_grad()
     def fuse(self) -> "Block":

@@ -1,12 +1,14 @@
-"""Functions without parameters: super-token attention's sampling and spreading, the residual depthwise convolution.
+"""Functions without parameters: super-token attention's sampling and spreading, the residual depthwise convolution,
+and the halves of a block as wholes.
 
-`functional.py` is for users, `reference.py` computes everything in PyTorch, `triton/` the same in fused kernels,
-`backends.py` chooses, `library.py` registers the ops as `torch.ops.svit`. docs/ops.md explains them.
+`functional.py` is for users, `reference.py` computes everything in PyTorch, `triton/` the parts in fused kernels,
+`cuda.py` with `csrc/` the wholes, `backends.py` chooses, `library.py` registers the ops as `torch.ops.svit`.
+docs/ops.md explains them.
 """
 
-from . import library, onednn, triton
+from . import cuda, library, onednn, triton
 from .backends import choose, info
-from .functional import aggregate, associate, depthwise3x3, sample, spread
+from .functional import aggregate, associate, conv_ffn, depthwise3x3, sample, spread, super_token_attention
 
 if triton.triton is not None:  # else no fused op will run, and PyTorch would warn that it misses Triton
     from . import flops  # noqa: F401
@@ -15,10 +17,13 @@ __all__ = [
     "aggregate",
     "associate",
     "choose",
+    "conv_ffn",
+    "cuda",
     "depthwise3x3",
     "info",
     "library",
     "onednn",
     "sample",
     "spread",
+    "super_token_attention",
 ]

@@ -1,4 +1,5 @@
-"""The choice of a backend. Each is a module with `usable(op, x) -> (bool, reason)` and the ops of library.py.
+"""The choice of a backend. Each is a module with `usable(op, x) -> (bool, reason)`, `OPS`, the names of those ops of
+library.py that it has, and these.
 
 To add one: write the module, name it in `MODULES` where it stands in the order of preference (docs/ops.md).
 """
@@ -9,11 +10,14 @@ from types import ModuleType
 import torch
 from torch.autograd import forward_ad
 
-from . import reference, triton
+from . import cuda, reference, triton
 
 # The first usable one is taken. `reference` serves everything.
-MODULES: dict[str, ModuleType] = {"triton": triton}
+MODULES: dict[str, ModuleType] = {"cuda": cuda, "triton": triton}
 NAMES = (*MODULES, "reference")
+
+# Those that are never chosen, and why: a name must ask for them.
+BY_NAME = {"cuda": "no GPU has run it yet, a name must ask for it"}
 
 # (backend, op, channels, dtype) -> why it broke in this process: the backend is not chosen again for these.
 failures: dict[tuple, str] = {}
@@ -23,11 +27,20 @@ def problem(name: str, op: str, x: torch.Tensor) -> tuple:
     return name, op, x.shape[-1], x.dtype
 
 
-def usable(name: str, op: str, x: torch.Tensor) -> tuple[bool, str]:
-    """Whether a backend serves `op` on the map x (B, H, W, C), and if not, why."""
+def has(name: str, op: str) -> bool:
+    """Whether a backend has an op at all."""
+    return op in getattr(MODULES[name], "OPS", (op,))
+
+
+def usable(name: str, op: str, x: torch.Tensor, **sizes) -> tuple[bool, str]:
+    """Whether a backend that nobody asked for serves `op` on the map x (B, H, W, C), and if not, why.
+
+    `sizes` are what else the choice depends on, for ops that have such (see the backends' `usable`).
+    """
     if (key := problem(name, op, x)) in failures:
         return False, failures[key]
-    return MODULES[name].usable(op, x)
+    serves, reason = MODULES[name].usable(op, x, **sizes)
+    return (False, BY_NAME[name]) if serves and name in BY_NAME else (serves, reason)
 
 
 def transformed() -> bool:
@@ -37,40 +50,44 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def choose(op: str, x: torch.Tensor, backend: str | None = None) -> str:
+def choose(op: str, x: torch.Tensor, backend: str | None = None, must: bool = True, **sizes) -> str:
     """Name of the backend that runs `op` on the map x (B, H, W, C): the one asked for, else the first usable one.
 
-    In a trace (torch.jit.trace, torch.fx) it is the reference, whatever was asked for.
+    `must` is whether the one asked for has to serve x; if not, and it does not, the choice goes on.
+
+    In a trace (torch.jit.trace, torch.fx) it is the reference, whatever was asked for. A backend that lacks the op, as
+    'cuda' lacks the parts of its wholes, has no say: asking for it leaves the choice.
 
     Raises:
-        ValueError: no such backend, or it does not serve x.
+        ValueError: no such backend, or it does not serve x though it must.
     """
     if backend is not None and backend not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)} or None, got {backend!r}")
     # A trace is for other programs to read (ONNX, TorchScript, FLOP counters), which know PyTorch's operations only.
     if backend == "reference" or not isinstance(x, torch.Tensor) or torch.jit.is_tracing():
         return "reference"
-    if backend is not None:
-        serves, reason = MODULES[backend].usable(op, x)
-        if not serves:
+    if backend is not None and has(backend, op):
+        serves, reason = MODULES[backend].usable(op, x, **sizes)
+        if serves:
+            return backend
+        if must:
             raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
-        return backend
     if transformed():
         return "reference"
     for name in MODULES:
-        if usable(name, op, x)[0]:
+        if has(name, op) and usable(name, op, x, **sizes)[0]:
             return name
     return "reference"
 
 
-def run(op: str, backend: str | None, x: torch.Tensor, *args):
+def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
     """Runs `op` of a backend. One that was chosen, not asked for, may fail: then the next one runs, now and hereafter.
 
     The failures meant here are those of compiling and launching kernels. Lack of memory is not one of them; a caller's
     error has been found before.
     """
     while True:
-        name = choose(op, x, backend)
+        name = choose(op, x, backend, **sizes)
         if name == "reference":
             results = getattr(reference, op)(*args)
             return results.contiguous() if torch.is_tensor(results) else tuple(t.contiguous() for t in results)
@@ -90,11 +107,15 @@ def run(op: str, backend: str | None, x: torch.Tensor, *args):
 def info() -> None:
     """Prints which backend serves each device and dtype of this machine, and why not the ones before it."""
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    print(f"svit.ops, torch {torch.__version__}, {triton.version}")
+    print(f"svit.ops, torch {torch.__version__}, {triton.version}, {cuda.version}")
     for device in devices:
         if device != "cpu":
             print(f"{device}: {torch.cuda.get_device_name(device)}")
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             x = torch.empty(0, 1, 1, 64, device=device, dtype=dtype)
-            why = [f"not {name}: {reason}" for name in MODULES for ok, reason in [usable(name, "sample", x)] if not ok]
-            print(f"{device:8} {str(dtype).removeprefix('torch.'):8} -> {', '.join([choose('sample', x), *why])}")
+            line = [choose("sample", x)]
+            for name in MODULES:
+                op, sizes = ("sample", {}) if has(name, "sample") else ("conv_ffn", {"hidden": 256})
+                serves, reason = usable(name, op, x, **sizes)
+                line += [] if serves else [f"not {name}: {reason}"]
+            print(f"{device:8} {str(dtype).removeprefix('torch.'):8} -> {', '.join(line)}")

@@ -80,3 +80,36 @@ def check_depthwise(x, weight, bias, gelu):
     expect_map(x)
     expect(weight, "weight", (x.shape[3], 1, 3, 3), x)
     expect(bias, "bias", (x.shape[3],), x)
+
+
+def expect_linear(weight, bias, name, outputs: int, inputs: int, x) -> None:
+    expect(weight, f"{name}_weight", (outputs, inputs), x)
+    expect(bias, f"{name}_bias", (outputs,), x)
+
+
+def check_attention(
+    x, cell, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, scale, num_heads
+):
+    expect_map(x)
+    expect_cell(cell)
+    C = x.shape[3]
+    for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        expect(t, name, (C,), x)
+    if num_heads < 1 or C % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of {C} channels, got {num_heads}")
+    expect_linear(qkv_weight, qkv_bias, "qkv", 3 * C, C, x)
+    expect_linear(proj_weight, proj_bias, "proj", C, C, x)
+    if scale is not None:
+        expect(scale, "scale", (x.shape[0], C), x)
+
+
+def check_conv_ffn(x, residual, weight1, bias1, depthwise_weight, depthwise_bias, weight2, bias2):
+    expect_map(x)
+    expect(residual, "residual", x.shape, x, x.dtype)
+    C, hidden = x.shape[3], weight1.shape[0]
+    expect(weight1, "weight1", (hidden, C), x)
+    expect(bias1, "bias1", (hidden,), x)
+    expect(depthwise_weight, "depthwise_weight", (hidden, 1, 3, 3), x)
+    expect(depthwise_bias, "depthwise_bias", (hidden,), x)
+    expect(weight2, "weight2", (C, hidden), x)
+    expect(bias2, "bias2", (C,), x)

@@ -202,3 +202,94 @@ def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, ba
         if choose("depthwise3x3", x, backend) == "reference":
             return reference.depthwise3x3(x, weight, bias, gelu)
         return torch.ops.svit.depthwise3x3(x, weight, bias, gelu, backend)
+
+
+def super_token_attention(
+    x: Tensor,
+    cell: tuple[int, int],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    num_heads: int,
+    scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """x + scale * attention(norm(x)): the first half of a block, with one round of association (paper: section 3.2).
+
+    Where no backend has it as a whole it is made of `sample` and `spread`.
+
+    Args:
+        x: map (B, H, W, C).
+        cell: height and width of a cell in pixels.
+        norm_weight, norm_bias: (C,), of the layer norm.
+        eps: of that norm.
+        qkv_weight, qkv_bias: (3C, C) and (3C,); outputs come head by head, in each the queries, keys, values.
+        proj_weight, proj_bias: (C, C) and (C,).
+        num_heads: a divisor of C.
+        scale: (B, C), factors of the result before it is added (layer scale, drop path), or None.
+        backend: see above.
+
+    Returns:
+        map (B, H, W, C), in the dtype of x.
+
+    Raises:
+        ValueError: an argument of another shape or device, or a backend that does not serve them.
+    """
+    parameters = qkv_weight, qkv_bias, proj_weight, proj_bias
+    if checked():
+        checks.check_attention(x, cell, norm_weight, norm_bias, eps, *parameters, scale, num_heads)
+    sizes = {"cell": cell, "num_heads": num_heads}
+    if choose("super_token_attention", x, backend, **sizes) == "reference":
+        s, q = sample(x, cell, 1, norm_weight, norm_bias, eps, backend=backend)
+        s = reference.attend(s, *parameters, num_heads)
+        if scale is not None:
+            s = s * scale[:, None, None].to(s.dtype)
+        return spread(s, q, cell, (x.shape[1], x.shape[2]), residual=x, backend=backend)
+    tensors = x, norm_weight, norm_bias, *parameters, scale
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    op = torch.ops.svit.super_token_attention
+    return op(x, cell, norm_weight, norm_bias, eps, *parameters, scale, num_heads, keep, backend)[0]
+
+
+def conv_ffn(
+    x: Tensor,
+    residual: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    backend: str | None = None,
+) -> Tensor:
+    """residual + conv-FFN of x, the second half of a block: 1x1 conv, GELU, u + depthwise conv of u, 1x1 conv.
+
+    Where no backend has it as a whole, and where gradients are wanted, it is made of `depthwise3x3` and products.
+
+    Args:
+        x: map (B, H, W, C), normalised (BatchNorm is folded into `weight1`, or was applied).
+        residual: map to add, same shape and dtype.
+        weight1, bias1: (hidden, C) and (hidden,).
+        depthwise_weight, depthwise_bias: (hidden, 1, 3, 3) and (hidden,).
+        weight2, bias2: (C, hidden) and (C,).
+        backend: see above.
+
+    Returns:
+        map (B, H, W, C), in the dtype of x.
+
+    Raises:
+        ValueError: an argument of another shape or device, or a backend that does not serve them.
+    """
+    tensors = x, residual, weight1, bias1, depthwise_weight, depthwise_bias, weight2, bias2
+    if checked():
+        checks.check_conv_ffn(*tensors)
+    differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if differentiates or choose("conv_ffn", x, backend, hidden=weight1.shape[0]) == "reference":
+        u = torch.nn.functional.linear(x, weight1.to(x.dtype), bias1.to(x.dtype))
+        u = depthwise3x3(u, depthwise_weight, depthwise_bias, gelu=True, backend=backend)
+        return residual + torch.nn.functional.linear(u, weight2.to(x.dtype), bias2.to(x.dtype))
+    return torch.ops.svit.conv_ffn(*tensors, backend)

@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from . import backends, checks
+from . import backends, checks, reference
 
 LIBRARY = Library("svit", "DEF")
 ops = torch.ops.svit
 
 
-def define(schema: str, check: Callable[..., None] = lambda *_: None) -> None:
+def define(
+    schema: str,
+    check: Callable[..., None] = lambda *_: None,
+    sizes: Callable[..., dict] = lambda *_: {},
+) -> None:
     """Defines an op whose last argument is `str? backend` and whose first is the map that the choice depends on.
 
-    `check` takes the others and raises a ValueError if they do not fit together; kernels trust their arguments.
+    `check` takes the others and raises a ValueError if they do not fit together; kernels trust their arguments. `sizes`
+    takes them too and gives what else the choice depends on.
     """
     name, _, rest = schema.partition("(")
     arguments, _, returns = rest.rpartition(") -> ")
@@ -29,7 +34,7 @@ def define(schema: str, check: Callable[..., None] = lambda *_: None) -> None:
         args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
         check(*args)
         # The first argument has the dtype, device and channels that the choice depends on.
-        return backends.run(name, backend, args[0], *args)
+        return backends.run(name, backend, sizes(*args), args[0], *args)
 
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
 
@@ -207,3 +212,72 @@ def refuse_second_derivative(name: str):
 
 for _name in ("sample", "depthwise3x3"):
     register_autograd(f"svit::{_name}_backward", refuse_second_derivative(_name))
+
+
+# A block's halves as wholes. Attention: y = x + scale * attention(norm(x)), and what its backward wants if `keep`.
+
+
+define(
+    "super_token_attention(Tensor x, int[] cell, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight, "
+    "Tensor qkv_bias, Tensor proj_weight, Tensor proj_bias, Tensor? scale, int num_heads, bool keep) "
+    "-> (Tensor y, Tensor s, Tensor q, Tensor mass)",
+    lambda x, *args: checks.check_attention(x, *args[:-1]),
+    lambda x, cell, *args: {"cell": cell, "num_heads": args[-2]},
+)
+define(
+    "conv_ffn(Tensor x, Tensor residual, Tensor weight1, Tensor bias1, Tensor depthwise_weight, "
+    "Tensor depthwise_bias, Tensor weight2, Tensor bias2) -> Tensor",
+    checks.check_conv_ffn,
+    lambda x, residual, weight1, *_: {"hidden": weight1.shape[0]},
+)
+
+
+@register_fake("svit::super_token_attention")
+def _(x, cell, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, scale, num_heads, keep,
+      backend=None):  # fmt: skip
+    B, H, W, C = x.shape
+    hh, ww = grid(H, W, cell)
+    dtype = wide(x.dtype)
+    y = x.new_empty(x.shape)
+    if not keep:
+        return y, x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=dtype)
+    q = x.new_empty(B, hh, ww, 9, cell[0] * cell[1])
+    return y, x.new_empty(B, hh, ww, C), q, x.new_empty(B, hh, ww, dtype=dtype)
+
+
+@register_fake("svit::conv_ffn")
+def _(x, residual, weight1, bias1, depthwise_weight, depthwise_bias, weight2, bias2, backend=None):
+    return residual.new_empty(residual.shape)
+
+
+def attention_context(ctx, inputs, output):
+    (x, ctx.cell, norm_weight, norm_bias, ctx.eps, qkv_weight, qkv_bias, proj_weight, proj_bias, scale, ctx.num_heads,
+     ctx.keep, _) = inputs  # fmt: skip
+    _, s, q, mass = output
+    ctx.mark_non_differentiable(s, q, mass)
+    ctx.norm_bias_dtype = norm_bias.dtype
+    ctx.save_for_backward(x, s, q, mass, norm_weight, qkv_weight, qkv_bias, proj_weight, proj_bias, scale)
+
+
+def attention_gradients(ctx, grad, *_):
+    """Of the parts that the whole is made of: spreading, attention among the super tokens, sampling."""
+    if not ctx.keep:
+        raise RuntimeError("svit::super_token_attention keeps nothing for a backward with keep=False")
+    x, s, q, mass, norm_weight, *parameters, scale = ctx.saved_tensors
+    ds = ops.aggregate(grad.to(q.dtype), q, ctx.cell)[0]
+    ds, *dparameters, dscale = reference.attend_backward(ds, s, *parameters, scale, ctx.num_heads)
+    dx, dnorm_weight, dnorm_bias = ops.sample_backward(ds.to(x.dtype), x, q, mass, ctx.cell, norm_weight, ctx.eps)
+    dparameters = [d.to(p.dtype) for d, p in zip(dparameters, parameters, strict=True)]
+    dnorm = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(ctx.norm_bias_dtype)
+    dscale = None if scale is None else dscale.to(scale.dtype)
+    return grad.to(x.dtype) + dx, None, *dnorm, None, *dparameters, dscale, None, None, None
+
+
+register_autograd("svit::super_token_attention", attention_gradients, setup_context=attention_context)
+
+
+def no_gradient(ctx, grad):
+    raise RuntimeError("svit::conv_ffn is for inference and has no gradient")
+
+
+register_autograd("svit::conv_ffn", no_gradient)

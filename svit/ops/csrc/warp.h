@@ -161,6 +161,9 @@ __device__ __forceinline__ float2 unpack<fp16>(uint32_t both) {
   return __half22float2(*reinterpret_cast<const __half2*>(&both));
 }
 
+__device__ __forceinline__ float to_float(bf16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(fp16 value) { return __half2float(value); }
+
 // A vector of parameters, in T or in float32.
 template <typename T>
 struct Parameters {
@@ -168,7 +171,7 @@ struct Parameters {
   bool wide;
 
   __device__ __forceinline__ float operator[](int i) const {
-    return wide ? static_cast<const float*>(values)[i] : static_cast<float>(static_cast<const T*>(values)[i]);
+    return wide ? static_cast<const float*>(values)[i] : to_float(static_cast<const T*>(values)[i]);
   }
 };
 

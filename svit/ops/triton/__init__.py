@@ -34,6 +34,16 @@ __all__ = [
     "version",
 ]
 
+OPS = (
+    "associate",
+    "aggregate",
+    "spread",
+    "sample",
+    "sample_backward",
+    "depthwise3x3",
+    "depthwise3x3_backward",
+)
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # A program holds all channels of 16 pixels and 16 super tokens: these fill its registers and shared memory.

@@ -1,0 +1,168 @@
+"""The CUDA backend: compiled kernels for what Triton cannot express (docs/ops.md), if `SVIT_BUILD_CUDA=1` built them.
+
+It has the two halves of a block as wholes, for the sizes of the published models, and none of their parts.
+"""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+OPS = ("super_token_attention", "conv_ffn")
+
+# Channels -> the cell and the channels of a head, as compiled (csrc/super_token_attention.cu).
+CELLS = {64: ((8, 8), 64), 96: ((8, 8), 48), 128: ((4, 4), 64), 192: ((4, 4), 64)}
+MOST_CELLS = 8  # down and across
+
+# The kernels' own schemas: their results are written into tensors that are handed to them.
+LIBRARY = Library("svit_cuda", "DEF")
+LIBRARY.define(
+    "super_token_attention(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight, "
+    "Tensor qkv_bias, Tensor proj_weight, Tensor proj_bias, Tensor? scale, int height, int width, bool clusters, "
+    "Tensor(a!) y, Tensor(b!)? s, Tensor(c!)? q, Tensor(d!)? mass) -> ()"
+)
+LIBRARY.define(
+    "conv_ffn(Tensor x, Tensor residual, Tensor weight1, Tensor bias1, Tensor taps, Tensor depthwise_bias, "
+    "Tensor weight2, Tensor bias2, Tensor(a!) y) -> ()"
+)
+
+
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled library, or None, and a line about it."""
+    for path in Path(__file__).parent.glob("_cuda*.so"):
+        try:
+            torch.ops.load_library(path)
+            return ctypes.CDLL(path), f"cuda kernels of {path.name}"
+        except OSError as error:  # a build of PyTorch without CUDA
+            return None, f"no cuda kernels: {error}"
+    return None, "no cuda kernels: they were not built (SVIT_BUILD_CUDA=1)"
+
+
+compiled, version = load()
+
+
+def usable(op: str, x: Tensor, cell: tuple[int, int] = (1, 1), num_heads: int = 1, hidden: int = 0) -> tuple[bool, str]:
+    """Whether this backend serves `op` on the map x (B, H, W, C), and if not, why.
+
+    Args:
+        op: one of `OPS`.
+        x: the map.
+        cell, num_heads: of the attention.
+        hidden: channels between the 1x1 convolutions of the conv-FFN.
+    """
+    if compiled is None:
+        return False, version
+    if x.device.type != "cuda":
+        return False, f"x is on {x.device.type}, it runs on GPUs"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return False, f"it computes in float16 and bfloat16, not in {x.dtype}"
+    served, reason = fits(op, tuple(x.shape), tuple(cell), num_heads, hidden)
+    # A map may claim to be on a GPU where there is none: a fake tensor, while a model is compiled or exported.
+    if not served or not torch.cuda.is_available():
+        return served, reason
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False, "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher"
+    wanted = shared_memory(op, tuple(x.shape), tuple(cell), has_clusters(x.device))
+    limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    if wanted > limit:
+        return False, f"a block wants {wanted} bytes of shared memory, this GPU has {limit}"
+    return True, ""
+
+
+def fits(op: str, shape: tuple[int, ...], cell: tuple[int, int], num_heads: int, hidden: int) -> tuple[bool, str]:
+    """Whether the kernels of `op` were compiled for maps of this shape."""
+    _, H, W, C = shape
+    if C not in CELLS:
+        return False, f"it has kernels for {', '.join(map(str, CELLS))} channels, not for {C}"
+    if op == "conv_ffn":
+        return (True, "") if hidden == 4 * C else (False, f"it expands {C} channels to {4 * C}, not to {hidden}")
+    (h, w), head = CELLS[C]
+    if cell != (h, w) or num_heads * head != C:
+        return False, f"of {C} channels it has cells of {h} x {w} and {C // head} heads, not {cell} and {num_heads}"
+    if H % h or W % w:
+        return False, f"it needs whole cells of {h} x {w}, not a map of {H} x {W}"
+    if H // h > MOST_CELLS or W // w > MOST_CELLS:
+        return False, f"it has room for {MOST_CELLS} x {MOST_CELLS} cells, not for {H // h} x {W // w}"
+    return True, ""
+
+
+def has_clusters(device: torch.device) -> bool:
+    """Whether blocks can reach into each other's shared memory, which lets a map stay there."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def shared_memory(op: str, shape: tuple[int, ...], cell: tuple[int, int], clusters: bool) -> int:
+    """Bytes that a block of the kernel wants."""
+    _, H, W, C = shape
+    if op == "conv_ffn":
+        return compiled.svit_conv_ffn_bytes(C)
+    h, w = cell
+    return compiled.svit_attention_bytes(C, h, w, H // h, W // w, clusters)
+
+
+def super_token_attention(
+    x: Tensor,
+    cell: list[int],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    scale: Tensor | None,
+    num_heads: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, H, W, C = x.shape
+    h, w = cell
+    x = aligned(x)
+    clusters = has_clusters(x.device)
+    y = torch.empty_like(x)
+    s = x.new_empty((B, H // h, W // w, C) if keep else 0)
+    # Without clusters q passes through global memory.
+    q = x.new_empty((B, H // h, W // w, 9, h * w) if keep or not clusters else 0)
+    mass = x.new_empty((B, H // h, W // w) if keep else 0, dtype=torch.float32)
+    torch.ops.svit_cuda.super_token_attention(
+        x, *(parameter(t, x) for t in (norm_weight, norm_bias)), eps,
+        weight(qkv_weight, x), parameter(qkv_bias, x), weight(proj_weight, x), parameter(proj_bias, x),
+        None if scale is None else scale.float().contiguous(),
+        h, w, clusters, y, *(t if t.numel() else None for t in (s, q, mass)),
+    )  # fmt: skip
+    return y, s, q if keep else x.new_empty(0), mass
+
+
+def conv_ffn(
+    x: Tensor,
+    residual: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+) -> Tensor:
+    x = aligned(x)
+    y = torch.empty_like(x)
+    torch.ops.svit_cuda.conv_ffn(
+        x, aligned(residual), weight(weight1, x), parameter(bias1, x),
+        parameter(depthwise_weight, x), parameter(depthwise_bias, x), weight(weight2, x), parameter(bias2, x), y,
+    )  # fmt: skip
+    return y
+
+
+def aligned(t: Tensor) -> Tensor:
+    """t at an address that 16 bytes can be read from at once."""
+    return t.clone() if t.data_ptr() % 16 else t
+
+
+def weight(t: Tensor, x: Tensor) -> Tensor:
+    """A matrix in the dtype of x."""
+    return aligned(t.to(x.dtype).contiguous())
+
+
+def parameter(t: Tensor, x: Tensor) -> Tensor:
+    """A vector or taps as a kernel reads them: in the dtype of x or in float32."""
+    return t.contiguous() if t.dtype == x.dtype else t.float().contiguous()

@@ -1,0 +1,51 @@
+"""What stands in for a GPU here: the kernels' sources compiled for the CPU, and what nvcc makes of them."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import helpers
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+SOURCES = ROOT / "svit" / "ops" / "csrc"
+
+
+def needs_nvcc() -> None:
+    if shutil.which("nvcc") is None:
+        helpers.missing("nvcc")
+
+
+@pytest.fixture(scope="session")
+def compile_for_cpu(tmp_path_factory):
+    """A function: C++ file of this folder -> ctypes library. nvcc knows its headers, and calls the C++ compiler."""
+    needs_nvcc()
+
+    def run(name: str) -> ctypes.CDLL:
+        out = tmp_path_factory.mktemp("cpu") / f"{name}.so"
+        flags = ["-shared", "-Xcompiler=-fPIC,-w,-O2", "-cudart=none", f"-I{HERE / 'emulator'}", f"-I{SOURCES}"]
+        subprocess.run(["nvcc", *flags, HERE / name, "-o", out], check=True)
+        return ctypes.CDLL(out)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> tuple[Path, str]:
+    """The library as a user builds it, and what the compiler said."""
+    needs_nvcc()
+    folder = tmp_path_factory.mktemp("cuda")
+    environment = {
+        **os.environ, "SVIT_BUILD_CUDA": "1", "NVCC_APPEND_FLAGS": "--ptxas-options=-v", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    environment.pop("TORCH_CUDA_ARCH_LIST", None)
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    (library,) = (folder / "lib" / "svit" / "ops").glob("*.so")
+    return library, done.stdout + done.stderr
