@@ -45,6 +45,8 @@ docs: .venv-docs/installed
 	@echo "Open site/index.html; the search needs a server: .venv-docs/bin/mkdocs serve"
 
 gpu-check: $(TESTENV)/installed
+	if command -v nvcc; then SVIT_BUILD_CUDA=1 $(TESTENV)/bin/python setup.py build_ext --inplace; \
+	else echo "no nvcc: the cuda backend is left out"; fi
 	$(TESTENV)/bin/python tools/gpu_check.py --parts $(PARTS)
 
 lint: $(TESTENV)/installed

@@ -31,7 +31,7 @@ class BuildLibrary(build_ext):
         command = [
             compiler(), "-shared", "-Xcompiler=-fPIC", "-O3", "-Werror=all-warnings", "-cudart=static", "--threads=0",
             f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA", f"-I{SOURCES}", f"-I{torch_headers()}",
-            *code_for(architectures), *extension.sources, f"-o{out}",
+            *code_for(architectures), *extension.sources, "-o", str(out),
         ]  # fmt: skip
         print(" ".join(command), flush=True)
         if subprocess.run(command).returncode:

@@ -8,7 +8,8 @@ import torch
 
 import goldens
 import svit
-from svit.ops import depthwise3x3, reference, sample, spread
+from svit.models.svit import Block
+from svit.ops import cuda, depthwise3x3, reference, sample, spread
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU: make gpu-check", allow_module_level=True)
@@ -140,6 +141,101 @@ def test_maps_of_more_than_2_to_the_31_elements():
     (grad,) = torch.autograd.grad(y[-1:, inner, inner].sum(), leaf)
     (expected,) = torch.autograd.grad(expected[:, inner, inner].sum(), corner64)
     assert (grad[-1:, -64:, -64:].double() - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+needs_cuda_backend = pytest.mark.skipif(cuda.compiled is None, reason=cuda.version)
+
+
+def whole_block(C: int, dtype: torch.dtype, seed: int = 0, **arguments) -> tuple[Block, torch.Tensor]:
+    torch.manual_seed(seed)
+    (h, w), head = cuda.CELLS[C]
+    block = Block(C, C // head, (h, w), **arguments).cuda().to(dtype)
+    x = torch.randn(3, C, 7 * h, 6 * w, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return block, x
+
+
+@needs_cuda_backend
+@pytest.mark.parametrize("clusters", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("C", list(cuda.CELLS))
+def test_cuda_backend_is_near_the_reference(C, dtype, clusters, monkeypatch):
+    if clusters and not cuda.has_clusters(torch.device("cuda")):
+        pytest.skip("this GPU has no thread-block clusters")
+    monkeypatch.setattr(cuda, "has_clusters", lambda device: clusters)
+    calls = []
+    for op in cuda.OPS:
+        kernel = getattr(cuda, op)
+        monkeypatch.setattr(cuda, op, lambda *args, op=op, kernel=kernel: [calls.append(op), kernel(*args)][1])
+    block, x = whole_block(C, dtype, backend="cuda", layer_scale_init=0.5)
+    exact = Block(C, block.attn.num_heads, block.attn.cell, backend="reference", layer_scale_init=0.5).double()
+    exact.load_state_dict(block.state_dict())
+    exact.cuda()
+    results = []
+    for module in (block, exact):
+        leaf = x.to(module.pos_embed.weight.dtype).detach().requires_grad_()
+        weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(leaf)
+        module.train()
+        y = module.add_attention(leaf)
+        y.backward(weight)
+        gradients = [p.grad.clone() for p in (*module.norm1.parameters(), *module.attn.parameters())]
+        with torch.no_grad():
+            ffn = module.eval().fuse().add_ffn(leaf)
+        results.append([y - leaf, ffn - leaf, leaf.grad, *gradients])
+    assert calls == ["super_token_attention", "conv_ffn"]
+    for actual, expected in zip(*results, strict=True):
+        error = (actual.double() - expected).abs().max() / expected.abs().max()
+        assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+@needs_cuda_backend
+@pytest.mark.parametrize("C", list(cuda.CELLS))
+def test_cuda_backend_gives_the_same_bits(C):
+    block, x = whole_block(C, torch.bfloat16, backend="cuda")
+    with torch.inference_mode():
+        first = block.eval()(x)
+        assert all(torch.equal(block(x), first) for _ in range(20))
+
+
+@needs_cuda_backend
+@torch.inference_mode()
+def test_cuda_backend_in_a_graph():
+    block, x = whole_block(64, torch.bfloat16, backend="cuda")
+    block.eval()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        block(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = block(x)
+    x.copy_(x.flip(-1).clone())
+    graph.replay()
+    assert torch.equal(y, block(x))
+
+
+@needs_cuda_backend
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@torch.inference_mode()
+def test_cuda_backend_in_a_model(small, dtype, tolerance):
+    x = goldens.image(1, (2, 3, 224, 224)).float().cuda()
+    expected = small(x)
+    model = timm.create_model("svit_small", backend="cuda").cuda().eval()
+    model.load_state_dict(small.state_dict())
+    with torch.autocast("cuda", dtype):
+        error = (model.fuse()(x).float() - expected).abs().max() / expected.abs().max()
+    assert error < tolerance
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_cuda_backend
+def test_cuda_backend_on_the_second_device():
+    block, x = whole_block(64, torch.bfloat16, backend="cuda")
+    with torch.inference_mode():
+        expected = block.eval()(x)
+        y = block.to("cuda:1")(x.to("cuda:1"))
+    assert y.device.index == 1
+    assert torch.equal(y.to("cuda:0"), expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

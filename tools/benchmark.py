@@ -7,7 +7,7 @@
 
 A model is any timm name. Before it may stand, and add up: `maps:` for its feature maps alone, without what follows the
 last one, as detectors and segmentors use it; `plain:` for an SViT made of the authors' operations
-(tools/plain_form.py), `reference:` for one on PyTorch's operations (svit.ops), `folded:` to fold what its `fuse()`
+(tools/plain_form.py), `reference:` or `cuda:` for one on that backend (svit.ops), `folded:` to fold what its `fuse()`
 folds, `compiled:` for torch.compile, `graph:` to replay a CUDA graph of it. The models take turns, run by run, so that
 a slow moment of the machine meets them all; each runs in the memory format in which it is faster. Peak memory is what
 the model adds: to a process of its own, or on a GPU to what the allocator gave out before.
@@ -58,7 +58,7 @@ class Setting:
         return torch.autocast(self.device, dtype, enabled=self.amp is not None, cache_enabled=False)
 
 
-PREFIXES = ("plain", "reference", "folded", "maps", "compiled", "graph")
+PREFIXES = ("plain", "reference", "cuda", "folded", "maps", "compiled", "graph")
 
 
 def build(spec: str, setting: Setting) -> nn.Module:
@@ -66,7 +66,9 @@ def build(spec: str, setting: Setting) -> nn.Module:
     *prefixes, name = spec.split(":")
     if unknown := set(prefixes) - set(PREFIXES):
         raise SystemExit(f"error: {spec}: expected {', '.join(PREFIXES)} before a model, got {unknown.pop()}")
-    arguments = {"backend": "reference"} if "reference" in prefixes else {}
+    arguments = {}
+    for backend in {"reference", "cuda"} & set(prefixes):
+        arguments["backend"] = backend
     # timm's models of a fixed input size must be told another one
     if timm.get_pretrained_cfg(name) is not None and timm.get_pretrained_cfg(name).fixed_input_size:
         arguments["img_size"] = setting.size

@@ -33,7 +33,7 @@ from plain_form import PlainDepthwise, PlainLayerNorm, PlainSuperTokenAttention
 from svit.files import replacing
 from svit.layers import ResidualDepthwiseConv
 from svit.models.svit import Block
-from svit.ops import depthwise3x3, sample, spread
+from svit.ops import conv_ffn, cuda, depthwise3x3, sample, spread, super_token_attention
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("tests", "sanitizer", "ops", "inference", "training", "compiled")
@@ -100,6 +100,18 @@ def run_every_op() -> None:
                 y = spread(s, q, cell, (13, 18), residual=x)
                 for gelu in (False, True):
                     depthwise3x3(y, taps, bias, gelu).float().square().sum().backward(retain_graph=True)
+    if cuda.compiled is not None and GPU:
+        for dtype in (torch.bfloat16, torch.float16):
+            for C, ((h, w), head) in cuda.CELLS.items():
+                x = torch.randn(2, 3 * h, 2 * w, C, device=DEVICE, dtype=dtype)
+                vectors = [torch.randn(n, device=DEVICE) for n in (C, C, 3 * C, C, 4 * C, 4 * C, C)]
+                shapes = (3 * C, C), (C, C), (4 * C, C), (4 * C, 1, 3, 3), (C, 4 * C)
+                qkv, proj, weight1, taps, weight2 = (torch.randn(*shape, device=DEVICE) for shape in shapes)
+                leaf = x.clone().requires_grad_()
+                arguments = vectors[0], vectors[1], 1e-6, qkv, vectors[2], proj, vectors[3], C // head
+                y = super_token_attention(leaf, (h, w), *arguments, backend="cuda")
+                y.float().square().sum().backward()
+                conv_ffn(x, x, weight1, vectors[4], taps, vectors[5], weight2, vectors[6], backend="cuda")
     if GPU:
         torch.cuda.synchronize()
 
@@ -153,6 +165,18 @@ class Half(nn.Module):
         return self.block.add_attention(x)
 
 
+class FFNHalf(nn.Module):
+    """The other half of a block of ours, the conv-FFN with its residual, BatchNorm folded."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        block.mlp.eval().fuse()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block.add_ffn(x)
+
+
 class GeluDepthwise(nn.Module):
     def __init__(self, conv: ResidualDepthwiseConv) -> None:
         super().__init__()
@@ -174,6 +198,20 @@ def half_block_bytes(B: int, H: int, W: int, C: int, cell: tuple[int, int]) -> i
     """What the four kernels of a half-block move in 16 bit: x three times in, once out, q, partial sums."""
     pixels, cells = B * H * W, B * (H // cell[0]) * (W // cell[1])
     return 2 * 4 * pixels * C + 2 * 2 * 9 * pixels + 2 * 4 * 9 * cells * C
+
+
+def serves(op: str, x: torch.Tensor, **sizes) -> bool:
+    """Whether the CUDA backend can be asked for, for a map (B, C, H, W)."""
+    return cuda.usable(op, x.permute(0, 2, 3, 1), **sizes)[0]
+
+
+def inference_row(name: str, model: nn.Module, x: torch.Tensor, floor: float, first: dict | None) -> dict:
+    model.to(DEVICE, x.dtype)
+    with torch.inference_mode():
+        forward = milliseconds(lambda: model(x))
+        graph = milliseconds_in_graph(lambda: model(x))
+    found = {"what": name, "forward us": 1e3 * forward, "in a graph": 1e3 * graph, "floor us": 1e3 * floor}
+    return {**found, "x forward": (first or found)["forward us"] / found["forward us"]}
 
 
 def row(name: str, model: nn.Module, x: torch.Tensor, floor: float, first: dict | None) -> dict:
@@ -207,7 +245,15 @@ def measure_ops(batch: int, settings: list) -> Iterator[str]:
         rows.append(row("plain, channels-last", Plain(Block(C, heads, cell)), nhwc, floor, rows[0]))
         rows.append(row("reference", Half(Block(C, heads, cell, backend="reference")), nhwc, floor, rows[0]))
         rows.append(row("svit", Half(Block(C, heads, cell)), nhwc, floor, rows[0]))
+        if serves("super_token_attention", nhwc, cell=cell, num_heads=heads):
+            # One pass reads x and writes y, and q where it trains.
+            rows.append(row("cuda", Half(Block(C, heads, cell, backend="cuda")), nhwc, 2 * x.nbytes / rate, rows[0]))
         yield f"\n### Half-block, {B} x {H} x {W} x {C}, cell {cell[0]} x {cell[1]}\n\n{numbers(rows)}"
+        if serves("conv_ffn", nhwc, hidden=4 * C):
+            floor = 2 * x.nbytes / rate
+            rows = [inference_row("svit", FFNHalf(Block(C, heads, cell)), nhwc, floor, None)]
+            rows.append(inference_row("cuda", FFNHalf(Block(C, heads, cell, backend="cuda")), nhwc, floor, rows[0]))
+            yield f"\n### Conv-FFN, {B} x {H} x {W} x {C}\n\n{numbers(rows)}"
         for factor, wrap in ((1, lambda conv: conv), (4, GeluDepthwise)):
             wide = torch.randn(B, factor * C, H, W, device=DEVICE, dtype=dtype)
             wide = wide.contiguous(memory_format=torch.channels_last)
@@ -243,6 +289,8 @@ def model_runs(part: str, models: Sequence[str]) -> Iterator[tuple[list[str], Se
                 yield [*forms, *(c + peer for peer in peers)], Setting(size, batch, True, "bfloat16", DEVICE)
             elif part == "inference":
                 forms = ours(name, "plain:", "reference:", "", "folded:", "graph:", "graph:folded:")
+                if cuda.compiled is not None:
+                    forms += ours(name, "cuda:folded:", "graph:cuda:folded:")
                 yield [*forms, *peers], Setting(size, batch, False, "bfloat16", DEVICE)
                 yield [*forms, *peers], Setting(size, batch, False, None, DEVICE, "bfloat16")
                 yield ours(name, "plain:", "reference:", ""), Setting(size, batch, False, None, DEVICE)

@@ -42,10 +42,8 @@ def test_neighbours_are_the_references(geometry, grid):
 def test_sources_are_the_references(geometry, grid):
     """Each share k of each cell, as a number of its own, goes where the reference adds it."""
     rows, columns = grid
-    shares = 2.0 ** torch.arange(9, dtype=torch.float64).expand(1, rows, columns, 9)
-    shares = shares * 512.0 ** torch.arange(rows * columns, dtype=torch.float64).reshape(1, rows, columns, 1).remainder(
-        5
-    )
+    of_cell = 512.0 ** torch.arange(rows * columns, dtype=torch.float64).remainder(5)
+    shares = of_cell.reshape(1, rows, columns, 1) * 2.0 ** torch.arange(9, dtype=torch.float64)
     expected = reference.sum_neighbours(shares.unsqueeze(-1))[0, ..., 0]
     for token in cells(rows, columns):
         sources = [(place(geometry.source_of, *token, k), k) for k in range(9)]
