@@ -30,7 +30,7 @@ class BuildLibrary(build_ext):
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
         command = [
             compiler(), "-shared", "-Xcompiler=-fPIC", "-O3", "-Werror=all-warnings", "-cudart=static", "--threads=0",
-            f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA", f"-I{SOURCES}", f"-I{torch_headers()}",
+            f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA", f"-I{SOURCES}", *with_torch(),
             *code_for(architectures), *extension.sources, "-o", str(out),
         ]  # fmt: skip
         print(" ".join(command), flush=True)
@@ -47,7 +47,8 @@ def compiler() -> str:
     return nvcc
 
 
-def torch_headers() -> Path:
+def with_torch() -> list[str]:
+    """Flags for PyTorch's headers, and for those of its libraries that hold the stable ABI."""
     try:
         import torch
     except ImportError as error:
@@ -55,10 +56,10 @@ def torch_headers() -> Path:
             "SVIT_BUILD_CUDA=1: expected PyTorch in the environment that builds, found none. Install it first, then "
             f"`pip install --no-build-isolation .` ({error})"
         ) from error
-    headers = Path(torch.__file__).parent / "include"
-    if not (headers / "torch" / "headeronly").is_dir():
-        raise SystemExit(f"SVIT_BUILD_CUDA=1: expected PyTorch 2.10 or later, got {torch.__version__}")
-    return headers
+    headers, libraries = (Path(torch.__file__).parent / name for name in ("include", "lib"))
+    if not (headers / "torch" / "headeronly").is_dir() or not (libraries / "libtorch_cuda.so").exists():
+        raise SystemExit(f"SVIT_BUILD_CUDA=1: expected PyTorch 2.10 or later for CUDA, got {torch.__version__}")
+    return [f"-I{headers}", f"-L{libraries}", "-ltorch_cpu", "-ltorch_cuda"]
 
 
 def code_for(architectures: str) -> list[str]:
