@@ -8,7 +8,7 @@ from math import prod
 
 from torch.utils.flop_counter import register_flop_formula
 
-from .library import ops
+from .library import grid, ops
 
 
 def products(q: tuple[int, ...], C: int) -> int:
@@ -49,3 +49,18 @@ def depthwise_flops(x, weight, bias, gelu, backend=None, **_) -> int:
 @register_flop_formula(ops.depthwise3x3_backward)
 def depthwise_backward_flops(grad, x, weight, gelu, backend=None, **_) -> int:
     return 2 * 2 * 9 * prod(x)
+
+
+@register_flop_formula(ops.super_token_attention)
+def attention_flops(x, cell, norm_weight, norm_bias, eps, qkv, qkv_bias, proj, proj_bias, *_, **__) -> int:
+    B, H, W, C = x
+    hh, ww = grid(H, W, cell)
+    tokens = hh * ww
+    sampling = 3 * products((B, tokens, 9, cell[0] * cell[1]), C)  # associating, aggregating, spreading
+    return sampling + 2 * B * tokens * (prod(qkv) + prod(proj) + 2 * tokens * C)
+
+
+@register_flop_formula(ops.conv_ffn)
+def conv_ffn_flops(x, residual, weight1, bias1, depthwise_weight, depthwise_bias, weight2, *_, **__) -> int:
+    B, H, W, C = x
+    return 2 * B * H * W * (prod(weight1) + prod(depthwise_weight) + prod(weight2))

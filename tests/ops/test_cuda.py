@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from svit.models.svit import Block
 from svit.ops import backends, cuda, reference
@@ -192,6 +193,21 @@ def test_kernels_get_what_they_read(monkeypatch):
         cuda.conv_ffn(*(t.half() if t.dim() == 4 and t.shape[-1] == 64 else t for t in ffn_arguments()))
     half = [a.dtype == torch.float16 for a in seen["conv_ffn"]]
     assert half == [True, True, True, False, False, False, True, False, True]
+
+
+def test_flops_are_those_of_the_parts(stand_in):
+    pytest.importorskip("triton")  # else the formulas are left out
+    *arguments, scale = attention_arguments(dtype=torch.float32)
+    ffn = ffn_arguments(dtype=torch.float32)
+    counts = []
+    for backend in ("cuda", "reference"):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            public_attention(*arguments, 1, scale, backend)
+            public_conv_ffn(*ffn, backend)
+        counts.append(counter.get_total_flops())
+    # PyTorch does not count scaled_dot_product_attention on a CPU: two products, of 6 x 6 super tokens in 2 images.
+    assert counts[0] == counts[1] + 2 * 2 * 2 * 6 * 6 * 64
+    assert stand_in == ["super_token_attention", "conv_ffn"]
 
 
 def test_addresses_are_aligned():
