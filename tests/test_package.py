@@ -50,7 +50,16 @@ def run(*command) -> str:
 def built(tmp_path_factory) -> Path:
     """A folder with the wheel and the sdist, built from a copy of the sources."""
     folder = tmp_path_factory.mktemp("build")
-    for name in ("svit", "mm_configs", "README.md", "LICENSE", "pyproject.toml", "setup.cfg"):
+    for name in (
+        "svit",
+        "mm_configs",
+        "README.md",
+        "LICENSE",
+        "pyproject.toml",
+        "setup.cfg",
+        "setup.py",
+        "MANIFEST.in",
+    ):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", folder)
@@ -107,7 +116,7 @@ def test_bare_environment(built, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_complete(built, kind):
-    """Every module and every config is in the package, the configs inside it."""
+    """Every module and every config is in the package, the configs inside it, and what builds the kernels in the sdist."""
     expected = {f"svit/{f.relative_to(ROOT / 'svit')}" for f in (ROOT / "svit").rglob("*.py")}
     inside = "svit/mm_configs" if kind == "wheel" else "mm_configs"
     expected |= {f"{inside}/{f.relative_to(ROOT / 'mm_configs')}" for f in (ROOT / "mm_configs").rglob("*.py")}
@@ -115,6 +124,8 @@ def test_complete(built, kind):
         (archive,) = built.glob("*.whl")
         found = zipfile.ZipFile(archive).namelist()
     else:
+        # From these a user builds the CUDA backend.
+        expected |= {f"svit/ops/csrc/{f.name}" for f in (ROOT / "svit" / "ops" / "csrc").iterdir()} | {"setup.py"}
         (archive,) = built.glob("*.tar.gz")
         with tarfile.open(archive) as content:
             found = [name.partition("/")[2] for name in content.getnames()]
