@@ -116,7 +116,7 @@ def test_bare_environment(built, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_complete(built, kind):
-    """Every module and every config is in the package, the configs inside it, and what builds the kernels in the sdist."""
+    """Every module and config is in the package, the configs inside it, and in the sdist what builds the kernels."""
     expected = {f"svit/{f.relative_to(ROOT / 'svit')}" for f in (ROOT / "svit").rglob("*.py")}
     inside = "svit/mm_configs" if kind == "wheel" else "mm_configs"
     expected |= {f"{inside}/{f.relative_to(ROOT / 'mm_configs')}" for f in (ROOT / "mm_configs").rglob("*.py")}
