@@ -112,10 +112,13 @@ def info() -> None:
         if device != "cpu":
             print(f"{device}: {torch.cuda.get_device_name(device)}")
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            x = torch.empty(0, 1, 1, 64, device=device, dtype=dtype)
-            line = [choose("sample", x)]
-            for name in MODULES:
-                op, sizes = ("sample", {}) if has(name, "sample") else ("conv_ffn", {"hidden": 256})
-                serves, reason = usable(name, op, x, **sizes)
-                line += [] if serves else [f"not {name}: {reason}"]
-            print(f"{device:8} {str(dtype).removeprefix('torch.'):8} -> {', '.join(line)}")
+            print(f"{device:8} {str(dtype).removeprefix('torch.'):8} -> {choice('sample', device, dtype)}")
+        print(f"{device:8} half a block in one kernel -> {choice('conv_ffn', device, torch.bfloat16, hidden=256)}")
+
+
+def choice(op: str, device: str, dtype: torch.dtype, **sizes) -> str:
+    """What runs an op on maps of 64 channels, and why not the ones before it."""
+    x = torch.empty(0, 1, 1, 64, device=device, dtype=dtype)
+    answers = {name: usable(name, op, x, **sizes) for name in MODULES if has(name, op)}
+    why = [f"not {name}: {reason}" for name, (serves, reason) in answers.items() if not serves]
+    return ", ".join([choose(op, x, **sizes), *why])

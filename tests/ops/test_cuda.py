@@ -105,6 +105,11 @@ def test_it_is_not_chosen_unless_asked_for(stand_in):
     assert backends.choose("sample", x, "cuda") == backends.choose("sample", x)
 
 
+def test_info_says_that_it_must_be_asked_for(stand_in, capsys):
+    backends.info()
+    assert f"half a block in one kernel -> reference, not cuda: {backends.BY_NAME['cuda']}" in capsys.readouterr().out
+
+
 def test_attention_is_the_composition(stand_in):
     *arguments, scale = attention_arguments()
     y = public_attention(*arguments, 1, scale, "cuda")

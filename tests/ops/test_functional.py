@@ -30,7 +30,10 @@ def on_meta(t: torch.Tensor) -> torch.Tensor:
         (lambda: sample(X, CELL, weight=BIAS[:8], bias=BIAS), r"weight: expected \[16\], got \[8\]"),
         (lambda: sample(X, CELL, weight=BIAS, bias=on_meta(BIAS)), "bias: expected it on cpu like the rest, got meta"),
         (lambda: sample(X, CELL, differentiable=True, backend="triton"), "backend: expected 'reference'"),
-        (lambda: sample(X, CELL, backend="cublas"), "backend: expected one of triton, reference or None, got 'cublas'"),
+        (
+            lambda: sample(X, CELL, backend="cublas"),
+            "backend: expected one of .*triton, reference or None, got .cublas.",
+        ),
         (lambda: associate(X, S[..., :8], CELL), r"s: expected \[2, 2, 3, 16\], got \[2, 2, 3, 8\]"),
         (lambda: associate(X, S.permute(0, 3, 1, 2), CELL), r"s: expected \[2, 2, 3, 16\], got \[2, 16, 2, 3\]"),
         (lambda: associate(X, S.double(), CELL), "s: expected torch.float32, got torch.float64"),
