@@ -99,17 +99,16 @@ class SuperTokenAttention(nn.Module):
         """Whether `add_to` serves x: super tokens, and a backend for which the norm and the sum come for nothing."""
         if self.cell == (1, 1) or not isinstance(x, torch.Tensor):
             return False
-        return choose("sample", x.permute(0, 2, 3, 1), self.backend) != "reference" or self.one_kernel(x) is not None
+        return choose("sample", x.permute(0, 2, 3, 1), self.backend) != "reference" or self.one_kernel(x)
 
     @torch.jit.ignore
-    def one_kernel(self, x: torch.Tensor) -> str | None:
-        """Name of a backend that does all of `add_to` at once for x (B, dim, H, W), if there is one."""
+    def one_kernel(self, x: torch.Tensor) -> bool:
+        """Whether a backend does all of `add_to` at once for x (B, dim, H, W)."""
         layers = {self.qkv: nn.Conv2d, self.proj: nn.Conv2d}
         if self.n_iter > 1 or not untouched(layers) or not drops_nothing(self.attn_drop, self.proj_drop):
-            return None
+            return False
         x, sizes = x.permute(0, 2, 3, 1), {"cell": self.cell, "num_heads": self.num_heads}
-        name = choose("super_token_attention", x, self.backend, must=False, **sizes)
-        return None if name == "reference" else name
+        return choose("super_token_attention", x, self.backend, must=False, **sizes) != "reference"
 
     @torch.jit.ignore
     def add_to(
@@ -123,15 +122,15 @@ class SuperTokenAttention(nn.Module):
             scale: any function that multiplies a map (B, dim, ., .) by factors a channel and an image, as layer scale
                 and drop path do, or None. It is applied to the super tokens, since spreading is linear.
         """
-        backend = self.one_kernel(x)
+        one_kernel = self.one_kernel(x)
         x = check_map(x, self.dim).permute(0, 2, 3, 1)
-        if backend is not None:
+        if one_kernel:
             linear = [p for layer in (self.qkv, self.proj) for p in (layer.weight.flatten(1), layer.bias)]
             factors = None
             if scale is not None:
                 factors = scale(torch.ones(x.shape[0], self.dim, 1, 1, device=x.device)).flatten(1)
             y = super_token_attention(
-                x, self.cell, norm.weight, norm.bias, norm.eps, *linear, self.num_heads, factors, backend
+                x, self.cell, norm.weight, norm.bias, norm.eps, *linear, self.num_heads, factors, self.backend
             )
             return y.permute(0, 3, 1, 2)
         s, q = sample(x, self.cell, self.n_iter, norm.weight, norm.bias, norm.eps, backend=self.backend)

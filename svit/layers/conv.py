@@ -93,7 +93,7 @@ class ConvFFN(nn.Module):
     def add_to(self, x: torch.Tensor) -> torch.Tensor:
         """x + self(x), where `fuses` says so: the hidden map stays on the chip."""
         y = conv_ffn(
-            self.norm(x).permute(0, 2, 3, 1),
+            self.norm(x).to(x.dtype).permute(0, 2, 3, 1),  # autocast widens some norms
             x.permute(0, 2, 3, 1),
             self.fc1.weight.flatten(1),
             self.fc1.bias,

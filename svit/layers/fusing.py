@@ -29,11 +29,10 @@ def hooked(m: nn.Module) -> bool:
 def drops_nothing(*drops: nn.Module) -> bool:
     """Whether dropout layers, or drop paths, let all pass as they stand now."""
     return all(
-        type(drop) is nn.Identity
-        or (untouched({drop: (nn.Dropout, DropPath)}) and (not drop.training or probability(drop) == 0))
+        untouched({drop: (nn.Identity, nn.Dropout, DropPath)}) and (not drop.training or probability(drop) == 0)
         for drop in drops
     )
 
 
-def probability(drop: nn.Dropout | DropPath) -> float:
-    return drop.drop_prob if isinstance(drop, DropPath) else drop.p
+def probability(drop: nn.Module) -> float:
+    return drop.drop_prob if isinstance(drop, DropPath) else getattr(drop, "p", 0.0)

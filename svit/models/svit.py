@@ -109,16 +109,15 @@ class Block(nn.Module):
         if not untouched({norm: LayerNorm2d, self.attn: SuperTokenAttention}) or norm.weight is None:
             return False
         # Scale and drop path, which come after the attention, move before the spreading: factors may, others may not.
-        if type(scale) not in (LayerScale, nn.Identity) or type(drop_path) not in (DropPath, nn.Identity):
+        if not untouched({scale: (LayerScale, nn.Identity), drop_path: (DropPath, nn.Identity)}):
             return False
         return norm.bias is not None and self.attn.fuses(x)
 
     @torch.jit.ignore
     def fuses_ffn(self, x: torch.Tensor) -> bool:
         """Whether a backend takes the residual into the conv-FFN."""
-        if type(self.ls2) is not nn.Identity or not drops_nothing(self.drop_path2):
-            return False
-        return untouched({self.mlp: ConvFFN}) and self.mlp.fuses(x)
+        layers = {self.ls2: nn.Identity, self.mlp: ConvFFN}
+        return untouched(layers) and drops_nothing(self.drop_path2) and self.mlp.fuses(x)
 
     @torch.no_grad()
     def fuse(self) -> "Block":

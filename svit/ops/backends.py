@@ -16,6 +16,9 @@ from . import cuda, reference, triton
 MODULES: dict[str, ModuleType] = {"cuda": cuda, "triton": triton}
 NAMES = (*MODULES, "reference")
 
+# Ops that can be made of the others.
+WHOLES = ("super_token_attention", "conv_ffn")
+
 # Those that are never chosen, and why: a name must ask for them.
 BY_NAME = {"cuda": "no GPU has run it yet, a name must ask for it"}
 
@@ -55,8 +58,8 @@ def choose(op: str, x: torch.Tensor, backend: str | None = None, must: bool = Tr
 
     `must` is whether the one asked for has to serve x; if not, and it does not, the choice goes on.
 
-    In a trace (torch.jit.trace, torch.fx) it is the reference, whatever was asked for. A backend that lacks the op, as
-    'cuda' lacks the parts of its wholes, has no say: asking for it leaves the choice.
+    In a trace (torch.jit.trace, torch.fx) and under torch.func's transforms or forward-mode AD it is the reference,
+    whatever was asked for. A backend that has wholes only has no say over parts: asking for it leaves the choice.
 
     Raises:
         ValueError: no such backend, or it does not serve x though it must.
@@ -66,14 +69,16 @@ def choose(op: str, x: torch.Tensor, backend: str | None = None, must: bool = Tr
     # A trace is for other programs to read (ONNX, TorchScript, FLOP counters), which know PyTorch's operations only.
     if backend == "reference" or not isinstance(x, torch.Tensor) or torch.jit.is_tracing():
         return "reference"
+    if transformed():
+        return "reference"
+    if backend is not None and not has(backend, op) and op in WHOLES:
+        return "reference"  # it is made of parts, which the one that was asked for has
     if backend is not None and has(backend, op):
         serves, reason = MODULES[backend].usable(op, x, **sizes)
         if serves:
             return backend
         if must:
             raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
-    if transformed():
-        return "reference"
     for name in MODULES:
         if has(name, op) and usable(name, op, x, **sizes)[0]:
             return name

@@ -4,6 +4,8 @@ It has the two halves of a block as wholes, for the sizes of the published model
 """
 
 import ctypes
+import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,18 +31,36 @@ LIBRARY.define(
 )
 
 
-def load() -> tuple[ctypes.CDLL | None, str]:
-    """The compiled library, or None, and a line about it."""
-    for path in Path(__file__).parent.glob("_cuda*.so"):
-        try:
-            torch.ops.load_library(path)
-            return ctypes.CDLL(path), f"cuda kernels of {path.name}"
-        except OSError as error:  # a build of PyTorch without CUDA
-            return None, f"no cuda kernels: {error}"
-    return None, "no cuda kernels: they were not built (SVIT_BUILD_CUDA=1)"
+@dataclass
+class Compiled:
+    """What to know of the compiled kernels: whether some are for clusters, and a block's bytes of shared memory."""
+
+    clusters: bool
+    attention: dict[tuple[int, int, int, bool], int]  # by channels, cells down and across, with clusters or without
+    conv_ffn: dict[int, int]  # by channels
 
 
-compiled, version = load()
+def load(path: Path) -> tuple[Compiled | None, str]:
+    """What the compiled library says of itself, or None, and a line about it."""
+    if not path.exists():
+        return None, "no cuda kernels: they were not built (SVIT_BUILD_CUDA=1)"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:  # a build of PyTorch without CUDA
+        return None, f"no cuda kernels: {error}"
+    library = ctypes.CDLL(path)
+    # A table, since compilers of models cannot look into a library.
+    grids = itertools.product(range(1, MOST_CELLS + 1), range(1, MOST_CELLS + 1), (False, True))
+    attention = {
+        (C, rows, columns, clusters): library.svit_attention_bytes(C, *CELLS[C][0], rows, columns, clusters)
+        for rows, columns, clusters in grids
+        for C in CELLS
+    }
+    found = Compiled(bool(library.svit_has_clusters()), attention, {C: library.svit_conv_ffn_bytes(C) for C in CELLS})
+    return found, f"cuda kernels of {path.name}"
+
+
+compiled, version = load(Path(__file__).with_name("_cuda.so"))
 
 
 def usable(op: str, x: Tensor, cell: tuple[int, int] = (1, 1), num_heads: int = 1, hidden: int = 0) -> tuple[bool, str]:
@@ -64,7 +84,11 @@ def usable(op: str, x: Tensor, cell: tuple[int, int] = (1, 1), num_heads: int = 
         return served, reason
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return False, "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher"
-    wanted = shared_memory(op, tuple(x.shape), tuple(cell), has_clusters(x.device))
+    if torch.compiler.is_compiling():  # sizes may be symbols
+        return True, ""
+    _, H, W, C = x.shape
+    grid = (C, H // cell[0], W // cell[1], has_clusters(x.device))
+    wanted = compiled.conv_ffn[C] if op == "conv_ffn" else compiled.attention[grid]
     limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
     if wanted > limit:
         return False, f"a block wants {wanted} bytes of shared memory, this GPU has {limit}"
@@ -90,16 +114,7 @@ def fits(op: str, shape: tuple[int, ...], cell: tuple[int, int], num_heads: int,
 
 def has_clusters(device: torch.device) -> bool:
     """Whether blocks can reach into each other's shared memory, which lets a map stay there."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def shared_memory(op: str, shape: tuple[int, ...], cell: tuple[int, int], clusters: bool) -> int:
-    """Bytes that a block of the kernel wants."""
-    _, H, W, C = shape
-    if op == "conv_ffn":
-        return compiled.svit_conv_ffn_bytes(C)
-    h, w = cell
-    return compiled.svit_attention_bytes(C, h, w, H // h, W // w, clusters)
+    return compiled.clusters and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def super_token_attention(
@@ -123,13 +138,14 @@ def super_token_attention(
     y = torch.empty_like(x)
     s = x.new_empty((B, H // h, W // w, C) if keep else 0)
     # Without clusters q passes through global memory.
-    q = x.new_empty((B, H // h, W // w, 9, h * w) if keep or not clusters else 0)
+    stores_q = keep or not clusters
+    q = x.new_empty((B, H // h, W // w, 9, h * w) if stores_q else 0)
     mass = x.new_empty((B, H // h, W // w) if keep else 0, dtype=torch.float32)
     torch.ops.svit_cuda.super_token_attention(
         x, *(parameter(t, x) for t in (norm_weight, norm_bias)), eps,
         weight(qkv_weight, x), parameter(qkv_bias, x), weight(proj_weight, x), parameter(proj_bias, x),
         None if scale is None else scale.float().contiguous(),
-        h, w, clusters, y, *(t if t.numel() else None for t in (s, q, mass)),
+        h, w, clusters, y, s if keep else None, q if stores_q else None, mass if keep else None,
     )  # fmt: skip
     return y, s, q if keep else x.new_empty(0), mass
 

@@ -263,10 +263,14 @@ def attention_gradients(ctx, grad, *_):
     """Of the parts that the whole is made of: spreading, attention among the super tokens, sampling."""
     if not ctx.keep:
         raise RuntimeError("svit::super_token_attention keeps nothing for a backward with keep=False")
+    # s is a constant here, so a second derivative would silently lack a part.
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (grad, *ctx.saved_tensors)):
+        refuse_second_derivative("super_token_attention")(ctx, grad)
     x, s, q, mass, norm_weight, *parameters, scale = ctx.saved_tensors
-    ds = ops.aggregate(grad.to(q.dtype), q, ctx.cell)[0]
-    ds, *dparameters, dscale = reference.attend_backward(ds, s, *parameters, scale, ctx.num_heads)
-    dx, dnorm_weight, dnorm_bias = ops.sample_backward(ds.to(x.dtype), x, q, mass, ctx.cell, norm_weight, ctx.eps)
+    with torch.autocast(x.device.type, enabled=False):
+        ds = ops.aggregate(grad.to(q.dtype), q, ctx.cell)[0]
+        ds, *dparameters, dscale = reference.attend_backward(ds, s, *parameters, scale, ctx.num_heads)
+        dx, dnorm_weight, dnorm_bias = ops.sample_backward(ds.to(x.dtype), x, q, mass, ctx.cell, norm_weight, ctx.eps)
     dparameters = [d.to(p.dtype) for d, p in zip(dparameters, parameters, strict=True)]
     dnorm = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(ctx.norm_bias_dtype)
     dscale = None if scale is None else dscale.to(scale.dtype)

@@ -135,6 +135,59 @@ def test_gradients_of_attention_are_autograds(stand_in, monkeypatch, scaled, hea
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_gradients_are_wide_under_autocast(stand_in):
+    *arguments, scale = attention_arguments(dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in (*arguments, scale) if torch.is_tensor(t)]
+    y = public_attention(*arguments, 1, scale, "cuda")
+    weight = random(*y.shape, seed=9, dtype=torch.float32)
+    expected = torch.autograd.grad(y, leaves, weight, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(y, leaves, weight)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_there_is_no_second_derivative(stand_in):
+    *arguments, scale = attention_arguments()
+    x = arguments[0].requires_grad_()
+    y = public_attention(*arguments, 1, scale, "cuda")
+    with pytest.raises(RuntimeError, match="svit::super_token_attention has no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_forward_mode_takes_the_reference(stand_in):
+    arguments = ffn_arguments(dtype=torch.float64)
+
+    def f(backend):
+        def run(x):
+            with torch.no_grad():
+                return public_conv_ffn(x, *arguments[1:], backend)
+
+        return torch.func.jvp(run, tuple(arguments[:1]), tuple(arguments[1:2]))
+
+    for actual, expected in zip(f("cuda"), f("reference"), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert f("cuda")[1].abs().sum() > 0
+    assert not stand_in
+
+
+def test_wholes_are_not_for_those_who_ask_for_another_backend(stand_in, monkeypatch):
+    monkeypatch.setattr(backends, "BY_NAME", {})
+    x = torch.empty(1, 56, 56, 64)
+    assert backends.choose("conv_ffn", x, hidden=256) == "cuda"
+    assert backends.choose("conv_ffn", x, "triton", hidden=256) == "reference"
+
+
+def test_an_empty_batch_passes(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.ops, "svit_cuda", SimpleNamespace(super_token_attention=lambda *args: seen.append(args)))
+    monkeypatch.setattr(cuda, "has_clusters", lambda device: False)
+    x, cell, *parameters, scale = attention_arguments(B=0, dtype=torch.float32)
+    y = cuda.super_token_attention(x.half(), cell, *parameters, scale, 1, False)[0]
+    assert y.shape == x.shape
+    assert seen[0][14].shape == (0, 2, 3, 9, 64)  # q, without which that kernel refuses to run
+
+
 def test_nothing_is_kept_without_gradients(stand_in):
     *arguments, scale = attention_arguments()
     y, *kept = torch.ops.svit.super_token_attention(*arguments, scale, 1, False, "cuda")
@@ -266,7 +319,10 @@ def test_blocks_take_both_halves(stand_in):
     with torch.no_grad():
         block(random(1, 64, 12, 24))  # no whole cells
         assert stand_in == ["conv_ffn"]
-        block.mlp.act.register_forward_hook(lambda *_: None)
-        block.norm1.register_forward_hook(lambda *_: None)
+        # What has a hook runs by itself: it would not be called otherwise.
+        seen = []
+        for layer in (block.mlp.act, block.ls1):
+            layer.register_forward_hook(lambda *_: seen.append(1))
         block(x)
     assert stand_in == ["conv_ffn"]
+    assert seen == [1, 1]

@@ -79,6 +79,15 @@ extern "C" int svit_attention_bytes(int C, int height, int width, int rows, int 
   return bytes;
 }
 
+// Whether the library holds code, or PTX, for GPUs that have clusters.
+extern "C" int svit_has_clusters() {
+  constexpr int architectures[] = {__CUDA_ARCH_LIST__};
+  for (const int architecture : architectures) {
+    if (architecture >= 900) return 1;
+  }
+  return 0;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(svit_cuda, CUDA, library) {
   library.impl("super_token_attention", TORCH_BOX(&svit::attention));
 }

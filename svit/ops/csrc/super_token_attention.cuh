@@ -233,7 +233,7 @@ struct SuperTokenAttention {
           e[j] = __expf(low - largest), e[j + 2] = __expf(high - largest);
           float sum = e[j] + e[j + 2];
           for (int lanes = 4; lanes < 32; lanes *= 2) sum += shuffle_xor(sum, lanes);
-          e[j] /= sum, e[j + 2] /= sum;
+          e[j] *= reciprocal(sum), e[j + 2] *= reciprocal(sum);
         }
         q[p + i][0] = pack<T>(e[0], e[1]);
         q[p + i][1] = pack<T>(e[2], e[3]);
@@ -594,11 +594,13 @@ __global__ void __launch_bounds__(32 * MOST_COLUMNS, 1) super_token_attention(co
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool EXISTS = true;
 #else
-  constexpr bool EXISTS = !MANY;  // clusters do not; the kernel is not launched here
+  constexpr bool EXISTS = !MANY;  // there are no clusters
 #endif
   if constexpr (EXISTS) {
     using Kernel = SuperTokenAttention<T, C, HEIGHT, WIDTH, MANY>;
     Kernel(arg, shared_memory(), typename Kernel::Layout(MANY ? 1 : arg.grid.rows, arg.grid.columns)).run();
+  } else {
+    stop();
   }
 }
 

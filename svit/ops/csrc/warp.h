@@ -61,7 +61,7 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
 // An 8 x 8 matrix in registers, as above, transposed.
 __device__ __forceinline__ uint32_t transpose(uint32_t r) {
   uint32_t d;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(r));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(r));
   return d;
 }
 
@@ -71,6 +71,9 @@ __device__ __forceinline__ float shuffle_xor(float value, int lanes) {
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
+
+// Ends the program with an error.
+__device__ __forceinline__ void stop() { __trap(); }
 
 // 16 bytes from global to shared memory, on the way until `wait_for_copies` of the same thread; the others of the block
 // see them after a barrier behind that. `ahead`: how many of the last commits may still be on their way.
@@ -124,6 +127,7 @@ struct Cluster<true> {
     return static_cast<int>(n);
   }
   static __device__ __forceinline__ void sync() {
+    __syncwarp();  // what follows is for whole warps
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   }

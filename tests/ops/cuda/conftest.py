@@ -40,9 +40,8 @@ def built(tmp_path_factory) -> tuple[Path, str]:
     """The library as a user builds it, and what the compiler said."""
     needs_nvcc()
     folder = tmp_path_factory.mktemp("cuda")
-    environment = {
-        **os.environ, "SVIT_BUILD_CUDA": "1", "NVCC_APPEND_FLAGS": "--ptxas-options=-v", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
+    flags = "--ptxas-options=-v -Werror=all-warnings"
+    environment = {**os.environ, "SVIT_BUILD_CUDA": "1", "NVCC_APPEND_FLAGS": flags, "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TORCH_CUDA_ARCH_LIST", None)
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

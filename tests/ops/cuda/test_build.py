@@ -119,6 +119,7 @@ def test_shared_memory_fits(built):
         assert library.svit_attention_bytes(C, cell, cell, 7, 7, False) <= 99 * 1024
         # So that two blocks of SViT-S share a multiprocessor of an H100.
         assert library.svit_attention_bytes(C, cell, cell, 7, 7, True) <= 113 * 1024
+    assert library.svit_has_clusters() == 1
     assert library.svit_attention_bytes(64, 4, 4, 7, 7, True) == library.svit_conv_ffn_bytes(80) == 0
 
 
@@ -126,6 +127,7 @@ def test_shared_memory_fits(built):
     ("changes", "message"),
     [
         ({"CUDA_HOME": "/nowhere"}, "expected CUDA's compiler nvcc in CUDA_HOME=/nowhere, found none"),
+        ({"TORCH_CUDA_ARCH_LIST": "7.0 7.5+PTX"}, "expected an architecture of 8.0 or higher, got '7.0 7.5+PTX'"),
         ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, "expected entries such as 9.0 or 9.0+PTX, got 'Hopper'"),
     ],
 )
