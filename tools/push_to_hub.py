@@ -8,6 +8,7 @@ pretrained=True)` and "local-dir:..." load the model, after `import svit`. Pushi
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -146,8 +147,8 @@ def parse_metric(text: str, dataset: str | None) -> EvalResult:
     try:
         value = float(number)
     except ValueError:
-        value = None
-    if not metric or value is None:
+        value = math.nan
+    if not metric or not math.isfinite(value):
         raise HubError(f"--metrics: expected 'DATASET METRIC=NUMBER', got {text!r}")
     if dataset is None:
         raise HubError(f"--metrics: {text!r} names no dataset, and there is no --dataset")
