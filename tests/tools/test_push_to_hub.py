@@ -138,7 +138,7 @@ BAD = {
     "best.safetensors me/small --dataset a=b": "--dataset: Repo id must use alphanumeric chars",
     "best.safetensors me/small --dataset d --metrics top-1": "--metrics: expected 'DATASET METRIC=NUMBER', got 'top",
     "best.safetensors me/small --dataset d --metrics top-1=a": "--metrics: expected 'DATASET METRIC=NUMBER', got 'top",
-    "best.safetensors me/small --dataset d --metrics top-1=nan": "--metrics: expected 'DATASET METRIC=NUMBER', got 'top",
+    "best.safetensors me/small --dataset d --metrics top=nan": "--metrics: expected 'DATASET METRIC=NUMBER', got 'top",
     "best.safetensors me/small --dataset d --metrics =1": "--metrics: expected 'DATASET METRIC=NUMBER', got '=1'\n",
     "best.safetensors me/small --metrics top-1=1": "--metrics: 'top-1=1' names no dataset, and there is no --dataset\n",
     "best.safetensors me/small --model svit_smal": "model: no model 'svit_smal' in timm; did you mean svit_small",
