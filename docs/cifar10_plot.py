@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent
 
-with open(DOCS / "benchmarks" / "2026-11-22-cifar10.csv", newline="") as file:
+with open(DOCS / "benchmarks" / "2026-11-23-cifar10.csv", newline="") as file:
     rows = list(csv.DictReader(file))
 epochs = [int(row["epoch"]) + 1 for row in rows]
 
