@@ -215,6 +215,16 @@ def test_cuda_backend_in_a_graph():
 
 
 @needs_cuda_backend
+@pytest.mark.parametrize("train", [False, True])
+def test_cuda_backend_compiles_to_one_graph(train):
+    block, x = whole_block(64, torch.bfloat16, backend="cuda")
+    block.train(train)
+    compiled = torch.compile(block, fullgraph=True)
+    with torch.set_grad_enabled(train):
+        torch.testing.assert_close(compiled(x), block(x), rtol=0.05, atol=0.05)
+
+
+@needs_cuda_backend
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 @torch.inference_mode()
 def test_cuda_backend_in_a_model(small, dtype, tolerance):
