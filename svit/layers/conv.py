@@ -84,7 +84,10 @@ class ConvFFN(nn.Module):
     @torch.jit.ignore
     def fuses(self, x: torch.Tensor) -> bool:
         """Whether `add_to` serves x (B, dim, H, W): inference, and a backend that has the whole as one kernel."""
-        if torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or self.norm.training or not self.is_untouched():
+        # A trace would keep the steps taken here.
+        if torch.is_grad_enabled() or torch.jit.is_tracing() or not isinstance(x, torch.Tensor):
+            return False
+        if self.norm.training or not self.is_untouched():
             return False
         x, hidden = x.permute(0, 2, 3, 1), self.fc1.out_channels
         return choose("conv_ffn", x, self.dwconv.backend, must=False, hidden=hidden) != "reference"
