@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 {pictures / "index.html"}: two digits' cells, learned super tokens, the soft association of one of them
 
 next, from the environment of this demo (`source .venv-demo/bin/activate`):
-  python tools/train.py cifar10 --data-dir data   # about an hour on two cores
+  python tools/train.py cifar10 --data-dir data   # about two hours on two cores
   python tools/flops.py svit_small convnext_tiny --img-size 800 1280
   python tools/benchmark.py svit_small plain:svit_small convnext_tiny --runs 5
   python tools/convert_checkpoint.py stvit-small-224.pth svit_small.safetensors   # the authors' weights""")

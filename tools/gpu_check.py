@@ -205,26 +205,26 @@ def serves(op: str, x: torch.Tensor, **sizes) -> bool:
     return cuda.usable(op, x.permute(0, 2, 3, 1), **sizes)[0]
 
 
-def inference_row(name: str, model: nn.Module, x: torch.Tensor, floor: float, first: dict | None) -> dict:
+def forward_times(name: str, model: nn.Module, x: torch.Tensor) -> dict:
     model.to(DEVICE, x.dtype)
     with torch.inference_mode():
         forward = milliseconds(lambda: model(x))
         graph = milliseconds_in_graph(lambda: model(x))
-    found = {"what": name, "forward us": 1e3 * forward, "in a graph": 1e3 * graph, "floor us": 1e3 * floor}
+    return {"what": name, "forward us": 1e3 * forward, "in a graph": 1e3 * graph}
+
+
+def inference_row(name: str, model: nn.Module, x: torch.Tensor, floor: float, first: dict | None) -> dict:
+    found = {**forward_times(name, model, x), "floor us": 1e3 * floor}
     return {**found, "x forward": (first or found)["forward us"] / found["forward us"]}
 
 
 def row(name: str, model: nn.Module, x: torch.Tensor, floor: float, first: dict | None) -> dict:
-    model.to(DEVICE, x.dtype)
-    with torch.inference_mode():
-        forward = milliseconds(lambda: model(x))
-        graph = milliseconds_in_graph(lambda: model(x))
+    found = forward_times(name, model, x)
     leaf = x.detach().requires_grad_()
     grad = torch.randn_like(x)
     leaves = [leaf, *model.parameters()]  # a block has some beside those of its half
     both = milliseconds(lambda: torch.autograd.grad(model(leaf), leaves, grad, allow_unused=True))
-    found = {"what": name, "forward us": 1e3 * forward, "in a graph": 1e3 * graph, "forward + backward": 1e3 * both}
-    found["floor us"] = 1e3 * floor
+    found |= {"forward + backward": 1e3 * both, "floor us": 1e3 * floor}
     for key in ("forward us", "forward + backward"):
         found[f"x {key.removesuffix(' us')}"] = (first or found)[key] / found[key]
     return found

@@ -17,7 +17,7 @@ MODULES: dict[str, ModuleType] = {"cuda": cuda, "triton": triton}
 NAMES = (*MODULES, "reference")
 
 # Ops that can be made of the others.
-WHOLES = ("super_token_attention", "conv_ffn")
+WHOLES = cuda.OPS
 
 # Those that are never chosen, and why: a name must ask for them.
 BY_NAME = {"cuda": "no GPU has run it yet, a name must ask for it"}
