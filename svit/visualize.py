@@ -1,4 +1,4 @@
-"""What a model's super tokens look like on an image. The figures need matplotlib (`pip install svit[visualize]`).
+"""What a model's super tokens look like on an image. The figures need matplotlib (the extra `visualize`).
 
     with watch(model) as layers:
         logits = model(image)  # (1, 3, H, W), preprocessed for the model

@@ -5,7 +5,7 @@
     python tools/flops.py svit_small svit_base svit_large --img-size 384 --json flops.json
     python tools/flops.py mask-rcnn_svit-s_fpn_1x_coco --shape 800 1280 --no-attention-products
 
-A detector or segmentor is a config file or the name of one that comes with the package (needs svit[mm]).
+A detector or segmentor is a config file or the name of one that comes with the package (needs '.[mm]').
 docs/flops.md says what counts.
 """
 
@@ -117,12 +117,13 @@ def builder(name: str, img_size: tuple[int, int] | None) -> Callable[[], Built]:
     """What builds a model or the model of a config, if there is one of that name."""
     if timm.is_model(name):
         return lambda: build_model(name, img_size)
-    known = timm.list_models()
+    known, hint = timm.list_models(), ""
     try:
         from svit.adapters import ConfigError, config_names, load_config
     except ModuleNotFoundError as error:
         if name.endswith(".py"):
-            raise FlopsError(f"{name}: a config needs {error.name}; pip install 'svit[mm]', and mmcv") from error
+            raise FlopsError(f"{name}: a config needs {error.name}; pip install '.[mm]', and mmcv") from error
+        hint = f"; names of configs are known with {error.name} (pip install '.[mm]', and mmcv)"
     else:
         if name.endswith(".py") or name in config_names():
             if img_size is None:
@@ -132,7 +133,7 @@ def builder(name: str, img_size: tuple[int, int] | None) -> Callable[[], Built]:
             except ConfigError as error:
                 raise FlopsError(str(error)) from error
         known += config_names()
-    raise FlopsError(f"{name}: no such model{did_you_mean(name, known)}")
+    raise FlopsError(f"{name}: no such model{did_you_mean(name, known)}{hint}")
 
 
 def build_model(name: str, img_size: tuple[int, int] | None) -> Built:

@@ -18,6 +18,7 @@ import torch
 from mmengine.config import DictAction
 from PIL import Image
 
+from classification.models import choose_device
 from mm_train import drop_start_weights, failed
 from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.checks import check_checkpoint
@@ -38,12 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--score", metavar="S", type=float, default=0.3, help="least score of what a detector draws; default: 0.3"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--cfg-options", metavar="KEY=VALUE", nargs="+", action=DictAction)
     args = parser.parse_args(argv)
     refuse_foreign_objects()
     try:
         targets = plan(args.images, args.out)
+        choose_device(args.device)
         config = load_config(args.config, args.cfg_options)
         drop_start_weights(config)
         check_checkpoint(config, args.checkpoint)
@@ -66,15 +68,21 @@ def plan(images: list[Path], out: Path) -> dict[Path, Path]:
         problem = problem_with(image)
         if problem:
             raise ConfigError(f"{image}: {problem}")
-    if len(images) == 1 and out.suffix:
+    if len(images) == 1 and out.suffix and not out.is_dir():
         if not out.parent.is_dir():
             raise ConfigError(f"--out: there is no folder {out.parent}")
-        return {images[0]: out}
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out: expected a folder for {len(images)} images, got {out}")
-    targets = {image: out / f"{image.stem}.png" for image in images}
+        if out.suffix.lower() not in Image.registered_extensions():
+            raise ConfigError(f"--out: expected the name of a picture, such as found.png, or a folder, got {out}")
+        targets = {images[0]: out}
+    else:
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--out: expected a folder for {len(images)} images, got {out}")
+        targets = {image: out / f"{image.stem}.png" for image in images}
     if len(set(targets.values())) < len(images):
         raise ConfigError(f"--out: two of the images would be drawn to the same file in {out}")
+    replaced = {image.resolve() for image in images} & {target.resolve() for target in targets.values()}
+    if replaced:
+        raise ConfigError(f"--out: expected another place than the images', got {out}, where {replaced.pop()} is one")
     return targets
 
 

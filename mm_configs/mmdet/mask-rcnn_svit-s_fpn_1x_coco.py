@@ -1,6 +1,6 @@
 # Mask R-CNN with SViT-S, 12 epochs.
 # Paper, COCO val2017: 47.6 box AP, 43.1 mask AP, 252 GFLOPs at 800 x 1280.
-# Settings: the paper does not print its own; these are those of UniFormer and RMT, of the same group: AdamW, lr 1e-4 at
+# Settings: the paper does not print its own; these are those of UniFormer and RMT, of the same line: AdamW, lr 1e-4 at
 # batch 16, weight decay 0.05 but on norms, biases and vectors, drop path 0.15, BatchNorm at ImageNet's statistics, a
 # LayerNorm on each map.
 _base_ = [

@@ -1,6 +1,6 @@
 # RetinaNet with SViT-S, 12 epochs.
 # The paper has no such figure.
-# Settings: the paper does not print its own; these are those of UniFormer and RMT, of the same group: AdamW, lr 1e-4 at
+# Settings: the paper does not print its own; these are those of UniFormer and RMT, of the same line: AdamW, lr 1e-4 at
 # batch 16, weight decay 0.05 but on norms, biases and vectors, drop path 0.15, BatchNorm at ImageNet's statistics, a
 # LayerNorm on each map.
 _base_ = [

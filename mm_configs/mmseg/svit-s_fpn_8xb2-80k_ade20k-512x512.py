@@ -1,6 +1,6 @@
 # Semantic FPN with SViT-S, 80k iterations of 16 crops of 512 x 512.
 # The paper has no such figure.
-# Settings: the paper does not print its own; these are those of UniFormer and RMT, of the same group: AdamW, lr 1e-4,
+# Settings: the paper does not print its own; these are those of UniFormer and RMT, of the same line: AdamW, lr 1e-4,
 # weight decay 1e-4 but on norms, biases and vectors, polynomial decay of power 0.9; drop path 0.15, BatchNorm over all
 # GPUs, a LayerNorm on each map.
 _base_ = [

@@ -35,7 +35,7 @@ class TimmBackbone(BaseModule):
     "norm1" and so on.
 
     Args:
-        arch: name of a model in timm, such as 'svit_small'; a tag ('convnext_tiny.in1k') plays no part.
+        arch: name of a model in timm, such as 'svit_small'; a tag of weights ('convnext_tiny.fb_in1k') plays no part.
         in_channels: channels of the image.
         out_indices: which of the model's feature maps (timm's `feature_info`) to return, in rising order. A SViT has
             four, one a stage, of stride 4, 8, 16 and 32.
@@ -207,7 +207,7 @@ def create_model(arch: str, in_channels: int, options: dict) -> nn.Module:
     if not timm.is_model(arch):
         raise ValueError(f"arch: no model {arch!r} in timm{did_you_mean(arch, timm.list_models())}")
     try:
-        model = timm.create_model(arch, in_chans=in_channels, **options)
+        model = timm.create_model(arch.partition(".")[0], in_chans=in_channels, **options)
     except TypeError as error:  # not every model has every option
         raise ValueError(f"arch: {arch} does not take {', '.join(options)}: {error}") from error
     needed = ("feature_info", "forward_intermediates", "prune_intermediate_layers", "group_matcher")

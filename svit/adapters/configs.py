@@ -57,8 +57,8 @@ def load_config(name: str, options: dict[str, Any] | None = None, data_root: str
         data_root: the folder of the data, in place of the config's `data_root` wherever that stands.
 
     Raises:
-        ConfigError: no such config, one that cannot be read or is none of a model, or `data_root` for a config
-            without one.
+        ConfigError: no such config, one that cannot be read or is none of a model, options that it does not take,
+            `data_root` for a config without one, or a package that it needs cannot be imported.
     """
     path = find_config(name)
     try:
@@ -71,9 +71,14 @@ def load_config(name: str, options: dict[str, Any] | None = None, data_root: str
         if "data_root" not in config:
             raise ConfigError(f"{path}: has no data_root that {data_root} could replace")
         config = Config(move_data(config.to_dict(), str(config.data_root), data_root), filename=str(path))
-    if options:
-        config.merge_from_dict(options)
-    init_scope(config)
+    try:
+        config.merge_from_dict(options or {})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: does not take {options}: {error}") from error
+    try:
+        init_scope(config)
+    except (ImportError, AssertionError) as error:  # the latter of a version of mmcv that does not go with the others
+        raise ConfigError(f"{path}: needs what cannot be imported ({error}); docs/detection.md installs it") from error
     return config
 
 

@@ -166,7 +166,8 @@ class SViT(nn.Module):
             plain global attention.
         n_iter: rounds of association.
         differentiable_association: lets the gradient through the association, which the paper cuts.
-        layer_scale_init: start value of the layer scale, None for none; a single value or one a stage.
+        layer_scale_init: start value of the layer scale, None for none; a single value or one a stage (to
+            `timm.create_model` give (None, None, None, None), since it drops keywords that are None).
         mlp_ratio: hidden channels of the conv-FFN to those of the stage.
         head_width: channels of the 1x1 convolution before the pool, None or 0 for no such convolution
             (`timm.create_model` drops keywords that are None: give it 0).

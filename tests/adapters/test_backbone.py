@@ -182,7 +182,7 @@ def test_model_options():
     ("arch", "kwargs", "strides"),
     [
         ("resnet18", dict(out_indices=(1, 2, 3, 4)), (4, 8, 16, 32)),
-        ("convnext_atto", {}, (4, 8, 16, 32)),
+        ("convnext_atto.no_such_tag", {}, (4, 8, 16, 32)),
         ("efficientnet_b0", dict(out_indices=(1, 2, 3, 4)), (4, 8, 16, 32)),
         (
             "swin_tiny_patch4_window7_224",

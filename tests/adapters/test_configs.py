@@ -1,4 +1,5 @@
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -222,9 +223,21 @@ def test_load_config(tmp_path):
     (tmp_path / "empty.py").write_text("a = 1")
     with pytest.raises(ConfigError, match="has no `model`"):
         load_config(str(tmp_path / "empty.py"))
-    (tmp_path / "bare.py").write_text("model = dict()")
+    (tmp_path / "bare.py").write_text("model = dict()\nsteps = [dict(end=1)]")
     with pytest.raises(ConfigError, match="has no data_root"):
         load_config(str(tmp_path / "bare.py"), data_root="/x")
+    assert load_config(str(tmp_path / "bare.py"), {"steps.0.end": 2}).steps == [dict(end=2)]
+    for options in ({"steps.1.end": 2}, {"steps.end.a": 2}):
+        with pytest.raises(ConfigError, match=re.escape(f"bare.py: does not take {options}: ")):
+            load_config(str(tmp_path / "bare.py"), options)
+
+
+def test_packages_that_cannot_be_imported(monkeypatch):
+    for config, package in (("mask-rcnn_svit-s_fpn_1x_coco", "mmdet"), ("svit-s_fpn_8xb2-80k_ade20k-512x512", "mmseg")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, f"{package}.utils", None)
+            with pytest.raises(ConfigError, match=rf"needs what cannot be imported .*{package}.*docs/detection.md"):
+                load_config(config)
 
 
 def test_boxes_alone():

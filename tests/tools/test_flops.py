@@ -160,7 +160,10 @@ def test_configs_need_mmengine(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "svit.adapters", None)
     status, _, err = run("some.py", "--shape", "64")
     assert status == 1
-    assert err.startswith("error: some.py: a config needs svit.adapters; pip install 'svit[mm]'")
+    assert err.startswith("error: some.py: a config needs svit.adapters; pip install '.[mm]'")
+    status, _, err = run(DETECTOR, "--shape", "64")
+    assert status == 1
+    assert err.endswith("; names of configs are known with svit.adapters (pip install '.[mm]', and mmcv)\n")
 
 
 SIZES = "error: --img-size: expected one or two positive whole numbers, got"

@@ -443,3 +443,11 @@ def test_bad_pictures(capsys, config):
     assert "expected a folder" in failure(capsys, mm_infer, *args, photo, photo, "--out", config)
     assert "same file" in failure(capsys, mm_infer, *args, photo, photo, "--out", config.parent / "folder")
     assert not (config.parent / "a.png").exists()
+    before = photo.read_bytes()
+    for out in (photo, photo.parent):
+        assert "expected another place than the images'" in failure(capsys, mm_infer, *args, photo, "--out", out)
+    assert photo.read_bytes() == before
+    assert "expected the name of a picture" in failure(capsys, mm_infer, *args, photo, "--out", config.parent / "a.xyz")
+    assert "--device: nowhere cannot be used" in failure(
+        capsys, mm_infer, *args, photo, "--out", config.parent / "a.png", "--device", "nowhere"
+    )
