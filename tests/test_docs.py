@@ -95,7 +95,7 @@ def test_site(tmp_path):
         try:
             importlib.import_module(package)
         except ImportError:
-            missing(f"{package}: pip install svit[docs]")
+            missing(f"{package}: pip install '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

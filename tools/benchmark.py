@@ -33,8 +33,10 @@ from tabulate import tabulate
 from torch import nn
 
 import svit
+from classification.models import ModelError, create_model, has_fixed_size
 from plain_form import plain_form
 from svit.files import replacing
+from svit.models import SViT
 from svit.ops import triton
 from svit.profiling import count
 
@@ -69,10 +71,14 @@ def build(spec: str, setting: Setting) -> nn.Module:
     arguments = {}
     for backend in {"reference", "cuda"} & set(prefixes):
         arguments["backend"] = backend
-    # timm's models of a fixed input size must be told another one
-    if timm.get_pretrained_cfg(name) is not None and timm.get_pretrained_cfg(name).fixed_input_size:
-        arguments["img_size"] = setting.size
-    model = timm.create_model(name, **arguments)
+    try:
+        if has_fixed_size(name):
+            arguments["img_size"] = setting.size
+        model = create_model(name, **arguments)
+    except ModelError as error:
+        raise SystemExit(f"error: {spec}: {error}") from error
+    if {"plain", "folded"} & set(prefixes) and not isinstance(model, SViT):
+        raise SystemExit(f"error: {spec}: plain: and folded: are for SViT")
     model.train(setting.train).to(setting.device, getattr(torch, setting.dtype))
     if "plain" in prefixes:
         model = plain_form(model)
@@ -399,6 +405,9 @@ def parse_args() -> argparse.Namespace:
         parser.error("name at least one model")
     if len(args.img_size) > 2 or min([*args.img_size, *(args.sweep or [])]) < 1:
         parser.error(f"--img-size: expected one or two positive numbers, got {args.img_size}")
+    for option, value in (("--batch-size", args.batch_size), ("--runs", args.runs), ("--threads", args.threads or 1)):
+        if value < 1:
+            parser.error(f"{option}: expected at least 1, got {value}")
     if args.plot and not args.sweep:
         parser.error("--plot needs --sweep")
     if args.csv and (args.csv.is_dir() or not args.csv.parent.is_dir()):  # before the work, not after

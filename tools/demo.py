@@ -22,6 +22,7 @@ from svit.files import replacing
 TOOLS = Path(__file__).parent
 MODEL = "svit_nano_32"
 ZOO = ["svit_tiny", "svit_small", "svit_base", "svit_large"]
+OUT = Path("outputs/demo")
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -56,12 +57,14 @@ def run(tool: str, *arguments: str | Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=6, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=OUT, help="a new folder; default: %(default)s, which may be there")
     args = parser.parse_args(argv)
+    if args.out == OUT:
+        shutil.rmtree(OUT, ignore_errors=True)  # an earlier demo's
+    elif args.out.exists():
+        parser.error(f"--out: expected a new folder, got {args.out}, which exists")
     data, training, pictures = (args.out / name for name in ("digits", "training", "super_tokens"))
-    args.out.mkdir(parents=True, exist_ok=True)
-    for folder in (data, training):  # an earlier demo's
-        shutil.rmtree(folder, ignore_errors=True)
+    args.out.mkdir(parents=True)
 
     images = digits()
     write(images, data)
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 {pictures / "index.html"}: two digits' cells, learned super tokens, the soft association of one of them
 
 next, from the environment of this demo (`source .venv-demo/bin/activate`):
-  python tools/train.py cifar10 --data-dir data   # about two hours on two cores
+  python tools/train.py cifar10   # hours on two cores; docs/cifar10.md
   python tools/flops.py svit_small convnext_tiny --img-size 800 1280
   python tools/benchmark.py svit_small plain:svit_small convnext_tiny --runs 5
   python tools/convert_checkpoint.py stvit-small-224.pth svit_small.safetensors   # the authors' weights""")

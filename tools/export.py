@@ -6,7 +6,7 @@
 
 The file takes any batch, height and width that the model takes, unless --static. With it come the names of the classes
 and the preprocessing. It is loaded again and run at the exported and two other sizes; the differences are printed, and
-one that is too large is an error. Needs svit[export] for ONNX, a C++ compiler for AOTInductor. docs/export.md tells
+one that is too large is an error. Needs '.[export]' for ONNX, a C++ compiler for AOTInductor. docs/export.md tells
 more.
 """
 
@@ -195,7 +195,7 @@ def check_onnx() -> None:
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
-            raise ExportError(f"--format onnx: needs {error.name}; pip install 'svit[export]'") from error
+            raise ExportError(f"--format onnx: needs {error.name}; pip install '.[export]'") from error
 
 
 def write_onnx(program: ExportedProgram, path: Path, told: dict[str, str]) -> None:

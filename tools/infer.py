@@ -20,7 +20,7 @@ from timm.data import get_img_extensions
 from tqdm import tqdm
 
 from classification.data import DataError, eval_transform
-from classification.models import ModelError, add_model_arguments, class_names, open_model
+from classification.models import ModelError, add_model_arguments, class_names, open_model, out_of_memory_as_error
 from svit.convert import CheckpointError
 
 
@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=["table", "json", "csv"], default="table")
     args = parser.parse_args(argv)
     try:
-        found, unreadable = infer(args)
+        with out_of_memory_as_error("lower --batch-size or --img-size"):
+            found, unreadable = infer(args)
     except (ModelError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

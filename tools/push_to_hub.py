@@ -106,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name")
     parser.add_argument("--model", metavar="NAME", help="of timm or svit; default: what the checkpoint says")
     parser.add_argument("--private", action="store_true", help="if the repository is new")
-    parser.add_argument("--license", metavar="ID", default="mit", help="as the Hub spells it; default: mit")
+    parser.add_argument(
+        "--license", metavar="ID", help="as the Hub spells it; default: mit, of weights that started from no others"
+    )
     parser.add_argument(
         "--metrics", metavar="'DATASET METRIC=VALUE'", nargs="+", default=[], help="such as 'CIFAR-10 top-1=91.2'"
     )
@@ -119,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
             check_repo_id("--dataset", args.dataset)
         results = [parse_metric(text, args.dataset) for text in args.metrics]
         model, facts = load(args.checkpoint, args.model)
-        card = dict(facts=facts, results=results, license=args.license, dataset=args.dataset)
+        license = args.license or default_license(facts)
+        card = dict(facts=facts, results=results, license=license, dataset=args.dataset)
         if args.local:
             write_folder(args.local, model, args.repo_id, **card)
             print(f'wrote {args.local}; timm.create_model("local-dir:{args.local}", pretrained=True) loads it')
@@ -169,6 +172,15 @@ def load(checkpoint: Path, name: str | None) -> tuple[nn.Module, dict[str, Any]]
     if name is None:
         raise HubError(f"{checkpoint}: does not say which model it is of; --model NAME does")
     return create_model(name, checkpoint), metadata["facts"]
+
+
+def default_license(facts: Mapping[str, Any]) -> str:
+    """Ours; an error for weights that were trained from others, whose licence may say more."""
+    recipe = facts.get("recipe", {})
+    for key in ("pretrained", "checkpoint"):
+        if recipe.get(key):
+            raise HubError(f"--license: expected one, since the training started from others ({key}: {recipe[key]})")
+    return "mit"
 
 
 def write_folder(folder: Path, model: nn.Module, repo_id: str, **card: Any) -> None:

@@ -20,14 +20,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from omegaconf import OmegaConf
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.layers import DropPath
@@ -37,6 +37,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, DistillationTeacher, LogitDistillationTask
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -45,14 +47,14 @@ from classification import state as states
 from classification.data import (
     DataError,
     Loader,
-    check_classes,
+    check_splits,
     classes_of,
     eval_transform,
     open_dataset,
     seed_all,
 )
 from classification.evaluation import Accuracy, evaluate
-from classification.models import ModelError, create_model, read_weights, save_model
+from classification.models import ModelError, create_model, out_of_memory_as_error, read_weights, save_model
 from classification.recipe import Recipe, RecipeError, load_recipe
 from svit.convert import CheckpointError, differences, summary
 from svit.files import replacing
@@ -75,10 +77,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="train on the CPU, though there is a GPU")
     args = parser.parse_args(argv)
     output = args.output or Path("outputs", "train", Path(args.recipe).stem)
-    recipe = None
     try:
         recipe = load_recipe(args.recipe, args.set, args.data_dir)
-        finished = Training(recipe, output, args.resume, args.cpu).run()
+        with out_of_memory_as_error(
+            f"lower batch_size, now {recipe.batch_size}, and raise grad_accum by as much, which keeps the images of an "
+            "update; or set grad_checkpointing=true, mixed_precision=bf16 or a smaller img_size"
+        ):
+            finished = Training(recipe, output, args.resume, args.cpu).run()
     except (RecipeError, DataError, ModelError, CheckpointError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -86,14 +91,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}; what was saved before is whole", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_reader_gone(error):
             raise
-        print(
-            f"error: out of memory with batch_size {recipe.batch_size}. Lower batch_size and raise grad_accum by as "
-            "much, which keeps the images of an update; or set grad_checkpointing=true, mixed_precision=bf16 or a "
-            "smaller img_size",
-            file=sys.stderr,
-        )
+        print(f"error: {str(error).splitlines()[0]} If memory ran short, lower workers", file=sys.stderr)
         return 1
     return 0 if finished else 128 + signal.SIGTERM
 
@@ -102,8 +102,9 @@ class TrainingError(RuntimeError):
     """The training cannot go on; the message says what to change."""
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+def is_reader_gone(error: RuntimeError) -> bool:
+    """Whether a process that reads was ended by another one, as by the system when memory runs short."""
+    return str(error).startswith("DataLoader worker (pid")
 
 
 class Training:
@@ -123,9 +124,6 @@ class Training:
             cpu=cpu or not torch.accelerator.is_available(),  # else its processes would not know each other
             mixed_precision=recipe.mixed_precision or "no",
             gradient_accumulation_steps=recipe.grad_accum,
-            fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
-            if self.sharded
-            else None,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -158,16 +156,16 @@ class Training:
         if kind in ("wds", "hfids", "tfds"):
             train = partial(train, is_training=True, num_samples=r.train_samples, **streams)
             val = partial(val, num_samples=r.val_samples, **streams)
-        with self.accelerator.main_process_first():  # who downloads, if need be
-            train_set, val_set = train(), val()
-        check_classes(train_set, val_set)
-        self.classes = classes_of(train_set)
+        with self.accelerator.main_process_first() if r.download else nullcontext():
+            self.train_set, self.val_set = train(), val()
+        check_splits(self.train_set, self.val_set)
+        self.classes = classes_of(self.train_set)
         self.num_classes = r.num_classes or (len(self.classes) if self.classes else None)
         if self.num_classes is None:
             raise RecipeError("num_classes: expected a number, since the data does not tell its classes, got null")
         if self.classes and len(self.classes) > self.num_classes:
             raise RecipeError(f"num_classes: expected the data's {len(self.classes)}, got {self.num_classes}")
-        self.open_train, self.open_val = train, val
+        self.reopen_train, self.reopen_val = train, val
 
     def make_model(self) -> None:
         r = self.recipe
@@ -189,13 +187,13 @@ class Training:
             start_from(model, r.checkpoint)
         if r.grad_checkpointing:
             model.set_grad_checkpointing()
-        if r.channels_last:
+        if r.channels_last and not self.sharded:  # shards are of contiguous weights; the images' format decides then
             model.to(memory_format=torch.channels_last)
         self.preprocessing = resolve_data_config({}, model=model)
 
         common = dict(rank=self.rank, world=self.world, seed=r.seed, workers=r.workers, limit=r.max_unreadable)
         transform = eval_transform(self.preprocessing)
-        self.val = Loader(self.open_val, transform, r.batch_size, training=False, **common)
+        self.val = Loader(self.val_set, transform, r.batch_size, training=False, reopen=self.reopen_val, **common)
         if r.augment:
             transform = create_transform(
                 self.preprocessing["input_size"],
@@ -212,8 +210,8 @@ class Training:
                 re_prob=r.random_erasing,
                 re_mode="pixel",
             )
-        repeats = r.repeated_augmentation
-        self.train = Loader(self.open_train, transform, r.batch_size, training=True, repeats=repeats, **common)
+        common.update(reopen=self.reopen_train, repeats=r.repeated_augmentation)
+        self.train = Loader(self.train_set, transform, r.batch_size, training=True, **common)
         self.updates = len(self.train) // r.grad_accum  # an epoch
         if self.updates == 0:
             raise RecipeError(
@@ -237,6 +235,9 @@ class Training:
 
     def make_optimizer(self, images: int) -> None:
         r = self.recipe
+        if self.sharded and self.world > 1:
+            # Not by Accelerate, which shards on GPUs alone.
+            fully_shard(self.model, mesh=init_device_mesh(self.accelerator.device.type, (self.world,)))
         lr = r.lr * images / r.lr_batch if r.lr_batch else r.lr
         optimizer = create_optimizer_v2(
             self.model, r.opt, lr=lr, weight_decay=r.weight_decay, layer_decay=r.layer_decay, **r.opt_args
@@ -256,16 +257,15 @@ class Training:
         if r.compile:
             self.model.compile()
         self.plain = self.model  # without the wrappers that prepare puts around it
-        self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        if not self.sharded:
+            self.model = self.accelerator.prepare(self.model)
 
         # Mixup gives soft targets with the smoothing in them; where it is off, timm's loss takes classes.
         loss = partial(create_classification_loss, "ce", smoothing=r.label_smoothing)
         task = ClassificationTask
         if r.teacher:
-            teacher = create_model(
-                r.teacher, r.teacher_checkpoint, pretrained=not r.teacher_checkpoint, num_classes=self.num_classes
-            )
-            teacher = DistillationTeacher(teacher.requires_grad_(False)).to(self.accelerator.device)
+            teacher = DistillationTeacher(self.make_teacher().requires_grad_(False)).to(self.accelerator.device)
             task = partial(
                 LogitDistillationTask,
                 teacher_model=teacher,
@@ -276,10 +276,29 @@ class Training:
         task = partial(task, self.model, device=self.accelerator.device, verbose=False)
         self.tasks = {soft: task(criterion=loss(soft_targets=soft)) for soft in (False, True)}
 
+    def make_teacher(self) -> nn.Module:
+        r = self.recipe
+        if r.teacher_checkpoint:
+            teacher = create_model(r.teacher, r.teacher_checkpoint, num_classes=self.num_classes)
+        else:
+            # With timm's number of classes: another one would get a head of random weights.
+            teacher = create_model(r.teacher, pretrained=True)
+            if teacher.num_classes != self.num_classes:
+                raise RecipeError(
+                    f"teacher: expected one of the data's {self.num_classes} classes, got {r.teacher} of "
+                    f"{teacher.num_classes}; teacher_checkpoint names weights of your own"
+                )
+        names = teacher.pretrained_cfg.get("label_names")
+        if names and self.classes and sorted(names) == sorted(self.classes) and list(names) != self.classes:
+            raise RecipeError(f"teacher: its classes are in another order than the data's: {list(names)[:10]}")
+        return teacher
+
     # Saving and going on
 
     def save(self, best: bool = False) -> None:
         """Writes the state and the last weights, and these as the best ones if they are."""
+        loss = torch.as_tensor(self.state.loss, device=self.accelerator.device)
+        self.state.loss = self.accelerator.reduce(loss, "mean").item()
         tensors = states.gather(self.plain, self.optimizer.optimizer, self.sharded)
         if self.ema is not None:
             tensors["ema"] = self.ema.module.state_dict()
@@ -295,7 +314,8 @@ class Training:
                     self.classes,
                     tensors[self.recipe.evaluate],
                     recipe=self.settings,
-                    **(self.state.rows[-1] if self.state.rows else {}),
+                    # In the midst of an epoch no accuracy is known.
+                    **(self.state.rows[-1] if self.state.rows and not self.state.update else {}),
                 )
             states.write(self.output / states.NAME, self.state, tensors)
         self.accelerator.wait_for_everyone()
@@ -325,12 +345,13 @@ class Training:
         try:
             with sigterm() as self.asked_to_stop:
                 while self.state.epoch < self.recipe.epochs:
-                    if not self.train_epoch(board, bar):
-                        self.save()
+                    trained = self.train_epoch(board, bar)
+                    # Before the evaluation, too: what sends SIGTERM may not wait for the end of a long one.
+                    self.save()
+                    if not (trained and self.finish_epoch(board, bar)):
                         if first:
                             bar.write("SIGTERM: saved; --resume goes on from here")
                         return False
-                    self.finish_epoch(board, bar)
         finally:
             bar.close()
             if board is not None:
@@ -358,12 +379,10 @@ class Training:
             bar.update()
             if state.update % r.log_every == 0 or state.update == self.updates:
                 self.log(board, bar, loss)
-            stop = self.shall_stop()
-            if stop and state.update < self.updates:
-                state.loss = float(state.loss)
+            # To ask all processes takes time: so not after each update.
+            if (self.world == 1 or self.total % max(10 // r.grad_accum, 1) == 0) and self.shall_stop():
                 return False
             if r.save_every and self.total % r.save_every == 0 and state.update < self.updates:
-                state.loss = float(state.loss)
                 self.save()
         return True
 
@@ -411,11 +430,9 @@ class Training:
                 module.drop_prob = original * rate / self.recipe.drop_path
 
     def shall_stop(self) -> bool:
-        """Whether SIGTERM came, to any process; asked of the others now and then only, since it waits for them."""
+        """Whether SIGTERM came to any process; all of them must ask."""
         if self.world == 1:
             return bool(self.asked_to_stop)
-        if self.total % 10:
-            return False
         asked = torch.tensor(float(bool(self.asked_to_stop)), device=self.accelerator.device)
         return self.accelerator.reduce(asked, "sum").item() > 0
 
@@ -431,15 +448,16 @@ class Training:
             board.add_scalar("train/loss", value, self.total)
             board.add_scalar("train/lr", max(group["lr"] for group in self.optimizer.param_groups), self.total)
 
-    def finish_epoch(self, board: SummaryWriter | None, bar: tqdm) -> None:
-        """Evaluates, logs and saves."""
+    def finish_epoch(self, board: SummaryWriter | None, bar: tqdm) -> bool:
+        """Evaluates, logs and saves; returns False if SIGTERM came before the end of the evaluation."""
         state = self.state
-        loss = self.accelerator.reduce(torch.as_tensor(state.loss, device=self.accelerator.device), "mean")
         found = self.evaluate()
+        if self.shall_stop():
+            return False
         row = {
             "epoch": state.epoch,
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
-            "train_loss": loss.item() / self.updates,
+            "train_loss": state.loss / self.updates,
             "val_loss": found.loss,
             "top1": found.top1,
             "top5": found.top5,
@@ -457,19 +475,32 @@ class Training:
                 f"epoch {row['epoch']}: train loss {row['train_loss']:.3f}, val loss {row['val_loss']:.3f}, "
                 f"top-1 {row['top1']:.2f}, top-5 {row['top5']:.2f}, best {state.best:.2f}"
             )
+        return True
 
     def evaluate(self) -> Accuracy:
-        # Not the wrapped model: processes may have different numbers of batches.
+        # Processes may have different numbers of batches, and one may have none. So not the wrapped model, which may
+        # wait for the others; and one in shards is put together beforehand, and stays so until the next update.
         model = self.ema.module if self.recipe.evaluate == "ema" else self.plain
+        if isinstance(model, FSDPModule):
+            model.unshard()
+            for buffer in model.buffers():  # BatchNorm's statistics, which DDP keeps equal
+                broadcast(buffer)
         return evaluate(
             model,
-            self.val.epoch(),
+            self.until_stopped(self.val.epoch()),
             self.num_classes,
             self.accelerator.device,
             self.accelerator.autocast,
             channels_last=self.recipe.channels_last,
             reduce=partial(self.accelerator.reduce, reduction="sum"),
         )
+
+    def until_stopped(self, batches: Iterator) -> Iterator:
+        """The batches up to the one in which SIGTERM comes to this process."""
+        for batch in batches:
+            yield batch
+            if self.asked_to_stop:
+                return
 
 
 @contextmanager

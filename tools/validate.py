@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from classification.data import DataError, Loader, classes_of, eval_transform, open_dataset
 from classification.evaluation import evaluate
-from classification.models import ModelError, add_model_arguments, class_names, open_model
+from classification.models import ModelError, add_model_arguments, class_names, open_model, out_of_memory_as_error
 from svit.convert import CheckpointError
 from svit.files import replacing
 
@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = validate(args)
+        with out_of_memory_as_error("lower --batch-size or --img-size"):
+            result = validate(args)
         print_result(result, args.per_class)
         if args.json:
             with replacing(args.json) as part:
@@ -83,7 +84,7 @@ def validate(args: argparse.Namespace) -> dict:
     model, device, preprocessing = open_model(args, crop_pct=args.crop_pct)
     options = {"download": args.download} if args.dataset.startswith("torch/") else {}
     loader = Loader(
-        partial(open_dataset, args.dataset, args.data_dir, args.split, **options),
+        open_dataset(args.dataset, args.data_dir, args.split, **options),
         eval_transform(preprocessing),
         args.batch_size,
         training=False,
@@ -112,9 +113,10 @@ def validate(args: argparse.Namespace) -> dict:
             if count
         },
     }
-    if model.num_classes == 1000 and height == width:
+    if model.num_classes == 1000:
         architecture = model.pretrained_cfg.get("architecture") or args.model
-        result["paper_top1"] = PUBLISHED.get((architecture.partition(".")[0], height))
+        as_trained = (height, width) == tuple(model.pretrained_cfg["input_size"][1:])  # the paper's 384 is fine-tuned
+        result["paper_top1"] = PUBLISHED.get((architecture.partition(".")[0], height)) if as_trained else None
     return result
 
 

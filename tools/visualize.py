@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
-from classification.models import choose_device, class_names, create_model
+from classification.models import choose_device, class_names, create_model, out_of_memory_as_error
 from svit.files import replacing
 from svit.layers import SuperTokenAttention
 from svit.visualize import check_point, draw_attention, draw_iterations, draw_super_tokens, last_of_stages, watch
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         model = load_model(args.model, args.checkpoint, args.pretrained, args.device)
         make_folder(args.out)
         # Every file takes its place at the end, the page last; on an error none does.
-        with ExitStack() as files:
+        with ExitStack() as files, out_of_memory_as_error("lower --img-size"):
             page = files.enter_context(replacing(args.out / "index.html"))
             sections = []
             for image, photo in photos.items():

@@ -59,6 +59,20 @@ def test_graphs_are_for_gpus():
         benchmark.build("graph:test_svit", SETTING)
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("svit_smal", "svit_smal: model: no model 'svit_smal' in timm; did you mean svit_small"),
+        ("plain:test_resnet", "plain:test_resnet: plain: and folded: are for SViT"),
+        ("reference:test_resnet", "reference:test_resnet: model: test_resnet cannot be made with {'backend'"),
+    ],
+)
+def test_models_that_cannot_be_built(spec, message):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.build(spec, SETTING)
+    assert message in stopped.value.code
+
+
 def test_maps():
     """The feature maps, and nothing behind them."""
     torch.manual_seed(0)
@@ -246,7 +260,12 @@ def test_csv_needs_its_folder(run, capsys):
 
 
 def test_bad_command_lines():
-    for arguments in ([], ["test_svit", "--img-size", "0"], ["test_svit", "--plot", "x.png"]):
+    for arguments in (
+        [],
+        ["test_svit", "--img-size", "0"],
+        ["test_svit", "--plot", "x.png"],
+        ["test_svit", "--runs", "0"],
+    ):
         done = subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True)
         assert done.returncode == 2
         assert "error:" in done.stderr

@@ -255,7 +255,7 @@ def test_missing_package(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     status, out, err = run("test_svit")
     assert (status, out) == (1, "")
-    assert err == "error: --format onnx: needs onnxruntime; pip install 'svit[export]'\n"
+    assert err == "error: --format onnx: needs onnxruntime; pip install '.[export]'\n"
 
 
 def test_no_compiler(run, monkeypatch):

@@ -97,6 +97,17 @@ def test_card_of_another_model_without_facts(run):
     assert torch.equal(timm.create_model("local-dir:folder", pretrained=True).eval()(x), model(x))
 
 
+def test_the_licence_of_weights_that_started_from_others(run, model):
+    for key, value in (("pretrained", True), ("checkpoint", "svit_small.safetensors")):
+        save_model(Path("tuned.safetensors"), model, "test_svit", recipe={key: value})
+        status, _, err = run("tuned.safetensors", "me/small", "--local", "folder")
+        assert status == 1
+        assert f"--license: expected one, since the training started from others ({key}: {value})" in err
+        assert not Path("folder").exists()
+    assert run("tuned.safetensors", "me/small", "--license", "cc-by-nc-4.0", "--local", "folder")[0] == 0
+    assert ModelCard.load("folder/README.md").data.license == "cc-by-nc-4.0"
+
+
 def test_upload(run, model, monkeypatch):
     calls = []
 

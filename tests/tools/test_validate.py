@@ -156,19 +156,28 @@ def test_no_data_and_no_model(error_of, tmp_path):
     assert "no such file" in error_of(checkpoint=tmp_path / "nowhere.safetensors")
 
 
+def test_out_of_memory_says_what_to_lower(monkeypatch, error_of):
+    def evaluate(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(validate, "evaluate", evaluate)
+    assert "out of memory: lower --batch-size or --img-size" in error_of()
+
+
 @pytest.mark.parametrize(
-    ("architecture", "size", "paper"),
+    ("architecture", "trained", "size", "paper"),
     [
-        ("svit_small", 224, 83.6),
-        ("svit_large.in1k", 224, 85.3),
-        ("svit_base.in1k_384", 384, 86.0),
-        ("svit_small", 256, None),
-        ("resnet18", 224, None),
+        ("svit_small", 224, 224, 83.6),
+        ("svit_large.in1k", 224, 224, 85.3),
+        ("svit_base.in1k_384", 384, 384, 86.0),
+        ("svit_base", 224, 384, None),
+        ("svit_small", 224, 256, None),
+        ("resnet18", 224, 224, None),
     ],
 )
-def test_the_papers_figure_stands_beside(monkeypatch, run, capsys, architecture, size, paper):
+def test_the_papers_figure_stands_beside(monkeypatch, run, capsys, architecture, trained, size, paper):
     model = timm.create_model("test_svit")
-    model.pretrained_cfg["architecture"] = architecture
+    model.pretrained_cfg.update(architecture=architecture, input_size=(3, trained, trained))
     config = {**timm.data.resolve_data_config({}, model=model), "input_size": (3, size, size)}
     monkeypatch.setattr(validate, "open_model", lambda args, **_: (model, torch.device("cpu"), config))
     monkeypatch.setattr(validate, "classes_of", lambda _: None)

@@ -8,7 +8,8 @@ training goes on exactly from anywhere, whatever the number of processes that re
 import os
 import random
 import sys
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+SPLITS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test", "testing")
 
 
 class DataError(ValueError):
@@ -46,7 +51,7 @@ def open_dataset(name: str, root: str, split: str, **options: Any) -> Dataset:
     """A dataset of timm's readers, without a transform.
 
     Raises:
-        DataError: no such dataset, or no images in it.
+        DataError: no such dataset, no such split, or no images in it.
     """
     kind = name.partition("/")[0].lower()
     if kind != "hfds" and kind != "hfids" and not options.get("download") and not Path(root).exists():
@@ -55,15 +60,30 @@ def open_dataset(name: str, root: str, split: str, **options: Any) -> Dataset:
         dataset = create_dataset("" if name == "folder" else name, root=root, split=split, **options)
         if len(dataset) == 0:
             raise RuntimeError("it holds no images")
-    except (RuntimeError, AssertionError, ImportError, OSError, ValueError) as error:
+    except (RuntimeError, AssertionError, ImportError, OSError, ValueError, tarfile.TarError) as error:
         raise DataError(f"{name} {root}, split {split!r}: cannot be used: {error}") from error
+    if Path(root).is_dir() and location(dataset) == Path(root).resolve():
+        # timm takes the whole folder where it does not find the split: right for a folder of classes alone.
+        others = [path.name for path in sorted(Path(root).iterdir()) if path.name in SPLITS and has_folders(path)]
+        if others:
+            raise DataError(f"data_dir: {root} has no folder of the split {split!r}, only {', '.join(others)}")
     return dataset
+
+
+def location(dataset: Dataset) -> Path | None:
+    """The folder or tar file that a dataset's images are in; None of other kinds of data."""
+    reader = getattr(dataset, "reader", None)
+    return Path(reader.root).resolve() if isinstance(reader, ReaderImageFolder | ReaderImageInTar) else None
+
+
+def has_folders(path: Path) -> bool:
+    return path.is_dir() and any(inside.is_dir() for inside in path.iterdir())
 
 
 def classes_of(dataset: Dataset) -> list[str] | None:
     """Names of the classes in the order of their numbers, if the dataset tells."""
     reader = getattr(dataset, "reader", dataset)
-    numbers = getattr(reader, "class_to_idx", None)
+    numbers = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # of a tar file
     if numbers:
         names = {}
         for name, number in numbers.items():
@@ -74,12 +94,15 @@ def classes_of(dataset: Dataset) -> list[str] | None:
     return list(names) if names else None
 
 
-def check_classes(train: Dataset, val: Dataset) -> None:
+def check_splits(train: Dataset, val: Dataset) -> None:
     """Both splits must have the same classes; folders are numbered by their own names, so others would be mixed up.
 
     Raises:
-        DataError: a class is missing in one of them.
+        DataError: they are the same images, or a class is missing in one of them.
     """
+    a, b = location(train), location(val)
+    if a and b and (a == b or a in b.parents or b in a.parents):
+        raise DataError(f"val: its images, those in {b}, are images of the training, which has those in {a}")
     ours, theirs = classes_of(train), classes_of(val)
     if ours is None or theirs is None or ours == theirs:
         return
@@ -174,12 +197,14 @@ class Order:
 class Stream(IterableDataset):
     """A dataset without an index (shards), augmented with random numbers of seed, epoch, process and place."""
 
-    def __init__(self, dataset: IterableDataset, transform, seed: int, epoch: int, rank: int) -> None:
+    def __init__(self, dataset: IterableDataset, transform, seed: int, epoch: int, rank: int, repeats: int) -> None:
         self.dataset, self.transform, self.seed, self.epoch, self.rank = dataset, transform, seed, epoch, rank
+        self.repeats = repeats
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
         worker = get_worker_info()
-        for place, (image, target) in enumerate(self.dataset):
+        copies = (item for item in self.dataset for _ in range(self.repeats))
+        for place, (image, target) in enumerate(copies):
             seed_all(self.seed, self.epoch, self.rank, worker.id if worker else 0, place)
             yield self.transform(image), target
 
@@ -194,17 +219,19 @@ class Loader:
     """Batches of a split for one of `world` processes.
 
     Args:
-        open: makes the dataset; called anew for each epoch of a stream, whose shuffling has a memory.
+        dataset: of `open_dataset`.
         transform: timm's.
         training: in random order, incomplete batches dropped; else in the dataset's order, all images.
+        reopen: makes the dataset anew for each epoch, which a stream needs, since its shuffling has a memory.
     """
 
     def __init__(
         self,
-        open,
+        dataset: Dataset,
         transform,
         batch_size: int,
         training: bool,
+        reopen: Callable[[], Dataset] | None = None,
         rank: int = 0,
         world: int = 1,
         seed: int = 0,
@@ -212,9 +239,9 @@ class Loader:
         workers: int = 0,
         limit: int = 10,
     ) -> None:
-        self.open, self.transform, self.batch_size, self.training = open, transform, batch_size, training
-        self.rank, self.world, self.seed, self.workers = rank, world, seed, workers
-        self.dataset = open()
+        self.dataset, self.transform, self.batch_size, self.training = dataset, transform, batch_size, training
+        self.reopen = reopen or (lambda: dataset)
+        self.rank, self.seed, self.repeats, self.workers = rank, seed, repeats, workers
         self.streams = isinstance(self.dataset, IterableDataset)
         self.pin = torch.cuda.is_available()
         if not self.streams:
@@ -236,19 +263,19 @@ class Loader:
         """Batches an epoch has."""
         if not self.streams:
             return len(self.order)
-        total = self.batch_size * self.world
-        return len(self.dataset) // total if self.training else -(-len(self.dataset) // total)
+        images = len(self.dataset)  # of this process, as timm counts
+        return images // self.batch_size if self.training else -(-images // self.batch_size)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on: images (B, 3, H, W) and classes (B,)."""
         if not self.streams:
             self.order.epoch, self.order.start = epoch, start
             return self.readable()
-        dataset = self.open()
+        dataset = self.reopen()
         dataset.set_epoch(epoch)
         dataset.set_loader_cfg(num_workers=self.workers)
         loader = DataLoader(
-            Stream(dataset, self.transform, self.seed, epoch, self.rank),
+            Stream(dataset, self.transform, self.seed, epoch, self.rank, self.repeats),
             batch_size=self.batch_size,
             num_workers=self.workers,
             drop_last=self.training,

@@ -3,7 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop
 
 class ModelError(ValueError):
     """A model cannot be made as asked; the message says why."""
+
+
+@contextmanager
+def out_of_memory_as_error(advice: str) -> Iterator[None]:
+    """Running out of memory inside of it is a ModelError that says what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+            raise ModelError(f"out of memory: {advice}") from error
+        raise
 
 
 def create_model(
@@ -152,14 +164,19 @@ def read_metadata(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """Names of a model's classes: those of its checkpoint, ImageNet's where it has 1000 of them, else numbers."""
-    names = model.pretrained_cfg.get("label_names")
-    if names and len(names) == model.num_classes:
+    """Names of a model's classes: those of its checkpoint, ImageNet's where it has 1000 of them, else numbers.
+
+    Folders of ImageNet are named by WordNet ("n01440764"); such names are put into words ("tench, Tinca tinca").
+    """
+    names, info = model.pretrained_cfg.get("label_names"), timm.data.ImageNetInfo()
+    if not names or len(names) != model.num_classes:
+        if model.num_classes != 1000:
+            return [str(index) for index in range(model.num_classes)]
+        names = info.label_names()
+    try:
+        return [info.label_name_to_description(name) for name in names]
+    except KeyError:  # not WordNet's
         return list(names)
-    if model.num_classes == 1000:
-        info = timm.data.ImageNetInfo()
-        return [info.index_to_description(index) for index in range(1000)]
-    return [str(index) for index in range(model.num_classes)]
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -114,7 +114,7 @@ CHOICES = {
     "mixed_precision": (None, "bf16", "fp16"),
     "parallel": ("ddp", "fsdp"),
     "sched": ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"),
-    "interpolation": (None, "nearest", "bilinear", "bicubic", "lanczos", "random"),
+    "interpolation": (None, "nearest", "bilinear", "bicubic", "lanczos"),
 }
 AT_LEAST_ONE = ("epochs", "batch_size", "grad_accum", "repeated_augmentation", "log_every", "img_size", "save_every")
 AT_LEAST_ZERO = ("workers", "max_unreadable", "seed", "warmup_epochs", "lr", "weight_decay", "drop_path")

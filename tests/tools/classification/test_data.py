@@ -1,6 +1,8 @@
 """The order of images, what an epoch is made of, images that cannot be read."""
 
 import pickle
+import shutil
+import tarfile
 from functools import partial
 
 import numpy as np
@@ -14,7 +16,7 @@ from classification.data import (
     DataError,
     Loader,
     Order,
-    check_classes,
+    check_splits,
     classes_of,
     collate,
     eval_transform,
@@ -33,7 +35,7 @@ AUGMENT = create_transform((3, 16, 16), is_training=True, color_jitter=0.4, re_p
 
 
 def loader(open_data, batch_size=8, transform=AUGMENT, training=True, **arguments) -> Loader:
-    return Loader(open_data, transform, batch_size, training, seed=3, **arguments)
+    return Loader(open_data(), transform, batch_size, training, reopen=open_data, seed=3, **arguments)
 
 
 def equal(a: list, b: list) -> bool:
@@ -115,6 +117,61 @@ def test_an_epoch_of_shards_goes_on_from_any_batch(tmp_path, workers):
     list(other.epoch(0))  # what was read before leaves no trace
     assert equal(list(other.epoch(1)), whole)
     assert not equal(list(make().epoch(2)), whole)
+
+
+def test_repeated_augmentation_of_shards(tmp_path):
+    pytest.importorskip("webdataset")
+    root = str(image_data.shards(tmp_path / "shards"))
+    shards = partial(open_dataset, "wds/digits", root, "train", is_training=True, batch_size=8, seed=3)
+    batches = list(loader(shards, repeats=2).epoch())
+    assert len(batches) == 10
+    for images, classes in batches:
+        assert torch.equal(classes[::2], classes[1::2])
+        assert not torch.equal(images[::2], images[1::2])
+    once = list(loader(shards, transform=eval_transform(PREPROCESSING)).epoch())
+    twice = list(loader(shards, transform=eval_transform(PREPROCESSING), repeats=2).epoch())
+    assert torch.equal(torch.cat([images for images, _ in twice])[::2], torch.cat([i for i, _ in once])[:40])
+
+
+def test_a_tar_file_is_read_as_the_folder_is(tmp_path, root):
+    splits = {}
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(root / split, arcname=".")
+        splits[split] = partial(open_dataset, "folder", str(tmp_path / f"{split}.tar"), split)
+        from_folder = partial(open_dataset, "folder", str(root), split)
+        assert classes_of(splits[split]()) == list(image_data.CLASSES)
+        a, b = (list(loader(open_data, workers=2).epoch(1)) for open_data in (splits[split], from_folder))
+        assert equal(a, b)
+    check_splits(splits["train"](), splits["val"]())
+    with tarfile.open(tmp_path / "few.tar", "w") as tar:
+        tar.add(root / "val" / "one", arcname="one")
+    few = open_dataset("folder", str(tmp_path / "few.tar"), "val")
+    with pytest.raises(DataError, match="val: no images of 4 of 5 classes: four, three, two, zero"):
+        check_splits(splits["train"](), few)
+    (tmp_path / "damaged.tar").write_bytes(b"no tar file" * 100)
+    with pytest.raises(DataError, match="damaged.tar, split 'train': cannot be used"):
+        open_dataset("folder", str(tmp_path / "damaged.tar"), "train")
+
+
+def test_a_split_that_is_not_there(tmp_path, root):
+    """timm would take all images of the folder."""
+    photos = tmp_path / "photos"
+    shutil.copytree(root / "train", photos / "train")
+    shutil.copytree(root / "val", photos / "test")
+    with pytest.raises(DataError, match="photos has no folder of the split 'validation', only test, train"):
+        open_dataset("folder", str(photos), "validation")
+    assert len(open_dataset("folder", str(photos), "test")) == 5 * image_data.VAL
+    assert len(open_dataset("folder", str(photos / "test"), "validation")) == 5 * image_data.VAL
+    (photos / "test" / "one").rename(photos / "test" / "train")  # a class of that name
+    assert "train" in classes_of(open_dataset("folder", str(photos / "test"), "validation"))
+
+
+def test_splits_of_the_same_images(tmp_path, root):
+    train = open_dataset("folder", str(root), "train")
+    for val in (root / "train", root / "train" / "one"):
+        with pytest.raises(DataError, match="val: its images, those in .*, are images of the training"):
+            check_splits(train, open_dataset("folder", str(val), "validation"))
 
 
 def test_images_and_classes_of_the_evaluation(root):
@@ -207,10 +264,10 @@ def test_a_class_that_one_split_lacks_is_named(tmp_path):
     root = image_data.folder(tmp_path / "data")
     open_split = partial(open_dataset, "folder", str(root))
     assert classes_of(open_split("train")) == list(image_data.CLASSES)
-    check_classes(open_split("train"), open_split("validation"))
+    check_splits(open_split("train"), open_split("validation"))
     for image in (root / "val" / "one").iterdir():
         image.unlink()
     with pytest.raises(DataError, match="val: no images of 1 of 5 classes: one"):
-        check_classes(open_split("train"), open_split("validation"))
+        check_splits(open_split("train"), open_split("validation"))
     with pytest.raises(DataError, match="train: no images of 1 of 5 classes: one"):
-        check_classes(open_split("validation"), open_split("train"))
+        check_splits(open_split("validation"), open_split("train"))

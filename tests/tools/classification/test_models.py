@@ -203,6 +203,12 @@ def test_names_of_classes():
     told = {"pretrained_cfg_overlay": {"label_names": NAMES}}
     assert class_names(timm.create_model("test_svit", num_classes=3, **told)) == NAMES
     assert class_names(timm.create_model("test_svit", num_classes=2, **told)) == ["0", "1"]
+    for folders, names in (
+        (["n01440764", "n02123045"], ["tench, Tinca tinca", "tabby, tabby cat"]),
+        (["n01440764", "n1"], ["n01440764", "n1"]),
+    ):
+        told = {"pretrained_cfg_overlay": {"label_names": folders}}
+        assert class_names(timm.create_model("test_svit", num_classes=2, **told)) == names
 
 
 def opened(*arguments, **preprocessing):
