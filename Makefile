@@ -58,7 +58,7 @@ format: $(TESTENV)/installed
 	$(TESTENV)/bin/ruff format
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-test-onedl .venv-docs site work_dirs outputs build dist *.egg-info
+	rm -rf .venv-demo .venv-test .venv-test-onedl .venv-docs site outputs/demo build dist *.egg-info
 
 .venv-demo/installed: $(PROJECT)
 	@echo "Installing the demo's environment into .venv-demo; PyTorch is a large download."
