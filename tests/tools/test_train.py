@@ -286,9 +286,9 @@ def frozen(tmp_path_factory, data):
     return root
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_train_like_one(tmp_path, frozen, parallel):
-    changes = ("--set", "batch_size=4", f"parallel={parallel}")
+@pytest.mark.parametrize(("parallel", "steps"), [("ddp", 1), ("fsdp", 1), ("fsdp", 2)])
+def test_two_processes_train_like_one(tmp_path, frozen, parallel, steps):
+    changes = ("--set", f"batch_size={4 // steps}", f"grad_accum={steps}", f"parallel={parallel}")
     finish(start(frozen / "recipe.yaml", tmp_path / "out", *changes, launcher=TWO_PROCESSES))
     one, two = frozen / "out" / "last.safetensors", tmp_path / "out" / "last.safetensors"
     assert equal_up_to_rounding(one, two)
