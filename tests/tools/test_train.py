@@ -301,8 +301,10 @@ def test_two_processes_train_like_one(tmp_path, frozen, parallel, steps):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_that_are_killed_go_on(tmp_path, frozen, parallel):
+@pytest.mark.parametrize(
+    ("parallel", "ended_by"), [("ddp", signal.SIGKILL), ("fsdp", signal.SIGKILL), ("ddp", signal.SIGTERM)]
+)
+def test_two_processes_that_are_ended_go_on(tmp_path, frozen, parallel, ended_by):
     recipe, whole, out = frozen / "recipe.yaml", tmp_path / "whole", tmp_path / "out"
     changes = ("batch_size=4", f"parallel={parallel}", "save_every=1", "opt=adamw", "lr=0.002", "clip_grad=1.0")
     arguments = ("--resume", "--set", *changes)
@@ -310,10 +312,19 @@ def test_two_processes_that_are_killed_go_on(tmp_path, frozen, parallel):
     process = start(recipe, out, *arguments, launcher=TWO_PROCESSES)
     while updates_saved(out) < 5 and process.poll() is None:
         time.sleep(0.02)
-    for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
-        one.kill()
-    process.communicate(timeout=60)
-    assert 5 <= updates_saved(out) < 20
+    if ended_by == signal.SIGTERM:
+        process.terminate()  # torchrun passes it on
+        output, _ = process.communicate(timeout=60)
+        assert "SIGTERM: saved; --resume goes on from here" in output
+        assert updates_saved(out) in (10, 20)  # where the processes ask each other
+        assert (
+            len(torch.load(out / "state.pt", weights_only=True)["state"]["rows"]) == updates_saved(out) // 10 - 1
+        )  # before the evaluation
+    else:
+        for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
+            one.kill()
+        process.communicate(timeout=60)
+        assert 5 <= updates_saved(out) < 20
     finish(start(recipe, out, *arguments, launcher=TWO_PROCESSES))
     assert same_training(whole, out)
 
