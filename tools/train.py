@@ -50,6 +50,7 @@ from classification.data import (
     check_splits,
     classes_of,
     eval_transform,
+    is_reader_gone,
     open_dataset,
     seed_all,
 )
@@ -100,11 +101,6 @@ def main(argv: list[str] | None = None) -> int:
 
 class TrainingError(RuntimeError):
     """The training cannot go on; the message says what to change."""
-
-
-def is_reader_gone(error: RuntimeError) -> bool:
-    """Whether a process that reads was ended by another one, as by the system when memory runs short."""
-    return str(error).startswith("DataLoader worker (pid")
 
 
 class Training:

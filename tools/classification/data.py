@@ -47,6 +47,14 @@ def leave_group(worker: int) -> None:
     os.setpgrp()
 
 
+def is_reader_gone(error: RuntimeError) -> bool:
+    """Whether a process that reads was ended by another one, as by the system when memory runs short.
+
+    PyTorch raises this wherever the main process is just then.
+    """
+    return str(error).startswith("DataLoader worker (pid")
+
+
 def open_dataset(name: str, root: str, split: str, **options: Any) -> Dataset:
     """A dataset of timm's readers, without a transform.
 

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from svit.convert import CheckpointError, differences, summary
 from svit.files import replacing
 
+from .data import is_reader_gone
 from .recipe import RecipeError
 from .recipe import differences as recipe_differences
 
@@ -43,6 +44,8 @@ def write(path: Path, state: State, tensors: dict[str, Any]) -> None:
         with replacing(path) as part:
             torch.save({"state": vars(state), **tensors}, part)
     except RuntimeError as error:  # torch.save reports a full disk so
+        if is_reader_gone(error):
+            raise
         raise OSError(f"{path}: cannot be written ({error})") from error
 
 
