@@ -194,7 +194,7 @@ def test_a_training_killed_at_several_moments_goes_on_exactly(tmp_path, recipe, 
         process = start(recipe, out, *arguments)
         while updates_saved(out) < until and process.poll() is None:
             time.sleep(0.02)
-        time.sleep(chance.uniform(0, 0.25))  # in the midst of whatever it does, saving included
+        time.sleep(chance.uniform(0, 0.15))  # in the midst of whatever it does, saving included
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
         assert until <= updates_saved(out) < 20
