@@ -14,7 +14,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import numpy as np
-import torch
 from mmengine.config import DictAction
 from PIL import Image
 
@@ -39,18 +38,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--score", metavar="S", type=float, default=0.3, help="least score of what a detector draws; default: 0.3"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--device", metavar="NAME", help="default: the GPU if there is one")
     parser.add_argument("--cfg-options", metavar="KEY=VALUE", nargs="+", action=DictAction)
     args = parser.parse_args(argv)
     refuse_foreign_objects()
     try:
         targets = plan(args.images, args.out)
-        choose_device(args.device)
+        device = str(choose_device(args.device))
         config = load_config(args.config, args.cfg_options)
         drop_start_weights(config)
         check_checkpoint(config, args.checkpoint)
         draw = segmentor if config.get("default_scope") == "mmseg" else detector
-        look = draw(config, args.checkpoint, args.device, args.score)
+        look = draw(config, args.checkpoint, device, args.score)
     except (ValueError, UnpicklingError) as error:
         return failed(error)
     for image, target in targets.items():

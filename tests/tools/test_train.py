@@ -317,9 +317,8 @@ def test_two_processes_that_are_ended_go_on(tmp_path, frozen, parallel, ended_by
         output, _ = process.communicate(timeout=60)
         assert "SIGTERM: saved; --resume goes on from here" in output
         assert updates_saved(out) in (10, 20)  # where the processes ask each other
-        assert (
-            len(torch.load(out / "state.pt", weights_only=True)["state"]["rows"]) == updates_saved(out) // 10 - 1
-        )  # before the evaluation
+        rows = torch.load(out / "state.pt", weights_only=True)["state"]["rows"]
+        assert len(rows) == updates_saved(out) // 10 - 1  # before the evaluation
     else:
         for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
             one.kill()
