@@ -9,13 +9,13 @@ CONFIG is a file or the name of one that comes with the package.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from pickle import UnpicklingError
 
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+import processes
 from mm_train import add_common_arguments, drop_start_weights, failed, start_processes
 from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.checks import check_checkpoint, check_data
@@ -70,4 +70,4 @@ def use_tta(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)

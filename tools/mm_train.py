@@ -18,6 +18,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner, find_latest_checkpoint
 
+import processes
 from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint, check_data
 from svit.adapters.configs import ConfigError, fit_to_machine, load_config
@@ -136,4 +137,4 @@ def failed(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)

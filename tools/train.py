@@ -43,6 +43,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import processes
 from classification import state as states
 from classification.data import (
     DataError,
@@ -541,4 +542,4 @@ def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)

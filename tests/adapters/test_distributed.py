@@ -10,6 +10,7 @@ from helpers import needs_mm
 needs_mm()
 
 STEP = """
+import gc
 import sys
 import torch
 import torch.distributed as dist
@@ -43,13 +44,15 @@ losses["decode.loss_ce"].backward()
 if rank == 0:
     torch.save({name.removeprefix("module."): p.grad for name, p in model.named_parameters()}, sys.argv[1])
 if world > 1:
+    del model, losses  # they hold the group, whose threads end when nothing does
+    gc.collect()
     dist.destroy_process_group()
 """
 
 
 def test_gradients(tmp_path):
     (tmp_path / "step.py").write_text(STEP)
-    two = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for name, launcher in (("one", []), ("two", two)):
         command = [sys.executable, *launcher, str(tmp_path / "step.py"), str(tmp_path / f"{name}.pth")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)

@@ -1,5 +1,6 @@
 """The whole model outside plain eager mode: compiled, exported, scripted, in 16 bit, on several processes."""
 
+import gc
 import io
 import os
 import shutil
@@ -339,6 +340,8 @@ def distributed_worker(folder: Path, rank: int) -> None:
         model.zero_grad()
         model(share).square().mean().backward()
     torch.save(gradients(model), folder / f"gradients{rank}.pt")
+    del model  # it holds the group, whose threads end when nothing does
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 

@@ -28,6 +28,7 @@ from svit.adapters import find_config  # noqa: E402
 from svit.adapters.checkpoints import allow_mmengine_checkpoints  # noqa: E402
 
 TOOLS = Path(__file__).parents[2] / "tools"
+ENDS_THREADS = Path(__file__).with_name("ends_threads.py")
 
 # No random augmentation, no drop path, every region and anchor in the loss: what mmengine resumes exactly.
 DETECTION = """
@@ -111,8 +112,8 @@ def write_config(folder: Path, kind: str) -> Path:
 
 
 def command(tool: str, *args, processes: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return [sys.executable, *launcher, str(TOOLS / tool), *map(str, args)]
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(ENDS_THREADS)]
+    return [sys.executable, *(several if processes > 1 else []), str(TOOLS / tool), *map(str, args)]
 
 
 def run(tool: str, *args, processes: int = 1) -> str:

@@ -23,6 +23,7 @@ import validate
 from classification.models import create_model, read_metadata, save_model
 
 TOOLS = Path(__file__).parents[2] / "tools"
+ENDS_THREADS = Path(__file__).with_name("ends_threads.py")
 
 TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -289,7 +290,9 @@ def frozen(tmp_path_factory, data):
 @pytest.mark.parametrize(("parallel", "steps"), [("ddp", 1), ("fsdp", 1), ("fsdp", 2)])
 def test_two_processes_train_like_one(tmp_path, frozen, parallel, steps):
     changes = ("--set", f"batch_size={4 // steps}", f"grad_accum={steps}", f"parallel={parallel}")
-    finish(start(frozen / "recipe.yaml", tmp_path / "out", *changes, launcher=TWO_PROCESSES))
+    # DTensor's caches hold FSDP's group and its threads to the end.
+    launcher = TWO_PROCESSES if parallel == "fsdp" else (*TWO_PROCESSES, ENDS_THREADS)
+    finish(start(frozen / "recipe.yaml", tmp_path / "out", *changes, launcher=launcher))
     one, two = frozen / "out" / "last.safetensors", tmp_path / "out" / "last.safetensors"
     assert equal_up_to_rounding(one, two)
     assert not equal_up_to_rounding(frozen / "out" / "best.safetensors", two) or same_weights(
