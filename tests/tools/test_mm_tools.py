@@ -147,7 +147,7 @@ def trained(request, tmp_path_factory) -> tuple[str, Path]:
 
 
 LAST = {"detection": "epoch_16.pth", "segmentation": "iter_60.pth"}
-MIDDLE = {"detection": "epoch_3.pth", "segmentation": "iter_20.pth"}
+MIDDLE = {"detection": 3, "segmentation": 20}  # epochs, iterations
 METRIC = {"detection": "coco/segm_mAP_50", "segmentation": "mIoU"}
 
 
@@ -159,6 +159,12 @@ def test_learns(trained):
     assert losses[-1] < losses[0] / 2
     (score,) = [line[METRIC[kind]] for line in log if METRIC[kind] in line]
     assert score > {"detection": 0.05, "segmentation": 40}[kind], log[-1]
+
+
+def saved(pointer: Path) -> int:
+    """The epoch or iteration of the newest checkpoint, 0 if there is none."""
+    number = Path(pointer.read_text()).stem.rpartition("_")[2] if pointer.exists() else ""
+    return int(number) if number else 0  # empty while it is being written
 
 
 def test_kill_and_resume(trained):
@@ -174,20 +180,20 @@ def test_kill_and_resume(trained):
     )
     pointer = work / "last_checkpoint"
     deadline = time.monotonic() + 600
-    while not (pointer.exists() and pointer.read_text().endswith(MIDDLE[kind])):
+    while saved(pointer) < MIDDLE[kind]:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (work / LAST[kind]).exists()
-    saved = int(Path(pointer.read_text()).stem.rpartition("_")[2]) * {"detection": 4, "segmentation": 1}[kind]
+    done = saved(pointer) * {"detection": 4, "segmentation": 1}[kind]
     before = len(scalars(work))
 
     run("mm_train.py", config, "--work-dir", work, "--resume")
     steps = [line["step"] for line in scalars(work)[before:] if "loss" in line]
-    assert saved > 1
-    assert steps == list(range(saved + 1, {"detection": 64, "segmentation": 60}[kind] + 1))  # from there, not from 1
+    assert done > 1
+    assert steps == list(range(done + 1, {"detection": 64, "segmentation": 60}[kind] + 1))  # from there, not from 1
     expected = weights(config.parent / "work" / LAST[kind])
     found = weights(work / LAST[kind])
     assert list(found) == list(expected)

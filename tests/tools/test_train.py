@@ -32,7 +32,7 @@ RECIPE = """
 model: test_svit
 dataset: folder
 img_size: 16
-epochs: 2
+epochs: 4
 batch_size: 8
 repeated_augmentation: 2
 color_jitter: 0.4
@@ -166,7 +166,7 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("update", [1, 7, 10, 14])
 def test_a_training_that_breaks_off_anywhere_goes_on_exactly(tmp_path, recipe, uninterrupted, monkeypatch, update):
-    """The epoch has 10 updates; the last state is up to 2 updates old."""
+    """An epoch has 10 updates; the last state is up to 2 updates old."""
     step = train.Training.step
 
     def breaks(self, batches):
@@ -191,16 +191,16 @@ def test_a_training_killed_at_several_moments_goes_on_exactly(tmp_path, recipe, 
     out = tmp_path / "out"
     arguments = ("--resume", "--set", "save_every=1")
     chance = random.Random(0)
-    for until in (2, 6, 10):
+    for until in (2, 10, 16):
         process = start(recipe, out, *arguments)
         while updates_saved(out) < until and process.poll() is None:
             time.sleep(0.02)
         time.sleep(chance.uniform(0, 0.15))  # in the midst of whatever it does, saving included
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
-        assert until <= updates_saved(out) < 20
+        assert until <= updates_saved(out) < 40
     finish(start(recipe, out, *arguments))
-    assert updates_saved(out) == 20
+    assert updates_saved(out) == 40
     assert same_training(out, uninterrupted)
     assert not list(out.glob(".part-*"))
 
@@ -214,7 +214,7 @@ def test_sigterm_saves_and_exits(tmp_path, recipe, uninterrupted):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143, output
     assert "--resume goes on from here" in output
-    assert 3 < updates_saved(out) < 20
+    assert 3 < updates_saved(out) < 40
     assert run(recipe, out, "--resume") == 0
     assert same_training(out, uninterrupted)
 
@@ -310,7 +310,7 @@ def test_two_processes_train_like_one(tmp_path, frozen, parallel, steps):
 def test_two_processes_that_are_ended_go_on(tmp_path, frozen, parallel, ended_by):
     recipe, whole, out = frozen / "recipe.yaml", tmp_path / "whole", tmp_path / "out"
     changes = ("batch_size=4", f"parallel={parallel}", "save_every=1", "opt=adamw", "lr=0.002", "clip_grad=1.0")
-    arguments = ("--resume", "--set", *changes)
+    arguments = ("--resume", "--set", *changes, "epochs=3")
     finish(start(recipe, whole, *arguments, launcher=TWO_PROCESSES))
     process = start(recipe, out, *arguments, launcher=TWO_PROCESSES)
     while updates_saved(out) < 5 and process.poll() is None:
@@ -319,14 +319,14 @@ def test_two_processes_that_are_ended_go_on(tmp_path, frozen, parallel, ended_by
         process.terminate()  # torchrun passes it on
         output, _ = process.communicate(timeout=60)
         assert "SIGTERM: saved; --resume goes on from here" in output
-        assert updates_saved(out) in (10, 20)  # where the processes ask each other
+        assert updates_saved(out) in (10, 20, 30)  # where the processes ask each other
         rows = torch.load(out / "state.pt", weights_only=True)["state"]["rows"]
         assert len(rows) == updates_saved(out) // 10 - 1  # before the evaluation
     else:
         for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
             one.kill()
         process.communicate(timeout=60)
-        assert 5 <= updates_saved(out) < 20
+        assert 5 <= updates_saved(out) < 30
     finish(start(recipe, out, *arguments, launcher=TWO_PROCESSES))
     assert same_training(whole, out)
 
@@ -401,7 +401,7 @@ def test_drop_path_follows_its_schedule(tmp_path, recipe, monkeypatch):
         return step(self, batches)
 
     monkeypatch.setattr(train.Training, "step", watch)
-    assert run(recipe, tmp_path / "out", "--set", "drop_path_schedule={1: 0.6}") == 0
+    assert run(recipe, tmp_path / "out", "--set", "epochs=2", "drop_path_schedule={1: 0.6}") == 0
     assert dict(seen) == {0: pytest.approx(0.3), 1: pytest.approx(0.6)}
 
 
