@@ -58,14 +58,23 @@ def parse(listing: str) -> dict[str, list[Instruction]]:
             if match["at"]:
                 places[hex(int(match["at"], 16))] = len(code)
             args = re.sub(r"[`()]", "", match["args"]).split(",")
-            target = args[-1].strip() if match["op"].startswith("BRA") else None
+            target = args[-1].strip() if match["op"].startswith(("BRA", "CALL")) else None
             code.append(Instruction(match["op"], bool(match["if"]) or len(args) > 1, target))
-    return {name: [i._replace(target=places.get(i.target)) for i in code] for name, (code, places) in functions.items()}
+    for name, (code, places) in functions.items():
+        code = [i._replace(target=places.get(i.target)) for i in code]
+        functions[name] = [i._replace(target=None) if returns(code, i) else i for i in code]
+    return functions
 
 
-def reachable(code: list[Instruction], without: int | None = None) -> set[int]:
-    """Indices of the instructions that the first one leads to, on ways that avoid `without`."""
-    seen, ways = {without}, [0]
+def returns(code: list[Instruction], call: Instruction) -> bool:
+    """Whether a call is one: some compilers jump by a call that never returns."""
+    found = call.op.startswith("CALL") and call.target is not None
+    return found and any(code[at].op.startswith("RET") for at in reachable(code, call.target))
+
+
+def reachable(code: list[Instruction], start: int = 0, without: int | None = None) -> set[int]:
+    """Indices of the instructions that `start` leads to, on ways that avoid `without`."""
+    seen, ways = {without}, [start]
     while ways:
         at = ways.pop()
         if at in seen or at >= len(code):
@@ -84,7 +93,7 @@ def count(code: list[Instruction], trips: list[int] | tuple[int, ...] = ()) -> C
     alive, ends = reachable(code), {}
     for at in sorted(alive):
         target = code[at].target
-        if target is not None and target < at and at not in reachable(code, target):
+        if target is not None and target < at and at not in reachable(code, without=target):
             ends[target] = at  # the last branch back to it
     loops = sorted(ends.items())
     if len(trips) > len(loops):

@@ -8,7 +8,8 @@ from count_sass import count, parse
 
 TOOL = Path(__file__).parents[2] / "tools" / "count_sass.py"
 
-# Two nested loops; a subroutine and a block out of line, which branches back without being a loop; padding.
+# Two nested loops, the outer one left by a call that does not return; a subroutine; a block out of line, which branches
+# back without being a loop; padding.
 CODE = """
     LDG.E.128 R4, desc[UR4][R2.64]
 outer: BAR.SYNC.DEFER_BLOCKING 0x0
@@ -17,8 +18,9 @@ inner: HMMA.16816.F32 R0, R4, R8, RZ
     @!P0 CALL.REL.NOINC {slow}
     @P0 BRA {inner}
     STL [R1], R0
-    @!P1 BRA {outer}
-    STG.E desc[UR4][R2.64], R0
+    @P1 CALL.REL.NOINC {leave}
+    BRA {outer}
+leave: STG.E desc[UR4][R2.64], R0
     EXIT
 aside: WARPSYNC R0
     BRA {inner}
@@ -54,14 +56,14 @@ def listing(form: str) -> str:
 def test_loops_and_weights(form):
     ((name, code),) = parse(listing(form)).items()
     assert name == ("kernel sm_90" if form == "cuobjdump" else "kernel")
-    assert len(code) == 16
-    assert count(code).total() == 12  # without the subroutine and the padding
+    assert len(code) == 17
+    assert count(code).total() == 13  # without the subroutine and the padding
     counted = count(code, [3, 5])
-    assert counted.loops == [(1, 7), (3, 5)]
+    assert counted.loops == [(1, 8), (3, 5)]
     assert counted.ops["HMMA.16816.F32"] == 15
     assert counted.ops["LDG.E.128"] == 1
     assert counted.total("BAR.") == counted.total("STL") == 3
-    assert counted.total() == 5 + 4 * 3 + 3 * 15
+    assert counted.total() == 5 + 5 * 3 + 3 * 15
     assert count(code, [3]).total("HMMA") == 3
     with pytest.raises(ValueError, match="trips: expected at most 2, one for each loop, got 3"):
         count(code, [3, 5, 7])
@@ -73,8 +75,8 @@ def test_command():
     text = listing("cuobjdump") + listing("cuobjdump").replace("sm_90", "sm_80")
     done = subprocess.run([*command, "--function", "sm_80"], input=text, capture_output=True, text=True, check=True)
     assert "sm_90" not in done.stdout
-    assert "kernel sm_80: 16 instructions in the listing" in done.stdout
+    assert "kernel sm_80: 17 instructions in the listing" in done.stdout
     assert "loop 1: 3 to 5, 3 instructions, x 5" in done.stdout
-    assert "executed: 62 a warp, 248 a program of 4 warps" in done.stdout
+    assert "executed: 65 a warp, 260 a program of 4 warps" in done.stdout
     assert "barriers (BAR): 3, local memory (LDL, STL): 3" in done.stdout
-    assert "time by count: 31.0 us (132 multiprocessors, 2.0 GHz)" in done.stdout
+    assert "time by count: 32.5 us (132 multiprocessors, 2.0 GHz)" in done.stdout
