@@ -1,6 +1,7 @@
 """Launches of the kernels, one function an op, with the signatures of library.py. Arguments come contiguous.
 
-Launch parameters stand in the table below: no autotuning, which would stall the first steps of every run.
+Launch parameters follow rules, worked out once for a shape and dtype, and what a measurement found better stands in a
+table: no autotuning, which would stall the first steps of every run.
 """
 
 import functools
@@ -19,6 +20,10 @@ SETTINGS: dict[tuple[str, int, int, int, int], tuple[int, int]] = {}
 # warps share the work that each of them repeats (addresses, sums over a warp) and wait for each other less.
 CELL_TILE, WARP_TILE = 2**14, 2**12
 
+# Kernels with a product that has the pixels as rows. From 64 rows and 4 warps on, compilers may make of it the
+# asynchronous instructions of the tensor cores (wgmma of sm_90, tcgen05 of sm_100), which some assemblers get wrong.
+PIXELS_AS_ROWS = ("spread", "norm_sample_backward")
+
 # Bytes and channels of a row in a depthwise kernel: 16 bytes for each of 128 threads.
 ROW_TILE, ROW_CHANNELS = 128 * 16, 64
 
@@ -32,11 +37,6 @@ def launch(kernel, programs: int, like: Tensor, *args, **constants) -> None:
     if programs:
         with torch.cuda.device_of(like):
             kernel[(programs,)](*args, **constants)
-
-
-# Kernels with a product that has the pixels as rows. From 64 rows and 4 warps on, compilers may make of it the
-# asynchronous instructions of the tensor cores (wgmma of sm_90, tcgen05 of sm_100), which some assemblers get wrong.
-PIXELS_AS_ROWS = ("spread", "norm_sample_backward")
 
 
 def cell_launch(kernel: str, x: Tensor, cell: list[int]) -> dict[str, int]:
