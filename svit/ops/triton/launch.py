@@ -12,9 +12,12 @@ from torch import Tensor
 
 from . import kernels
 
-# Settings of a super-token kernel that a measurement found better than the rule of `cell_settings`:
-# (kernel, C, h, w, bytes of an element) -> (pixels at a time, warps) of the programs that own a cell.
-SETTINGS: dict[tuple[str, int, int, int, int], tuple[int, int]] = {}
+# Settings of a super-token kernel that are better than the rule of `cell_settings`, by a measurement or because registers
+# spill: (kernel, C, h, w, bytes of an element) -> (pixels at a time, warps) of the programs that own a cell.
+SETTINGS: dict[tuple[str, int, int, int, int], tuple[int, int]] = {
+    ("associate_aggregate", 192, 4, 4, 2): (16, 1),
+    ("spread", 96, 8, 8, 2): (16, 2),
+}
 
 # Bytes of a map that a program of a super-token kernel works on at a time, at most; and for each of its warps. Few
 # warps share the work that each of them repeats (addresses, sums over a warp) and wait for each other less.
