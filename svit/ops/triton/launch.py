@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import kernels
 
-# Settings of a super-token kernel that are better than the rule of `cell_settings`, by a measurement or because registers
-# spill: (kernel, C, h, w, bytes of an element) -> (pixels at a time, warps) of the programs that own a cell.
+# Settings of a super-token kernel in place of those of `cell_settings`, where a measurement found them better or
+# registers spilled: (kernel, C, h, w, bytes of an element) -> (pixels at a time, warps) of a program, which has a cell.
 SETTINGS: dict[tuple[str, int, int, int, int], tuple[int, int]] = {
     ("associate_aggregate", 192, 4, 4, 2): (16, 1),
     ("spread", 96, 8, 8, 2): (16, 2),
