@@ -52,6 +52,9 @@ OPS = (
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# Triton's interpreter computes bfloat16 wrongly; the tests mend it, and add the dtype.
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+
 # A program holds all channels of 16 pixels and 16 super tokens: these fill its registers and shared memory.
 MAX_BYTES = 2048
 
@@ -60,13 +63,10 @@ def usable(op: str, x: torch.Tensor) -> tuple[bool, str]:
     """Whether this backend serves `op` on the map x (B, H, W, C), and if not, why."""
     if triton is None:
         return False, version
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    if INTERPRETED:
-        dtypes = (torch.float32, torch.float16)  # it computes bfloat16 wrongly
-    elif x.device.type != "cuda":
+    if not INTERPRETED and x.device.type != "cuda":
         return False, f"x is on {x.device.type}, it runs on GPUs"
-    if x.dtype not in dtypes:
-        return False, f"it computes in {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not in {x.dtype}"
+    if x.dtype not in DTYPES:
+        return False, f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not in {x.dtype}"
     C = x.shape[-1]
     if C % 8 or C == 0:
         return False, f"it needs a multiple of 8 channels, not {C}"

@@ -27,7 +27,14 @@ SIZES = ("H", "W", "hh", "ww", "cells")
 @triton.jit
 def cell_of(program, hh, ww):
     """Image, row and column of the program's cell."""
-    return program // (hh * ww), program // ww % hh, program % ww
+    hh, ww, program = (
+        hh.to(tl.uint32),
+        ww.to(tl.uint32),
+        program.to(tl.uint32),
+    )  # a division of signed numbers is longer
+    row = program // ww
+    b = row // hh
+    return b.to(tl.int32), (row - b * hh).to(tl.int32), (program - row * ww).to(tl.int32)
 
 
 @triton.jit
@@ -47,12 +54,11 @@ def load_map(x, first, offset, inside, c, C: tl.constexpr):
 
 
 @triton.jit
-def normalize(v, c, C: tl.constexpr, eps):
-    """Pixels (P, C), float32, with mean 0 and variance 1 over their channels, and 1 / standard deviation."""
-    mean = tl.sum(v, 1) / C
+def center(v, c, C: tl.constexpr, eps):
+    """Pixels (P, C), float32, less their mean over the channels, and 1 / standard deviation."""
+    mean = tl.sum(v, 1) * (1.0 / C)
     v = tl.where((c < C)[None, :], v - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(v * v, 1) / C + eps)
-    return v * rstd[:, None], rstd
+    return v, tl.rsqrt(tl.sum(v * v, 1) * (1.0 / C) + eps)
 
 
 @triton.jit
@@ -60,7 +66,8 @@ def load_pixels(x, weight, bias, eps, first, offset, inside, c, C: tl.constexpr,
     """Pixels (P, C), float32, layer-normed if asked; 0 outside the map, after the norm."""
     v = load_map(x, first, offset, inside, c, C).to(tl.float32)
     if NORM:
-        v, _ = normalize(v, c, C, eps)
+        v, rstd = center(v, c, C, eps)
+        v *= rstd[:, None]
         w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
         t = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
         v = tl.where(inside[:, None], v * w[None, :] + t[None, :], 0.0)
@@ -103,8 +110,18 @@ def cell_mean(
     total = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, P, BLOCK_P):
         first, offset, inside = pixels_of(b, i, j, start + tl.arange(0, BLOCK_P), H, W, CELL_H, CELL_W)
-        total += tl.sum(load_pixels(x, weight, bias, eps, first, offset, inside, c, C, NORM), 0)
-    tl.store(s + cell.to(tl.int64) * C + c, (total / P).to(s.dtype.element_ty), mask=c < C)
+        v = load_map(x, first, offset, inside, c, C).to(tl.float32)
+        if NORM:
+            v, rstd = center(v, c, C, eps)
+            v *= tl.where(inside, rstd, 0.0)[:, None]
+        total += tl.sum(v, 0)
+    total *= 1.0 / P
+    if NORM:  # of the sum, not of each pixel; the padding has no bias
+        pixels = tl.minimum(H - i * CELL_H, CELL_H) * tl.minimum(W - j * CELL_W, CELL_W)
+        w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+        t = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+        total = total * w + t * (pixels * (1.0 / P))
+    tl.store(s + cell.to(tl.int64) * C + c, total.to(s.dtype.element_ty), mask=c < C)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -133,7 +150,7 @@ def associate_aggregate(
             logits = tl.dot(near, tl.trans(v), input_precision=PRECISION) * scale
             logits = tl.where((k < 9)[:, None], logits, float("-inf"))
             e = tl.exp(logits - tl.max(logits, 0)[None, :])
-            share = (e / tl.sum(e, 0)[None, :]).to(q.dtype.element_ty)
+            share = (e * (1.0 / tl.sum(e, 0))[None, :]).to(q.dtype.element_ty)
             tl.store(at, share, mask=exists)
             share = tl.where(exists, share, 0.0)
         else:
@@ -174,19 +191,23 @@ def fold(
 
 
 @triton.jit
-def spread_cell(
-    s, q, mass, cell, i, j, p, hh, ww, c, k, C: tl.constexpr, P: tl.constexpr, MEAN: tl.constexpr
-):  # fmt: skip
-    """Pixels p (P, C), float32: the q-weighted sums of the 9 super tokens, their weights divided by mass if MEAN."""
-    near = load_neighbours(s, cell, k, i, j, hh, ww, c, C)
+def spread_cell(near, q, cell, k, p, P: tl.constexpr, factor, MEAN: tl.constexpr):
+    """Pixels p (P, C), float32: the q-weighted sums of 9 super tokens; their weights times factor (16) if MEAN."""
     at, exists = shares(q, cell, k, p, P)
     share = tl.load(at, mask=exists, other=0.0)
     if MEAN:
-        # A share is part of the mass: the quotient is at most 1, which that of super token and mass need not be.
-        offset, inside = neighbour(k, i, j, hh, ww)
-        weight = tl.load(mass + cell.to(tl.int64) + offset, mask=inside, other=1.0)
-        share = (share.to(tl.float32) / (weight + 1e-12)[:, None]).to(near.dtype)
+        share = (share.to(tl.float32) * factor[:, None]).to(near.dtype)
     return tl.dot(tl.trans(share), near, input_precision=PRECISION)
+
+
+@triton.jit
+def inverse_mass(mass, cell, k, i, j, hh, ww):
+    """1 / mass (16) of the super tokens around a cell.
+
+    It multiplies shares, which are part of the mass: the result is at most 1, that of super tokens may overflow.
+    """
+    offset, inside = neighbour(k, i, j, hh, ww)
+    return 1.0 / (tl.load(mass + cell.to(tl.int64) + offset, mask=inside, other=1.0) + 1e-12)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -200,10 +221,12 @@ def spread(
     b, i, j = cell_of(cell, hh, ww)
     c = tl.arange(0, BLOCK_C)
     k = tl.arange(0, 16)
+    near = load_neighbours(s, cell, k, i, j, hh, ww, c, C)
+    factor = inverse_mass(mass, cell, k, i, j, hh, ww) if MEAN else None
     for start in range(0, CELL_H * CELL_W, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         first, offset, inside = pixels_of(b, i, j, p, H, W, CELL_H, CELL_W)
-        v = spread_cell(s, q, mass, cell, i, j, p, hh, ww, c, k, C, CELL_H * CELL_W, MEAN)
+        v = spread_cell(near, q, cell, k, p, CELL_H * CELL_W, factor, MEAN)
         if RESIDUAL:
             v += load_map(residual, first, offset, inside, c, C).to(tl.float32)
         at = y + first * C + offset[:, None] * C + c[None, :]
@@ -223,20 +246,22 @@ def norm_sample_backward(
     b, i, j = cell_of(cell, hh, ww)
     c = tl.arange(0, BLOCK_C)
     k = tl.arange(0, 16)
+    near = load_neighbours(grad, cell, k, i, j, hh, ww, c, C)
+    factor = inverse_mass(mass, cell, k, i, j, hh, ww)
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_C,), tl.float32)
     dbias = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, CELL_H * CELL_W, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         first, offset, inside = pixels_of(b, i, j, p, H, W, CELL_H, CELL_W)
-        g = spread_cell(grad, q, mass, cell, i, j, p, hh, ww, c, k, C, CELL_H * CELL_W, True)
+        g = spread_cell(near, q, cell, k, p, CELL_H * CELL_W, factor, True)
         g = tl.where(inside[:, None], g, 0.0)  # the padding is a constant zero, not the norm of anything
-        v, rstd = normalize(load_map(x, first, offset, inside, c, C).to(tl.float32), c, C, eps)
-        v = tl.where(inside[:, None], v, 0.0)  # with eps = 0 the norm of zeros is not a number
+        v, rstd = center(load_map(x, first, offset, inside, c, C).to(tl.float32), c, C, eps)
+        v *= tl.where(inside, rstd, 0.0)[:, None]  # with eps = 0 the norm of zeros is not a number
         dweight += tl.sum(g * v, 0)
         dbias += tl.sum(g, 0)
         g *= w[None, :]
-        g = (g - (tl.sum(g, 1) / C)[:, None] - v * (tl.sum(g * v, 1) / C)[:, None]) * rstd[:, None]
+        g = (g - (tl.sum(g, 1) * (1.0 / C))[:, None] - v * (tl.sum(g * v, 1) * (1.0 / C))[:, None]) * rstd[:, None]
         at = dx + first * C + offset[:, None] * C + c[None, :]
         tl.store(at, g.to(dx.dtype.element_ty), mask=inside[:, None] & (c < C)[None, :])
     at = dnorm + cell.to(tl.int64) * 2 * C + c

@@ -43,7 +43,16 @@ SHAPES = [
 
 # Largest error allowed, relative to the largest value.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-DTYPES = [torch.float32] if triton.INTERPRETED else list(TOLERANCE)
+DTYPES = [dtype for dtype in TOLERANCE if dtype in triton.DTYPES]
+
+# The interpreter takes its time: in 16 bit it gets every published pair once whole and once padded, and some others;
+# what it leaves out of (iterations, norm) the drawn shapes have.
+SAMPLINGS = [(1, True), (3, False)] if triton.INTERPRETED else [(1, False), (1, True), (3, False), (3, True)]
+CASES = [
+    pytest.param(shape, dtype, id=f"{shape}-{dtype}")
+    for dtype in DTYPES
+    for shape in (SHAPES[1::3] if triton.INTERPRETED and dtype.itemsize == 2 else SHAPES)
+]
 
 
 def random(*shape: int, seed: int, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -67,8 +76,7 @@ def test_memory_is_poisoned(device):
     assert torch.empty(3, device=device).new_empty(5, dtype=torch.float16).isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_associate_aggregate_spread(shape, dtype, device, launches):
     B, H, W, C, cell = shape
     x = random(B, H, W, C, seed=0, device=device, dtype=dtype)
@@ -119,10 +127,8 @@ def check_sample(shape, n_iter: int, norm: bool, dtype: torch.dtype, device: str
         assert_close(grad, grad64, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("n_iter", [1, 3])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("n_iter", "norm"), SAMPLINGS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_sample(shape, n_iter, norm, dtype, device, launches):
     check_sample(shape, n_iter, norm, dtype, device)
     if shape[0]:
