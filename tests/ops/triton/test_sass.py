@@ -113,7 +113,7 @@ def test_super_token_kernels(architecture, C, cell, H, dtype, compiled):
 
 
 def row_loop(sass: str) -> list[str]:
-    """Opcodes of a kernel's longest loop, from the label to the branch back."""
+    """Opcodes of a kernel's longest loop, from its label to the branch back (listings for sm_100 have no labels)."""
     loops = []
     for label in re.findall(r"^(\.?L\w+):", sass, re.MULTILINE):
         body = sass.split(f"{label}:\n", 1)[1]
@@ -133,11 +133,10 @@ def test_depthwise_kernels(architecture, C, H, gelu, dtype, compiled):
     check(kernels, ["depthwise"], set())
     backward = compiled(architecture, launch.depthwise3x3_backward, x, x, weight, gelu)
     check(backward, ["depthwise", "depthwise_taps"], set())
-    for _, sass in kernels + backward:
-        loop = row_loop(sass)
-        assert sum(c.startswith("LDG") for c in loop) >= 2, "this is not the loop over the rows"
-        assert not any(c.startswith("BAR") for c in loop), "a barrier a row"
-        assert not any(c.startswith(("STS", "LDS")) for c in loop), "shared memory in the loop"
+    for _, sass in (*kernels, backward[0]):
+        code = instructions(sass)
+        assert any(c.startswith("SHFL") for c in code)
+        assert not any(c.startswith(("BAR", "STS", "LDS")) for c in code), "columns pass through shared memory"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -149,7 +148,7 @@ def test_instructions_of_a_row(C, H, dtype, compiled):
     x, weight, bias = ((128, H, H, C), dtype), ((C, 1, 3, 3), torch.float32), ((C,), torch.float32)
     for gelu, most in ((False, 120), (True, 200)):
         [(_, sass)] = compiled(90, launch.depthwise3x3, x, weight, bias, gelu)
-        assert 72 < len(row_loop(sass)) / 2 <= most
+        assert 72 < len(row_loop(sass)) / 2 <= most  # 72 multiplications with taps
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
