@@ -2,7 +2,7 @@
 //
 // A block owns a tile of pixels, with one more on each side for the depthwise convolution; a warp owns a row of 16. The
 // hidden map never leaves the chip: 32 of its channels at a time pass through shared memory, and the second 1x1
-// convolution sums over them in registers.
+// convolution sums over them in registers. All three convolutions are products on the tensor cores.
 #pragma once
 
 #include <warp.h>
@@ -21,16 +21,16 @@ struct ConvFFNArguments {
   int H, W;
 };
 
-// Exact GELU; erf by Abramowitz and Stegun, formula 7.1.26 (error 1.5e-7).
+// GELU as x * sigmoid(x * polynomial(x^2)): the error is at most 3.7e-5. Beyond |x| = 7.2 the polynomial would fall again.
 __device__ __forceinline__ float gelu(float x) {
-  const float z = fabsf(x) * 0.70710678f, k = reciprocal(1 + 0.3275911f * z);
-  const float series = k * (0.254829592f + k * (-0.284496736f + k * (1.421413741f + k * (-1.453152027f + k * 1.061405429f))));
-  const float tail = 0.5f * series * __expf(-z * z);  // of the normal distribution, beyond |x|
-  return x * (x > 0 ? 1 - tail : tail);
+  const float square = fminf(x * x, 52.0f);
+  // Of base 2: the coefficients 1.5948, 0.07415 and -0.000713 times -log2(e).
+  const float exponent = x * (-2.3008100f + square * (-0.10697584f + square * 0.0010286415f));
+  return x * reciprocal(1 + exp2f(exponent));
 }
 
 // Rows of a tile: as many as there are registers for. Fewer mean more pixels computed twice.
-constexpr int rows_of_tile(int C) { return C <= 64 ? 14 : C <= 96 ? 7 : 6; }
+constexpr int rows_of_tile(int C) { return C <= 96 ? 14 : C <= 128 ? 10 : 6; }
 
 template <typename T, int C, int ROWS>
 struct ConvFFN {
@@ -40,17 +40,21 @@ struct ConvFFN {
   static constexpr int STRIDE1 = C % 64 == 32 ? C : C + 32, STRIDE2 = CHUNK, STRIDE_OUT = C + 8;
   static_assert(C % 32 == 0 && Tile::HALO_COLUMNS == 16);
 
-  // Shared memory: parameters as floats, then what a chunk needs, the weights twice. The results leave through the latter.
-  static constexpr int FLOATS = 11 * WIDE + C;
-  static constexpr int HIDDEN = WARPS * 16 * CHUNK, WEIGHTS1 = CHUNK * STRIDE1, WEIGHTS2 = C * STRIDE2;
-  static constexpr int ON_THE_WAY = HIDDEN + 2 * (WEIGHTS1 + WEIGHTS2), OUT = ROWS * 16 * STRIDE_OUT;
-  static constexpr int BYTES = FLOATS * 4 + (ON_THE_WAY > OUT ? ON_THE_WAY : OUT) * 2;
+  // Two taps of 8 channels are a right factor, of 5 for 8 channels: 9 taps and the residual. See `prepare_taps`.
+  static constexpr int PAIRS = 5, TAPS = PAIRS * (CHUNK / 8) * 32;  // for a chunk, in uint2: two registers of a lane
+
+  // Shared memory: bias2, then what a chunk needs, everything twice: 64 floats of each other bias, taps, weights, hidden
+  // channels. The results leave through the space behind bias2.
+  static constexpr int BIAS = 2 * CHUNK, HIDDEN = Tile::HIDDEN, WEIGHTS1 = CHUNK * STRIDE1, WEIGHTS2 = C * STRIDE2;
+  static constexpr int OF_CHUNK = 2 * BIAS * 4 + TAPS * 8 + (WEIGHTS1 + WEIGHTS2 + HIDDEN) * 2, OUT = ROWS * 16 * STRIDE_OUT * 2;
+  static constexpr int BYTES = C * 4 + (2 * OF_CHUNK > OUT ? 2 * OF_CHUNK : OUT);
 
   const ConvFFNArguments<T>& arg;
   const Tile tile;
   const int warp, lane, g, t;                       // see warp.h; the warp owns the row `warp` of the tile with its sides
-  float *const taps, *const bias, *const bias1, *const bias2;  // (9, 4C) and (4C) depthwise, (4C), (C)
-  T *const hidden, *const weights1, *const weights2;
+  float *const bias2, *const bias1, *const bias;    // (C), (2, 64), (2, 64) of the depthwise convolution
+  uint2* const taps;                                // (2, 5, 2, 32, 2)
+  T *const weights1, *const weights2, *const hidden;
   uint32_t x[C / 16][4];      // the warp's 16 pixels, as tiles of the first product
   float result[C / 8][4];     // and of the second
 
@@ -61,29 +65,50 @@ struct ConvFFN {
         lane(threadIdx.x % 32),
         g(lane / 4),
         t(lane % 4),
-        taps(reinterpret_cast<float*>(memory)),
-        bias(taps + 9 * WIDE),
-        bias1(bias + WIDE),
-        bias2(bias1 + WIDE),
-        hidden(reinterpret_cast<T*>(taps + FLOATS)),
-        weights1(hidden + HIDDEN),
+        bias2(reinterpret_cast<float*>(memory)),
+        bias1(bias2 + C),
+        bias(bias1 + 2 * BIAS),
+        taps(reinterpret_cast<uint2*>(bias + 2 * BIAS)),
+        weights1(reinterpret_cast<T*>(taps + 2 * TAPS)),
         weights2(weights1 + 2 * WEIGHTS1),
+        hidden(weights2 + 2 * WEIGHTS2),
         result{} {}
 
   __device__ int64_t offset(Place pixel) const {
     return ((static_cast<int64_t>(tile.image) * arg.H + pixel.row) * arg.W + pixel.column) * C;
   }
 
-  __device__ void load_parameters() {
-    // The centre tap takes the residual in, in float32.
-    for (int i = threadIdx.x; i < 9 * WIDE; i += THREADS) {
-      taps[i % 9 * WIDE + i / 9] = arg.taps[i] + (i % 9 == 4 ? 1.0f : 0.0f);
+  // Zeros off the diagonals of the taps, once.
+  __device__ void clear_taps() {
+    for (int i = threadIdx.x; i < TAPS; i += THREADS) {  // two n at a time
+      const int lane = i % 32;
+      if (lane % 4 != lane / 8) reinterpret_cast<uint4*>(taps)[i] = make_uint4(0, 0, 0, 0);
     }
-    for (int i = threadIdx.x; i < WIDE; i += THREADS) {
-      bias1[i] = arg.bias1[i];
-      bias[i] = arg.depthwise_bias[i];
+  }
+
+  // A bias of a chunk, by one warp; a lane has a channel. Two channels stand twice in a row: what a product begins with.
+  __device__ void prepare_bias(float* bias, const Parameters<T>& from, int chunk) {
+    float* const to = bias + chunk % 2 * BIAS + lane / 2 * 4 + lane % 2;
+    to[0] = to[2] = from[chunk * CHUNK + lane];
+  }
+
+  // The taps of a chunk, by one warp; a lane has a channel. The depthwise convolution of 8 channels, the n-th two of each
+  // eight of a chunk, is a product of (16 pixels, 16) by (16, 8): its k-th pair of taps times the channels, by channels.
+  // The right factor is two diagonal matrices, one for each tap: lanes 4g + g/2 have something of it. The residual is a
+  // tenth tap of exactly 1, beside what rounding makes of the others.
+  __device__ void prepare_taps(int chunk) {
+    constexpr int RESIDUAL = 9, first[PAIRS] = {0, 1, 2, RESIDUAL, 6}, second[PAIRS] = {3, 4, 5, 7, 8};
+    const int n = lane % 8 / 2, column = lane / 8 * 2 + lane % 2;
+    uint2* const to = taps + chunk % 2 * TAPS + (n / 2 * 32 + 4 * column + column / 2) * 2 + n % 2;
+    float tap[10];
+#pragma unroll
+    for (int k = 0; k < RESIDUAL; k++) tap[k] = arg.taps[(chunk * CHUNK + lane) * 9 + k];
+    tap[RESIDUAL] = 1;
+#pragma unroll
+    for (int k = 0; k < PAIRS; k++) {
+      const float a = tap[first[k]], b = tap[second[k]];
+      to[128 * k] = lane % 2 ? make_uint2(pack<T>(0, a), pack<T>(0, b)) : make_uint2(pack<T>(a, 0), pack<T>(b, 0));
     }
-    for (int i = threadIdx.x; i < C; i += THREADS) bias2[i] = arg.bias2[i];
   }
 
   // A lane takes 8 channels in a row from pixels and weights alike, which permutes the products' sums.
@@ -102,92 +127,104 @@ struct ConvFFN {
     }
   }
 
-  __device__ void start_loading(int chunk) {
-    T* const to1 = weights1 + chunk % 2 * WEIGHTS1;
-    T* const to2 = weights2 + chunk % 2 * WEIGHTS2;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < CHUNK * C / 8; i += THREADS) {
-      const int row = i / (C / 8), c = i % (C / 8) * 8;
-      copy(to1 + row * STRIDE1 + c, arg.weight1 + (chunk * CHUNK + row) * C + c);
+  __device__ void start_loading_weights1(int chunk) {
+    T* const to = weights1 + chunk % 2 * WEIGHTS1;
+    const T* const from = arg.weight1 + chunk * CHUNK * C;
+    for_pieces<C / 8>([&](int row, int c) { copy(to + row * STRIDE1 + 8 * c, from + row * C + 8 * c); });
+  }
+
+  __device__ void start_loading_weights2(int chunk) {
+    T* const to = weights2 + chunk % 2 * WEIGHTS2;
+    const T* const from = arg.weight2 + chunk * CHUNK;
+    for_pieces<CHUNK / 8>([&](int row, int c) { copy(to + row * STRIDE2 + 8 * c, from + row * WIDE + 8 * c); });
+  }
+
+  // Calls f(row, c) for the 16 bytes of a chunk's weights. Where rows divide so, a thread's lie the same distance apart,
+  // which saves arithmetic.
+  template <int A_ROW, typename F>
+  static __device__ void for_pieces(F f) {
+    constexpr int PIECES = CHUNK * C / 8;
+    const int row = threadIdx.x / A_ROW, c = threadIdx.x % A_ROW;
+#pragma unroll
+    for (int i = 0; i < PIECES; i += THREADS) {
+      if (i + THREADS > PIECES && threadIdx.x >= PIECES - i) break;
+      if (THREADS % A_ROW == 0) {
+        f(row + i / A_ROW, c);
+      } else {
+        f((i + threadIdx.x) / A_ROW, (i + threadIdx.x) % A_ROW);
+      }
     }
-#pragma unroll 1
-    for (int i = threadIdx.x; i < C * CHUNK / 8; i += THREADS) {
-      const int row = i / (CHUNK / 8), c = i % (CHUNK / 8) * 8;
-      copy(to2 + row * STRIDE2 + c, arg.weight2 + row * WIDE + chunk * CHUNK + c);
-    }
-    commit_copies();
   }
 
   // GELU of the first 1x1 convolution; zero outside the map, as the depthwise convolution pads.
   __device__ void expand(int chunk) {
-    const int g = opaque(this->g);
     const T* const weights = weights1 + chunk % 2 * WEIGHTS1 + g * STRIDE1 + 8 * t;
     const bool there[2] = {Tile::in_map(tile.pixel({warp, g}), arg.H, arg.W),
                            Tile::in_map(tile.pixel({warp, g + 8}), arg.H, arg.W)};
-#pragma unroll 1
+    uint32_t v[2][CHUNK / 8];
+#pragma unroll
     for (int n = 0; n < CHUNK / 8; n++) {
-      float u[4] = {};
+      const float4 plus = *reinterpret_cast<const float4*>(bias1 + chunk % 2 * BIAS + 16 * n + 4 * t);
+      float u[4] = {plus.x, plus.y, plus.z, plus.w};
 #pragma unroll
       for (int k = 0; k < C / 32; k++) {
         const uint4 b = *reinterpret_cast<const uint4*>(weights + 8 * n * STRIDE1 + 32 * k);
         mma<T>(u, x[2 * k], {b.x, b.y});
         mma<T>(u, x[2 * k + 1], {b.z, b.w});
       }
-      const float2 plus = *reinterpret_cast<const float2*>(bias1 + chunk * CHUNK + 8 * n + 2 * t);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const float first = gelu(u[2 * half] + plus.x), second = gelu(u[2 * half + 1] + plus.y);
-        const uint32_t v = there[half] ? pack<T>(first, second) : 0;
-        *reinterpret_cast<uint32_t*>(hidden + Tile::hidden({warp, g + 8 * half}, n) + 2 * t) = v;
+        const uint32_t both = pack<T>(gelu(u[2 * half]), gelu(u[2 * half + 1]));
+        v[half][n] = there[half] ? both : 0;
       }
+    }
+    T* const to = hidden + chunk % 2 * HIDDEN;
+    // So the t-th eight of a place are the channels 2t, 2t + 1 of each eight.
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      *reinterpret_cast<uint4*>(to + Tile::hidden({warp, g + 8 * half}, t)) =
+          make_uint4(v[half][0], v[half][1], v[half][2], v[half][3]);
     }
   }
 
-  // The depthwise convolution of 8 channels of a pixel.
-  __device__ uint4 depthwise(int chunk, int column) const {
-    const int channel = chunk * CHUNK + 8 * t;
-    column = opaque(column);
-    float sum[8];
-#pragma unroll
-    for (int e = 0; e < 8; e++) sum[e] = bias[channel + e];
-#pragma unroll 1
-    for (int row = 0; row < 3; row++) {
-#pragma unroll
-      for (int k = 0; k < 3; k++) {
-        // The outermost columns are no results; what they get does not matter.
-        const int beside = min(max(column + k - 1, 0), 15);
-        const uint4 u = *reinterpret_cast<const uint4*>(hidden + Tile::hidden({warp + row - 1, beside}, t));
-        const float* const tap = taps + (3 * row + k) * WIDE + channel;
-        const uint32_t pairs[4] = {u.x, u.y, u.z, u.w};
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const float2 both = unpack<T>(pairs[e]);
-          sum[2 * e] += tap[2 * e] * both.x;
-          sum[2 * e + 1] += tap[2 * e + 1] * both.y;
-        }
-      }
-    }
-    return make_uint4(pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3]), pack<T>(sum[4], sum[5]),
-                      pack<T>(sum[6], sum[7]));
-  }
-
-  // The depthwise convolution of the warp's pixels, which comes just as the second product takes it.
+  // The depthwise convolution of the warp's pixels, and the second 1x1 convolution, which takes it as it comes.
   __device__ void contract(int chunk) {
-    const uint4 left = depthwise(chunk, g), right = depthwise(chunk, g + 8);
-    const uint32_t low[4] = {left.x, right.x, left.y, right.y}, high[4] = {left.z, right.z, left.w, right.w};
+    // The first 16 lanes name the pixels as the first tap of a pair sees them, the others as the second does: one below
+    // the other, or two columns apart. The outermost columns are no results; what they get does not matter.
+    const T* const from = hidden + chunk % 2 * HIDDEN;
+    const T* const below = from + Tile::hidden({warp - 1 + lane / 16, lane % 16}, 0);
+    const T* const beside = from + Tile::hidden({warp + 1, lane % 16 - 1 + lane / 16 * 2}, 0);
+    const T* const pixels[PAIRS] = {below - Tile::PLACE, below, below + Tile::PLACE, below + Tile::ROW, beside};
+    const float4* const plus = reinterpret_cast<const float4*>(bias + chunk % 2 * BIAS) + 4 * t;
+    const uint4* const right = reinterpret_cast<const uint4*>(taps + chunk % 2 * TAPS) + lane;
+    uint32_t d[2][4];  // left factors of the second product
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+      const float4 b = plus[2 * m], c = plus[2 * m + 1];
+      float sum[2][4] = {{b.x, b.y, b.z, b.w}, {c.x, c.y, c.z, c.w}};
+#pragma unroll
+      for (int k = 0; k < PAIRS; k++) {
+        const uint4 tap = right[(2 * k + m) * 32];
+        uint32_t a[4];
+        load_matrices(a, pixels[k] + 16 * m);
+        mma<T>(sum[0], a, {tap.x, tap.y});
+        load_matrices(a, pixels[k] + 16 * m + 8);
+        mma<T>(sum[1], a, {tap.z, tap.w});
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) d[m][i] = pack<T>(sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]);
+    }
     const T* const weights = weights2 + chunk % 2 * WEIGHTS2 + g * STRIDE2 + 8 * t;
 #pragma unroll
     for (int n = 0; n < C / 8; n++) {
       const uint4 b = *reinterpret_cast<const uint4*>(weights + 8 * n * STRIDE2);
-      mma<T>(result[n], low, {b.x, b.y});
-      mma<T>(result[n], high, {b.z, b.w});
-      // The other half of the loads waits: all at once they would drive results out of the registers.
-      if (C > 128 && n == C / 16) hold_loads();
+      mma<T>(result[n], d[0], {b.x, b.y});
+      mma<T>(result[n], d[1], {b.z, b.w});
     }
   }
 
   __device__ void finish() {
-    T* const staged = hidden + (warp - 1) * 16 * STRIDE_OUT;
+    T* const staged = reinterpret_cast<T*>(taps) + (warp - 1) * 16 * STRIDE_OUT;
 #pragma unroll
     for (int n = 0; n < C / 8; n++) {
       const int c = 8 * n + 2 * t;
@@ -217,16 +254,30 @@ struct ConvFFN {
 
   __device__ void run() {
     const bool has_result = warp >= 1 && warp <= ROWS;
-    start_loading(0);
-    load_parameters();
+    start_loading_weights1(0);
+    commit_copies();
     load_pixels();
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+    clear_taps();
+    for (int c = threadIdx.x; c < C; c += THREADS) bias2[c] = arg.bias2[c];
+    if (warp == 0) prepare_bias(bias1, arg.bias1, 0);
+    // A step expands a chunk and contracts the one before. Warps without a result prepare the next step instead.
+    for (int chunk = 0; chunk <= CHUNKS; chunk++) {
       wait_for_copies<0>();
-      sync_block();  // the weights have come, and nobody reads the last chunk's
-      if (chunk + 1 < CHUNKS) start_loading(chunk + 1);
-      expand(chunk);
-      sync_block();
-      if (has_result) contract(chunk);
+      sync_block();  // what the step reads has come, and nobody reads what the step before did
+      if (chunk + 1 < CHUNKS) start_loading_weights1(chunk + 1);
+      if (chunk < CHUNKS) start_loading_weights2(chunk);
+      commit_copies();
+      if (chunk < CHUNKS) expand(chunk);
+      if (has_result) {
+        if (chunk > 0) contract(chunk - 1);
+      } else if (chunk < CHUNKS) {
+        if (warp == 0) {
+          prepare_taps(chunk);
+        } else {
+          prepare_bias(bias, arg.depthwise_bias, chunk);
+          if (chunk + 1 < CHUNKS) prepare_bias(bias1, arg.bias1, chunk + 1);
+        }
+      }
     }
     sync_block();
     if (has_result) finish();

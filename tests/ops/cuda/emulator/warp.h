@@ -328,6 +328,7 @@ inline int opaque(int number) { return number; }
 inline float reciprocal(float x) { return 1 / x; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
+inline float exp2f(float x) { return std::exp2(x); }
 
 template <bool MANY>
 struct Cluster {
