@@ -40,21 +40,22 @@ struct ConvFFN {
   static constexpr int STRIDE1 = C % 64 == 32 ? C : C + 32, STRIDE2 = CHUNK, STRIDE_OUT = C + 8;
   static_assert(C % 32 == 0 && Tile::HALO_COLUMNS == 16);
 
-  // Two taps of 8 channels are a right factor, of 5 for 8 channels: 9 taps and the residual. See `prepare_taps`.
-  static constexpr int PAIRS = 5, TAPS = PAIRS * (CHUNK / 8) * 32;  // for a chunk, in uint2: two registers of a lane
+  // Taps are pairs: two of 8 channels are a right factor, two registers of each lane. See `prepare_taps`.
+  static constexpr int PAIRS = 5;
 
-  // Shared memory: bias2, then what a chunk needs, everything twice: 64 floats of each other bias, taps, weights, hidden
-  // channels. The results leave through the space behind bias2.
-  static constexpr int BIAS = 2 * CHUNK, HIDDEN = Tile::HIDDEN, WEIGHTS1 = CHUNK * STRIDE1, WEIGHTS2 = C * STRIDE2;
-  static constexpr int OF_CHUNK = 2 * BIAS * 4 + TAPS * 8 + (WEIGHTS1 + WEIGHTS2 + HIDDEN) * 2, OUT = ROWS * 16 * STRIDE_OUT * 2;
-  static constexpr int BYTES = C * 4 + (2 * OF_CHUNK > OUT ? 2 * OF_CHUNK : OUT);
+  // Shared memory, in bytes: bias2, then what a step needs of its chunk, twice. The results leave through the latter.
+  static constexpr int BIAS1 = 0, BIAS = BIAS1 + 2 * CHUNK * 4, TAPS = BIAS + 2 * CHUNK * 4;
+  static constexpr int WEIGHTS1 = TAPS + PAIRS * CHUNK / 8 * 32 * 8, WEIGHTS2 = WEIGHTS1 + CHUNK * STRIDE1 * 2;
+  static constexpr int HIDDEN = WEIGHTS2 + C * STRIDE2 * 2, OF_CHUNK = HIDDEN + Tile::HIDDEN * 2;
+  static constexpr int OUT = ROWS * 16 * STRIDE_OUT * 2, BYTES = C * 4 + (2 * OF_CHUNK > OUT ? 2 * OF_CHUNK : OUT);
 
   const ConvFFNArguments<T>& arg;
   const Tile tile;
   const int warp, lane, g, t;                       // see warp.h; the warp owns the row `warp` of the tile with its sides
-  float *const bias2, *const bias1, *const bias;    // (C), (2, 64), (2, 64) of the depthwise convolution
-  uint2* const taps;                                // (2, 5, 2, 32, 2)
-  T *const weights1, *const weights2, *const hidden;
+  float* const bias2;
+  char* const chunks;
+  const int at_weights1, at_hidden, at_below, at_beside;  // of the lane, in a chunk's shared memory, in bytes
+  const int to1, to2, from1, from2;  // of the thread, in a chunk's weights in shared and in global memory
   uint32_t x[C / 16][4];      // the warp's 16 pixels, as tiles of the first product
   float result[C / 8][4];     // and of the second
 
@@ -66,31 +67,44 @@ struct ConvFFN {
         g(lane / 4),
         t(lane % 4),
         bias2(reinterpret_cast<float*>(memory)),
-        bias1(bias2 + C),
-        bias(bias1 + 2 * BIAS),
-        taps(reinterpret_cast<uint2*>(bias + 2 * BIAS)),
-        weights1(reinterpret_cast<T*>(taps + 2 * TAPS)),
-        weights2(weights1 + 2 * WEIGHTS1),
-        hidden(weights2 + 2 * WEIGHTS2),
+        chunks(opaque(memory + C * 4)),
+        at_weights1(opaque(WEIGHTS1 + (g * STRIDE1 + 8 * t) * 2)),
+        at_hidden(opaque(HIDDEN + Tile::hidden({warp, g}, t) * 2)),
+        at_below(opaque(HIDDEN + Tile::hidden({warp - 1 + lane / 16, lane % 16}, 0) * 2)),
+        at_beside(opaque(HIDDEN + Tile::hidden({warp + 1, lane % 16 - 1 + lane / 16 * 2}, 0) * 2)),
+        to1(first_copy<C / 8>(STRIDE1)),
+        to2(first_copy<CHUNK / 8>(STRIDE2)),
+        from1(first_copy<C / 8>(C)),
+        from2(first_copy<CHUNK / 8>(WIDE)),
         result{} {}
 
   __device__ int64_t offset(Place pixel) const {
     return ((static_cast<int64_t>(tile.image) * arg.H + pixel.row) * arg.W + pixel.column) * C;
   }
 
+  // What shared memory has of a chunk, from the byte `offset` on.
+  template <typename V>
+  __device__ V* of(int chunk, int offset) const {
+    return reinterpret_cast<V*>(chunks + (chunk & 1) * OF_CHUNK + offset);
+  }
+
   // Zeros off the diagonals of the taps, once.
   __device__ void clear_taps() {
-    for (int i = threadIdx.x; i < TAPS; i += THREADS) {  // two n at a time
+    constexpr int VECTORS = PAIRS * CHUNK / 8 * 32 / 2;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 * VECTORS; i += THREADS) {
       const int lane = i % 32;
-      if (lane % 4 != lane / 8) reinterpret_cast<uint4*>(taps)[i] = make_uint4(0, 0, 0, 0);
+      if (lane % 4 != lane / 8) of<uint4>(i / VECTORS, TAPS)[i % VECTORS] = make_uint4(0, 0, 0, 0);
     }
   }
 
-  // A bias of a chunk, by one warp; a lane has a channel. Two channels stand twice in a row: what a product begins with.
-  __device__ void prepare_bias(float* bias, const Parameters<T>& from, int chunk) {
-    float* const to = bias + chunk % 2 * BIAS + lane / 2 * 4 + lane % 2;
+  // A bias of a chunk, by one warp; a lane has a channel. Two channels, the `pair`-th, stand twice in a row: what a product
+  // begins with.
+  __device__ void prepare_bias(int chunk, int offset, const Parameters<T>& from, int pair) {
+    float* const to = of<float>(chunk, offset) + 4 * pair + lane % 2;
     to[0] = to[2] = from[chunk * CHUNK + lane];
   }
+  __device__ void prepare_bias1(int chunk) { prepare_bias(chunk, BIAS1, arg.bias1, lane / 2); }
 
   // The taps of a chunk, by one warp; a lane has a channel. The depthwise convolution of 8 channels, the n-th two of each
   // eight of a chunk, is a product of (16 pixels, 16) by (16, 8): its k-th pair of taps times the channels, by channels.
@@ -99,7 +113,7 @@ struct ConvFFN {
   __device__ void prepare_taps(int chunk) {
     constexpr int RESIDUAL = 9, first[PAIRS] = {0, 1, 2, RESIDUAL, 6}, second[PAIRS] = {3, 4, 5, 7, 8};
     const int n = lane % 8 / 2, column = lane / 8 * 2 + lane % 2;
-    uint2* const to = taps + chunk % 2 * TAPS + (n / 2 * 32 + 4 * column + column / 2) * 2 + n % 2;
+    uint2* const to = of<uint2>(chunk, TAPS) + (n / 2 * 32 + 4 * column + column / 2) * 2 + n % 2;
     float tap[10];
 #pragma unroll
     for (int k = 0; k < RESIDUAL; k++) tap[k] = arg.taps[(chunk * CHUNK + lane) * 9 + k];
@@ -127,44 +141,38 @@ struct ConvFFN {
     }
   }
 
-  __device__ void start_loading_weights1(int chunk) {
-    T* const to = weights1 + chunk % 2 * WEIGHTS1;
-    const T* const from = arg.weight1 + chunk * CHUNK * C;
-    for_pieces<C / 8>([&](int row, int c) { copy(to + row * STRIDE1 + 8 * c, from + row * C + 8 * c); });
+  // Where a thread begins to copy the weights of a chunk, in rows of A_ROW times 16 bytes. All threads together take whole
+  // rows: then a thread's copies lie the same distance apart.
+  template <int A_ROW>
+  static __device__ int first_copy(int stride) {
+    // Rows without a gap take no arithmetic to find.
+    return stride == 8 * A_ROW ? threadIdx.x * 8 : opaque(threadIdx.x / A_ROW * stride + threadIdx.x % A_ROW * 8);
   }
-
-  __device__ void start_loading_weights2(int chunk) {
-    T* const to = weights2 + chunk % 2 * WEIGHTS2;
-    const T* const from = arg.weight2 + chunk * CHUNK;
-    for_pieces<CHUNK / 8>([&](int row, int c) { copy(to + row * STRIDE2 + 8 * c, from + row * WIDE + 8 * c); });
-  }
-
-  // Calls f(row, c) for the 16 bytes of a chunk's weights. Where rows divide so, a thread's lie the same distance apart,
-  // which saves arithmetic.
-  template <int A_ROW, typename F>
-  static __device__ void for_pieces(F f) {
-    constexpr int PIECES = CHUNK * C / 8;
-    const int row = threadIdx.x / A_ROW, c = threadIdx.x % A_ROW;
+  template <int A_ROW, int STRIDE_TO, int STRIDE_FROM>
+  static __device__ void start_loading(T* to, const T* from, bool exists) {
+    constexpr int COPIES = CHUNK * C / 8, ROWS_AT_ONCE = THREADS / A_ROW, COPIERS = ROWS_AT_ONCE * A_ROW;
 #pragma unroll
-    for (int i = 0; i < PIECES; i += THREADS) {
-      if (i + THREADS > PIECES && threadIdx.x >= PIECES - i) break;
-      if (THREADS % A_ROW == 0) {
-        f(row + i / A_ROW, c);
-      } else {
-        f((i + threadIdx.x) / A_ROW, (i + threadIdx.x) % A_ROW);
-      }
+    for (int i = 0; i * COPIERS < COPIES; i++) {
+      const int rows = i * ROWS_AT_ONCE;
+      if (exists && threadIdx.x < min(COPIERS, COPIES - i * COPIERS)) copy(to + rows * STRIDE_TO, from + rows * STRIDE_FROM);
     }
+  }
+  __device__ void start_loading_weights1(int chunk) {
+    start_loading<C / 8, STRIDE1, C>(of<T>(chunk, WEIGHTS1) + to1, arg.weight1 + (chunk * CHUNK * C + from1), chunk < CHUNKS);
+  }
+  __device__ void start_loading_weights2(int chunk) {
+    start_loading<CHUNK / 8, STRIDE2, WIDE>(of<T>(chunk, WEIGHTS2) + to2, arg.weight2 + (chunk * CHUNK + from2), chunk < CHUNKS);
   }
 
   // GELU of the first 1x1 convolution; zero outside the map, as the depthwise convolution pads.
   __device__ void expand(int chunk) {
-    const T* const weights = weights1 + chunk % 2 * WEIGHTS1 + g * STRIDE1 + 8 * t;
+    const T* const weights = of<T>(chunk, at_weights1);
     const bool there[2] = {Tile::in_map(tile.pixel({warp, g}), arg.H, arg.W),
                            Tile::in_map(tile.pixel({warp, g + 8}), arg.H, arg.W)};
     uint32_t v[2][CHUNK / 8];
 #pragma unroll
     for (int n = 0; n < CHUNK / 8; n++) {
-      const float4 plus = *reinterpret_cast<const float4*>(bias1 + chunk % 2 * BIAS + 16 * n + 4 * t);
+      const float4 plus = of<float4>(chunk, BIAS1)[4 * n + t];
       float u[4] = {plus.x, plus.y, plus.z, plus.w};
 #pragma unroll
       for (int k = 0; k < C / 32; k++) {
@@ -174,16 +182,18 @@ struct ConvFFN {
       }
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const uint32_t both = pack<T>(gelu(u[2 * half]), gelu(u[2 * half + 1]));
-        v[half][n] = there[half] ? both : 0;
+        v[half][n] = pack<T>(gelu(u[2 * half]), gelu(u[2 * half + 1]));
       }
     }
-    T* const to = hidden + chunk % 2 * HIDDEN;
     // So the t-th eight of a place are the channels 2t, 2t + 1 of each eight.
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      *reinterpret_cast<uint4*>(to + Tile::hidden({warp, g + 8 * half}, t)) =
-          make_uint4(v[half][0], v[half][1], v[half][2], v[half][3]);
+      uint4& to = of<uint4>(chunk, at_hidden)[half * Tile::PLACE];
+      if (there[half]) {
+        to = make_uint4(v[half][0], v[half][1], v[half][2], v[half][3]);
+      } else {
+        to = make_uint4(0, 0, 0, 0);
+      }
     }
   }
 
@@ -191,16 +201,15 @@ struct ConvFFN {
   __device__ void contract(int chunk) {
     // The first 16 lanes name the pixels as the first tap of a pair sees them, the others as the second does: one below
     // the other, or two columns apart. The outermost columns are no results; what they get does not matter.
-    const T* const from = hidden + chunk % 2 * HIDDEN;
-    const T* const below = from + Tile::hidden({warp - 1 + lane / 16, lane % 16}, 0);
-    const T* const beside = from + Tile::hidden({warp + 1, lane % 16 - 1 + lane / 16 * 2}, 0);
+    const T* const below = of<T>(chunk, at_below);
+    const T* const beside = of<T>(chunk, at_beside);
     const T* const pixels[PAIRS] = {below - Tile::PLACE, below, below + Tile::PLACE, below + Tile::ROW, beside};
-    const float4* const plus = reinterpret_cast<const float4*>(bias + chunk % 2 * BIAS) + 4 * t;
-    const uint4* const right = reinterpret_cast<const uint4*>(taps + chunk % 2 * TAPS) + lane;
+    const float4* const plus = of<float4>(chunk, BIAS) + t;
+    const uint4* const right = of<uint4>(chunk, TAPS) + lane;
     uint32_t d[2][4];  // left factors of the second product
 #pragma unroll
     for (int m = 0; m < 2; m++) {
-      const float4 b = plus[2 * m], c = plus[2 * m + 1];
+      const float4 b = plus[8 * m], c = plus[8 * m + 4];
       float sum[2][4] = {{b.x, b.y, b.z, b.w}, {c.x, c.y, c.z, c.w}};
 #pragma unroll
       for (int k = 0; k < PAIRS; k++) {
@@ -214,17 +223,19 @@ struct ConvFFN {
 #pragma unroll
       for (int i = 0; i < 4; i++) d[m][i] = pack<T>(sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]);
     }
-    const T* const weights = weights2 + chunk % 2 * WEIGHTS2 + g * STRIDE2 + 8 * t;
+    const T* const weights = of<T>(chunk, WEIGHTS2) + g * STRIDE2 + 8 * t;
 #pragma unroll
     for (int n = 0; n < C / 8; n++) {
       const uint4 b = *reinterpret_cast<const uint4*>(weights + 8 * n * STRIDE2);
       mma<T>(result[n], d[0], {b.x, b.y});
       mma<T>(result[n], d[1], {b.z, b.w});
+      // The other half of the loads waits: all at once they would drive results out of the registers.
+      if (n == C / 16 && C > 64 || n == C / 32 && C == 96) hold_loads();
     }
   }
 
   __device__ void finish() {
-    T* const staged = reinterpret_cast<T*>(taps) + (warp - 1) * 16 * STRIDE_OUT;
+    T* const staged = reinterpret_cast<T*>(chunks) + (warp - 1) * 16 * STRIDE_OUT;
 #pragma unroll
     for (int n = 0; n < C / 8; n++) {
       const int c = 8 * n + 2 * t;
@@ -236,20 +247,15 @@ struct ConvFFN {
       }
     }
     sync_warp();
-    for (int i = lane; i < 16 * C / 8; i += 32) {
-      const Place place = {warp, i / (C / 8)};
-      const int c = i % (C / 8) * 8;
-      if (!tile.in_result(place, arg.H, arg.W)) continue;
-      const int64_t at = offset(tile.pixel(place)) + c;
-      const uint4 a = *reinterpret_cast<const uint4*>(arg.residual + at);
-      const uint4 b = *reinterpret_cast<const uint4*>(staged + place.column * STRIDE_OUT + c);
-      *reinterpret_cast<uint4*>(arg.y + at) = make_uint4(add(a.x, b.x), add(a.y, b.y), add(a.z, b.z), add(a.w, b.w));
+    const int64_t row = offset(tile.pixel({warp, 1}));
+    for (int i = lane; i < Tile::COLUMNS * C / 8; i += 32) {
+      const Place place = {warp, 1 + i / (C / 8)};
+      if (!tile.in_result(place, arg.H, arg.W)) break;
+      const uint4 a = *reinterpret_cast<const uint4*>(arg.residual + row + 8 * i);
+      const uint4 b = *reinterpret_cast<const uint4*>(staged + place.column * STRIDE_OUT + i % (C / 8) * 8);
+      *reinterpret_cast<uint4*>(arg.y + row + 8 * i) =
+          make_uint4(add<T>(a.x, b.x), add<T>(a.y, b.y), add<T>(a.z, b.z), add<T>(a.w, b.w));
     }
-  }
-
-  static __device__ uint32_t add(uint32_t a, uint32_t b) {
-    const float2 x = unpack<T>(a), y = unpack<T>(b);
-    return pack<T>(x.x + y.x, x.y + y.y);
   }
 
   __device__ void run() {
@@ -259,13 +265,13 @@ struct ConvFFN {
     load_pixels();
     clear_taps();
     for (int c = threadIdx.x; c < C; c += THREADS) bias2[c] = arg.bias2[c];
-    if (warp == 0) prepare_bias(bias1, arg.bias1, 0);
+    if (warp == 0) prepare_bias1(0);
     // A step expands a chunk and contracts the one before. Warps without a result prepare the next step instead.
     for (int chunk = 0; chunk <= CHUNKS; chunk++) {
       wait_for_copies<0>();
       sync_block();  // what the step reads has come, and nobody reads what the step before did
-      if (chunk + 1 < CHUNKS) start_loading_weights1(chunk + 1);
-      if (chunk < CHUNKS) start_loading_weights2(chunk);
+      start_loading_weights1(chunk + 1);
+      start_loading_weights2(chunk);
       commit_copies();
       if (chunk < CHUNKS) expand(chunk);
       if (has_result) {
@@ -274,8 +280,8 @@ struct ConvFFN {
         if (warp == 0) {
           prepare_taps(chunk);
         } else {
-          prepare_bias(bias, arg.depthwise_bias, chunk);
-          if (chunk + 1 < CHUNKS) prepare_bias(bias1, arg.bias1, chunk + 1);
+          prepare_bias(chunk, BIAS, arg.depthwise_bias, lane % 8 / 2 * 4 + lane / 8);
+          if (chunk + 1 < CHUNKS) prepare_bias1(chunk + 1);
         }
       }
     }

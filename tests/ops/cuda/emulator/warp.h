@@ -325,6 +325,7 @@ void wait_for_copies(std::source_location at = std::source_location::current()) 
 inline void stop() { emulator::fail("stopped"); }
 inline void hold_loads() {}
 inline int opaque(int number) { return number; }
+inline char* opaque(char* shared) { return shared; }
 inline float reciprocal(float x) { return 1 / x; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
@@ -368,6 +369,12 @@ uint32_t pack(float first, float second) {
 template <typename T>
 float2 unpack(uint32_t both) {
   return {value<T>(both, 0), value<T>(both, 1)};
+}
+
+template <typename T>
+uint32_t add(uint32_t a, uint32_t b) {
+  const float2 x = unpack<T>(a), y = unpack<T>(b);
+  return pack<T>(x.x + y.x, x.y + y.y);
 }
 
 template <typename T>
