@@ -21,15 +21,16 @@ struct ConvFFNArguments {
   int H, W;
 };
 
-// GELU as x * sigmoid(x * polynomial(x^2)): the error is at most 3.7e-5. Beyond |x| = 7.2 the polynomial would fall again.
+// GELU, in error by at most 3.7e-5: x * sigmoid(x * (1.5948 + 0.07415 x^2 - 0.000713 x^4)).
 __device__ __forceinline__ float gelu(float x) {
-  const float square = fminf(x * x, 52.0f);
-  // Of base 2: the coefficients 1.5948, 0.07415 and -0.000713 times -log2(e).
+  const float square = fminf(x * x, 52.0f);  // beyond, the polynomial would fall again
+  // The coefficients times -log2(e).
   const float exponent = x * (-2.3008100f + square * (-0.10697584f + square * 0.0010286415f));
   return x * reciprocal(1 + exp2f(exponent));
 }
 
-// Rows of a tile: as many as there are registers for. Fewer mean more pixels computed twice.
+// Rows of a tile: as many as there are registers for, and with the sides a multiple of 4, since a multiprocessor has 4
+// schedulers for its warps. Fewer mean more pixels computed twice.
 constexpr int rows_of_tile(int C) { return C <= 96 ? 14 : C <= 128 ? 10 : 6; }
 
 template <typename T, int C, int ROWS>
@@ -38,12 +39,12 @@ struct ConvFFN {
   static constexpr int WARPS = Tile::HALO_ROWS, THREADS = 32 * WARPS, WIDE = 4 * C, CHUNK = 32, CHUNKS = WIDE / CHUNK;
   // Rows of weights in shared memory, of pixels on their way out.
   static constexpr int STRIDE1 = C % 64 == 32 ? C : C + 32, STRIDE2 = CHUNK, STRIDE_OUT = C + 8;
-  static_assert(C % 32 == 0 && Tile::HALO_COLUMNS == 16);
+  static_assert(C % 32 == 0 && C <= THREADS && Tile::HALO_COLUMNS == 16);
 
-  // Taps are pairs: two of 8 channels are a right factor, two registers of each lane. See `prepare_taps`.
+  // Taps come in pairs, a right factor of a product for 8 channels: 9 taps and the residual. See `prepare_taps`.
   static constexpr int PAIRS = 5;
 
-  // Shared memory, in bytes: bias2, then what a step needs of its chunk, twice. The results leave through the latter.
+  // Shared memory, in bytes: bias2, then twice what is needed of a chunk. The results leave through the latter.
   static constexpr int BIAS1 = 0, BIAS = BIAS1 + 2 * CHUNK * 4, TAPS = BIAS + 2 * CHUNK * 4;
   static constexpr int WEIGHTS1 = TAPS + PAIRS * CHUNK / 8 * 32 * 8, WEIGHTS2 = WEIGHTS1 + CHUNK * STRIDE1 * 2;
   static constexpr int HIDDEN = WEIGHTS2 + C * STRIDE2 * 2, OF_CHUNK = HIDDEN + Tile::HIDDEN * 2;
@@ -51,13 +52,13 @@ struct ConvFFN {
 
   const ConvFFNArguments<T>& arg;
   const Tile tile;
-  const int warp, lane, g, t;                       // see warp.h; the warp owns the row `warp` of the tile with its sides
+  const int warp, lane, g, t;  // see warp.h; the warp owns the row `warp` of the tile with its sides
   float* const bias2;
   char* const chunks;
-  const int at_weights1, at_hidden, at_below, at_beside;  // of the lane, in a chunk's shared memory, in bytes
-  const int to1, to2, from1, from2;  // of the thread, in a chunk's weights in shared and in global memory
-  uint32_t x[C / 16][4];      // the warp's 16 pixels, as tiles of the first product
-  float result[C / 8][4];     // and of the second
+  const int weights1, hidden, below, beside;  // what a lane reads and writes of a chunk, in bytes: see `expand`, `contract`
+  const int to1, to2, from1, from2;  // what a thread copies of the weights of a chunk, in elements
+  uint32_t x[C / 16][4];   // the warp's 16 pixels, as tiles of the first product
+  float result[C / 8][4];  // and of the second
 
   __device__ ConvFFN(const ConvFFNArguments<T>& arg, char* memory)
       : arg(arg),
@@ -68,48 +69,48 @@ struct ConvFFN {
         t(lane % 4),
         bias2(reinterpret_cast<float*>(memory)),
         chunks(opaque(memory + C * 4)),
-        at_weights1(opaque(WEIGHTS1 + (g * STRIDE1 + 8 * t) * 2)),
-        at_hidden(opaque(HIDDEN + Tile::hidden({warp, g}, t) * 2)),
-        at_below(opaque(HIDDEN + Tile::hidden({warp - 1 + lane / 16, lane % 16}, 0) * 2)),
-        at_beside(opaque(HIDDEN + Tile::hidden({warp + 1, lane % 16 - 1 + lane / 16 * 2}, 0) * 2)),
+        weights1(opaque(WEIGHTS1 + (g * STRIDE1 + 8 * t) * 2)),
+        hidden(opaque(HIDDEN + Tile::hidden({warp, g}, t) * 2)),
+        below(opaque(HIDDEN + Tile::hidden({warp - 1 + lane / 16, lane % 16}, 0) * 2)),
+        beside(opaque(HIDDEN + Tile::hidden({warp + 1, lane % 16 - 1 + lane / 16 * 2}, 0) * 2)),
         to1(first_copy<C / 8>(STRIDE1)),
         to2(first_copy<CHUNK / 8>(STRIDE2)),
         from1(first_copy<C / 8>(C)),
         from2(first_copy<CHUNK / 8>(WIDE)),
         result{} {}
 
-  __device__ int64_t offset(Place pixel) const {
+  __device__ int64_t offset(const Tile& tile, Place place) const {
+    const Place pixel = tile.pixel(place);
     return ((static_cast<int64_t>(tile.image) * arg.H + pixel.row) * arg.W + pixel.column) * C;
   }
 
-  // What shared memory has of a chunk, from the byte `offset` on.
+  // Shared memory of a chunk, from the byte `offset` on. Two chunks are there at a time.
   template <typename V>
   __device__ V* of(int chunk, int offset) const {
     return reinterpret_cast<V*>(chunks + (chunk & 1) * OF_CHUNK + offset);
   }
 
-  // Zeros off the diagonals of the taps, once.
+  // Zeros off the diagonals of the taps, for all chunks.
   __device__ void clear_taps() {
-    constexpr int VECTORS = PAIRS * CHUNK / 8 * 32 / 2;
+    constexpr int VECTORS = (WEIGHTS1 - TAPS) / 16;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < 2 * VECTORS; i += THREADS) {
-      const int lane = i % 32;
+    for (unsigned i = threadIdx.x; i < 2 * VECTORS; i += THREADS) {
+      const unsigned lane = i % 32;
       if (lane % 4 != lane / 8) of<uint4>(i / VECTORS, TAPS)[i % VECTORS] = make_uint4(0, 0, 0, 0);
     }
   }
 
-  // A bias of a chunk, by one warp; a lane has a channel. Two channels, the `pair`-th, stand twice in a row: what a product
-  // begins with.
+  // A bias of a chunk, by one warp; a lane has a channel. Two channels stand twice in a row, as a product begins with them.
   __device__ void prepare_bias(int chunk, int offset, const Parameters<T>& from, int pair) {
     float* const to = of<float>(chunk, offset) + 4 * pair + lane % 2;
     to[0] = to[2] = from[chunk * CHUNK + lane];
   }
   __device__ void prepare_bias1(int chunk) { prepare_bias(chunk, BIAS1, arg.bias1, lane / 2); }
 
-  // The taps of a chunk, by one warp; a lane has a channel. The depthwise convolution of 8 channels, the n-th two of each
-  // eight of a chunk, is a product of (16 pixels, 16) by (16, 8): its k-th pair of taps times the channels, by channels.
-  // The right factor is two diagonal matrices, one for each tap: lanes 4g + g/2 have something of it. The residual is a
-  // tenth tap of exactly 1, beside what rounding makes of the others.
+  // The taps of a chunk, by one warp; a lane has a channel. The depthwise convolution is a sum of products (16 pixels, 16)
+  // by (16, 8): 8 channels as one tap sees them and as another does, times two diagonal matrices. Its 8 channels are the
+  // n-th two of each eight of the chunk; of the right factor, lane 4g + g/2 has what is not zero for the g-th. The tenth
+  // tap is the residual: exactly 1, whatever rounding makes of the others.
   __device__ void prepare_taps(int chunk) {
     constexpr int RESIDUAL = 9, first[PAIRS] = {0, 1, 2, RESIDUAL, 6}, second[PAIRS] = {3, 4, 5, 7, 8};
     const int n = lane % 8 / 2, column = lane / 8 * 2 + lane % 2;
@@ -134,18 +135,17 @@ struct ConvFFN {
 #pragma unroll
       for (int k = 0; k < C / 32; k++) {
         uint4 v = make_uint4(0, 0, 0, 0);
-        if (there) v = *reinterpret_cast<const uint4*>(arg.x + offset(pixel) + 32 * k + 8 * t);
+        if (there) v = *reinterpret_cast<const uint4*>(arg.x + offset(tile, {warp, g + 8 * half}) + 32 * k + 8 * t);
         x[2 * k][half] = v.x, x[2 * k][2 + half] = v.y;
         x[2 * k + 1][half] = v.z, x[2 * k + 1][2 + half] = v.w;
       }
     }
   }
 
-  // Where a thread begins to copy the weights of a chunk, in rows of A_ROW times 16 bytes. All threads together take whole
-  // rows: then a thread's copies lie the same distance apart.
+  // Weights are copied 16 bytes at a time, A_ROW of them a row. The threads together take whole rows: so the copies of a
+  // thread lie the same distance apart. This is its first.
   template <int A_ROW>
   static __device__ int first_copy(int stride) {
-    // Rows without a gap take no arithmetic to find.
     return stride == 8 * A_ROW ? threadIdx.x * 8 : opaque(threadIdx.x / A_ROW * stride + threadIdx.x % A_ROW * 8);
   }
   template <int A_ROW, int STRIDE_TO, int STRIDE_FROM>
@@ -158,15 +158,17 @@ struct ConvFFN {
     }
   }
   __device__ void start_loading_weights1(int chunk) {
-    start_loading<C / 8, STRIDE1, C>(of<T>(chunk, WEIGHTS1) + to1, arg.weight1 + (chunk * CHUNK * C + from1), chunk < CHUNKS);
+    const int from = chunk * CHUNK * C + from1;
+    start_loading<C / 8, STRIDE1, C>(of<T>(chunk, WEIGHTS1) + to1, arg.weight1 + from, chunk < CHUNKS);
   }
   __device__ void start_loading_weights2(int chunk) {
-    start_loading<CHUNK / 8, STRIDE2, WIDE>(of<T>(chunk, WEIGHTS2) + to2, arg.weight2 + (chunk * CHUNK + from2), chunk < CHUNKS);
+    const int from = chunk * CHUNK + from2;
+    start_loading<CHUNK / 8, STRIDE2, WIDE>(of<T>(chunk, WEIGHTS2) + to2, arg.weight2 + from, chunk < CHUNKS);
   }
 
   // GELU of the first 1x1 convolution; zero outside the map, as the depthwise convolution pads.
   __device__ void expand(int chunk) {
-    const T* const weights = of<T>(chunk, at_weights1);
+    const T* const weights = of<T>(chunk, weights1);
     const bool there[2] = {Tile::in_map(tile.pixel({warp, g}), arg.H, arg.W),
                            Tile::in_map(tile.pixel({warp, g + 8}), arg.H, arg.W)};
     uint32_t v[2][CHUNK / 8];
@@ -188,7 +190,7 @@ struct ConvFFN {
     // So the t-th eight of a place are the channels 2t, 2t + 1 of each eight.
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      uint4& to = of<uint4>(chunk, at_hidden)[half * Tile::PLACE];
+      uint4& to = of<uint4>(chunk, hidden)[half * Tile::PLACE];
       if (there[half]) {
         to = make_uint4(v[half][0], v[half][1], v[half][2], v[half][3]);
       } else {
@@ -201,9 +203,9 @@ struct ConvFFN {
   __device__ void contract(int chunk) {
     // The first 16 lanes name the pixels as the first tap of a pair sees them, the others as the second does: one below
     // the other, or two columns apart. The outermost columns are no results; what they get does not matter.
-    const T* const below = of<T>(chunk, at_below);
-    const T* const beside = of<T>(chunk, at_beside);
-    const T* const pixels[PAIRS] = {below - Tile::PLACE, below, below + Tile::PLACE, below + Tile::ROW, beside};
+    const T* const middle = of<T>(chunk, below);
+    const T* const pixels[PAIRS] = {middle - Tile::PLACE, middle, middle + Tile::PLACE, middle + Tile::ROW,
+                                    of<T>(chunk, beside)};
     const float4* const plus = of<float4>(chunk, BIAS) + t;
     const uint4* const right = of<uint4>(chunk, TAPS) + lane;
     uint32_t d[2][4];  // left factors of the second product
@@ -230,7 +232,7 @@ struct ConvFFN {
       mma<T>(result[n], d[0], {b.x, b.y});
       mma<T>(result[n], d[1], {b.z, b.w});
       // The other half of the loads waits: all at once they would drive results out of the registers.
-      if (n == C / 16 && C > 64 || n == C / 32 && C == 96) hold_loads();
+      if (C > 64 && n == C / 16) hold_loads();
     }
   }
 
@@ -247,7 +249,8 @@ struct ConvFFN {
       }
     }
     sync_warp();
-    const int64_t row = offset(tile.pixel({warp, 1}));
+    const Tile tile = Tile::number(opaque(blockIdx.x), arg.H, arg.W);  // again: kept, it would take registers until here
+    const int64_t row = offset(tile, {warp, 1});
     for (int i = lane; i < Tile::COLUMNS * C / 8; i += 32) {
       const Place place = {warp, 1 + i / (C / 8)};
       if (!tile.in_result(place, arg.H, arg.W)) break;
@@ -264,9 +267,9 @@ struct ConvFFN {
     commit_copies();
     load_pixels();
     clear_taps();
-    for (int c = threadIdx.x; c < C; c += THREADS) bias2[c] = arg.bias2[c];
+    if (threadIdx.x < C) bias2[threadIdx.x] = arg.bias2[threadIdx.x];
     if (warp == 0) prepare_bias1(0);
-    // A step expands a chunk and contracts the one before. Warps without a result prepare the next step instead.
+    // A step expands a chunk and contracts the one before. The warps of the sides, which have no result, prepare the next.
     for (int chunk = 0; chunk <= CHUNKS; chunk++) {
       wait_for_copies<0>();
       sync_block();  // what the step reads has come, and nobody reads what the step before did
@@ -277,9 +280,8 @@ struct ConvFFN {
       if (has_result) {
         if (chunk > 0) contract(chunk - 1);
       } else if (chunk < CHUNKS) {
-        if (warp == 0) {
-          prepare_taps(chunk);
-        } else {
+        if (warp == 0) prepare_taps(chunk);
+        if (warp == ROWS + 1) {
           prepare_bias(chunk, BIAS, arg.depthwise_bias, lane % 8 / 2 * 4 + lane / 8);
           if (chunk + 1 < CHUNKS) prepare_bias1(chunk + 1);
         }

@@ -92,6 +92,8 @@ extern "C" const char* emulate_conv_ffn(int half, int C, int wide, int images, i
   }
 }
 
+extern "C" float emulate_gelu(float x) { return gelu(x); }
+
 // The barriers that kernels have come to, one a line, and which of them the next runs go without (see emulator/warp.h).
 static std::string lines;
 extern "C" const char* barriers() {

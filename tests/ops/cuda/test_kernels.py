@@ -17,6 +17,8 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 def emulator(library: ctypes.CDLL) -> ctypes.CDLL:
     library.emulate_attention.restype = library.emulate_conv_ffn.restype = library.barriers.restype = ctypes.c_char_p
+    library.emulate_gelu.restype = ctypes.c_float
+    library.emulate_gelu.argtypes = (ctypes.c_float,)
     return library
 
 
@@ -115,6 +117,17 @@ def test_attention_is_the_same_in_any_order_of_lanes(kernels, C, clusters):
     runs = [attention(kernels, C, (3, 2), torch.float16, clusters, order=order)[0] for order in (0, 1, 2, 3)]
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_gelu(kernels):
+    """Its error is under half a unit in the last place of bfloat16 but where GELU is almost 0; large inputs hold."""
+    x = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([-6e4, -30, 30, 6e4])]).double()
+    expected = torch.nn.functional.gelu(x)
+    error = (torch.tensor([kernels.emulate_gelu(value) for value in x.tolist()]).double() - expected).abs()
+    assert error[x.abs() < 7.2].max() <= 3.7e-5
+    assert (error <= 1e-6 * x.abs())[x.abs() > 7.2].all()
+    half_a_unit = torch.exp2(expected.abs().log2().floor() - 8)
+    assert (error <= half_a_unit)[expected.abs() >= 0.008].all()
 
 
 def conv_ffn(kernels, C, size, dtype, images=1, wide=True, order=0):
