@@ -55,8 +55,8 @@ struct ConvFFN {
   const int warp, lane, g, t;  // see warp.h; the warp owns the row `warp` of the tile with its sides
   float* const bias2;
   char* const chunks;
-  const int weights1, hidden, below, beside;  // what a lane reads and writes of a chunk, in bytes: see `expand`, `contract`
-  const int to1, to2, from1, from2;  // what a thread copies of the weights of a chunk, in elements
+  const int weights1, hidden, below, beside;  // where a lane reads and writes in a chunk, in bytes
+  const int to1, to2, from1, from2;           // and where a thread copies its weights, in elements
   uint32_t x[C / 16][4];   // the warp's 16 pixels, as tiles of the first product
   float result[C / 8][4];  // and of the second
 
@@ -100,17 +100,17 @@ struct ConvFFN {
     }
   }
 
-  // A bias of a chunk, by one warp; a lane has a channel. Two channels stand twice in a row, as a product begins with them.
+  // A bias of a chunk, by one warp; a lane has a channel. Two channels stand twice in a row: a product begins with them.
   __device__ void prepare_bias(int chunk, int offset, const Parameters<T>& from, int pair) {
     float* const to = of<float>(chunk, offset) + 4 * pair + lane % 2;
     to[0] = to[2] = from[chunk * CHUNK + lane];
   }
   __device__ void prepare_bias1(int chunk) { prepare_bias(chunk, BIAS1, arg.bias1, lane / 2); }
 
-  // The taps of a chunk, by one warp; a lane has a channel. The depthwise convolution is a sum of products (16 pixels, 16)
-  // by (16, 8): 8 channels as one tap sees them and as another does, times two diagonal matrices. Its 8 channels are the
-  // n-th two of each eight of the chunk; of the right factor, lane 4g + g/2 has what is not zero for the g-th. The tenth
-  // tap is the residual: exactly 1, whatever rounding makes of the others.
+  // The taps of a chunk, by one warp; a lane has a channel. The depthwise convolution is a sum of products of (16 pixels,
+  // 16) by (16, 8): 8 channels as one tap sees them and as another does, times two diagonal matrices. The channels are
+  // the n-th two of each eight of the chunk; lane 4g + g/2 has what is not zero for the g-th of them. The tenth tap is
+  // the residual: exactly 1, whatever rounding makes of the others.
   __device__ void prepare_taps(int chunk) {
     constexpr int RESIDUAL = 9, first[PAIRS] = {0, 1, 2, RESIDUAL, 6}, second[PAIRS] = {3, 4, 5, 7, 8};
     const int n = lane % 8 / 2, column = lane / 8 * 2 + lane % 2;
@@ -142,8 +142,8 @@ struct ConvFFN {
     }
   }
 
-  // Weights are copied 16 bytes at a time, A_ROW of them a row. The threads together take whole rows: so the copies of a
-  // thread lie the same distance apart. This is its first.
+  // Weights are copied 16 bytes at a time, A_ROW of them a row. All threads together take whole rows: so the copies of
+  // a thread lie the same distance apart. This is its first.
   template <int A_ROW>
   static __device__ int first_copy(int stride) {
     return stride == 8 * A_ROW ? threadIdx.x * 8 : opaque(threadIdx.x / A_ROW * stride + threadIdx.x % A_ROW * 8);
@@ -153,8 +153,10 @@ struct ConvFFN {
     constexpr int COPIES = CHUNK * C / 8, ROWS_AT_ONCE = THREADS / A_ROW, COPIERS = ROWS_AT_ONCE * A_ROW;
 #pragma unroll
     for (int i = 0; i * COPIERS < COPIES; i++) {
-      const int rows = i * ROWS_AT_ONCE;
-      if (exists && threadIdx.x < min(COPIERS, COPIES - i * COPIERS)) copy(to + rows * STRIDE_TO, from + rows * STRIDE_FROM);
+      const int row = i * ROWS_AT_ONCE;
+      if (exists && threadIdx.x < min(COPIERS, COPIES - i * COPIERS)) {
+        copy(to + row * STRIDE_TO, from + row * STRIDE_FROM);
+      }
     }
   }
   __device__ void start_loading_weights1(int chunk) {
@@ -249,7 +251,8 @@ struct ConvFFN {
       }
     }
     sync_warp();
-    const Tile tile = Tile::number(opaque(blockIdx.x), arg.H, arg.W);  // again: kept, it would take registers until here
+    // Found again: kept, it would take registers until here.
+    const Tile tile = Tile::number(opaque(blockIdx.x), arg.H, arg.W);
     const int64_t row = offset(tile, {warp, 1});
     for (int i = lane; i < Tile::COLUMNS * C / 8; i += 32) {
       const Place place = {warp, 1 + i / (C / 8)};
@@ -269,7 +272,7 @@ struct ConvFFN {
     clear_taps();
     if (threadIdx.x < C) bias2[threadIdx.x] = arg.bias2[threadIdx.x];
     if (warp == 0) prepare_bias1(0);
-    // A step expands a chunk and contracts the one before. The warps of the sides, which have no result, prepare the next.
+    // A step expands a chunk and contracts the one before. The two warps without a result prepare the next one instead.
     for (int chunk = 0; chunk <= CHUNKS; chunk++) {
       wait_for_copies<0>();
       sync_block();  // what the step reads has come, and nobody reads what the step before did

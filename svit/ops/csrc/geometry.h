@@ -82,9 +82,9 @@ struct Tile {
   static SVIT_BOTH bool in_map(Place pixel, int H, int W) {
     return pixel.row >= 0 && pixel.row < H && pixel.column >= 0 && pixel.column < W;
   }
-  // Where the n-th 8 of 32 hidden channels of a place lie in shared memory, in elements. The places of a row lie PLACE
-  // apart, so that a matrix load, 8 of them in a row, meets each bank once. Beside a row lies the next; before the first
-  // and behind the last there is room for one place more.
+  // Where the n-th 8 of 32 hidden channels of a place lie in shared memory, in elements. Places lie PLACE apart, so that
+  // a matrix load, of 8 in a row, meets each bank once. Beside a row lies the next; before the first and behind the last
+  // there is room for one place more.
   static constexpr int PLACE = 40, ROW = HALO_COLUMNS * PLACE, HIDDEN = HALO_ROWS * ROW + 2 * PLACE;
   static SVIT_BOTH int hidden(Place place, int n) { return place.row * ROW + (place.column + 1) * PLACE + 8 * n; }
   // Whether a place belongs to the result: not to the sides, and not beyond the map.

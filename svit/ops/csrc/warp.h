@@ -88,7 +88,7 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // What is loaded behind it is not asked for before it.
-__device__ __forceinline__ void hold_loads() { __threadfence_block(); }
+__device__ __forceinline__ void hold_loads() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 
 // The same number or place in shared memory, of which the compiler knows nothing: it keeps it in a register instead of
 // computing it again, and computes what depends on it where that stands.
