@@ -11,8 +11,8 @@ import torch
 from svit.ops import cuda, reference
 
 HALF = {torch.bfloat16: 0, torch.float16: 1}
-# Largest error allowed, relative to the largest value. A result is rounded twice, which is up to 2^-7 in bfloat16 and 2^-10
-# in float16 (a unit in the last place); the rest is for what is rounded on the way.
+# Largest error allowed, relative to the largest value. A result is rounded twice, which makes a unit in the last place,
+# 2^-7 in bfloat16 and 2^-10 in float16; the rest is for what is rounded on the way.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
