@@ -23,10 +23,9 @@ struct ConvFFNArguments {
 
 // GELU, in error by at most 3.7e-5: x * sigmoid(x * (1.5948 + 0.07415 x^2 - 0.000713 x^4)).
 __device__ __forceinline__ float gelu(float x) {
+  constexpr float a = -1.5948f * LOG2_E, b = -0.07415f * LOG2_E, c = 0.000713f * LOG2_E;
   const float square = fminf(x * x, 52.0f);  // beyond, the polynomial would fall again
-  // The coefficients times -log2(e).
-  const float exponent = x * (-2.3008100f + square * (-0.10697584f + square * 0.0010286415f));
-  return x * reciprocal(1 + exp2f(exponent));
+  return x * reciprocal(1 + exp2_approx(x * (a + square * (b + square * c))));
 }
 
 // Rows of a tile: as many as there are registers for, and with the sides a multiple of 4, since a multiprocessor has 4

@@ -90,16 +90,25 @@ __device__ __forceinline__ void wait_for_copies() {
 // What is loaded behind it is not asked for before it.
 __device__ __forceinline__ void hold_loads() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 
-// The same number or place in shared memory, of which the compiler knows nothing: it keeps it in a register instead of
-// computing it again, and computes what depends on it where that stands.
-__device__ __forceinline__ int opaque(int number) {
-  asm volatile("" : "+r"(number));
-  return number;
-}
+// The same place in shared memory, or the same number, of which the compiler knows nothing: it keeps it in a register
+// instead of computing it again, and computes what depends on it where that stands.
 __device__ __forceinline__ char* opaque(char* shared) {
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("" : "+r"(address));
   return static_cast<char*>(__cvta_shared_to_generic(address));
+}
+__device__ __forceinline__ int opaque(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^x to about 1e-7; 0 for what float32 cannot hold in full.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // 1 / x to about 1e-7.

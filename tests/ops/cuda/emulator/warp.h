@@ -324,12 +324,13 @@ void wait_for_copies(std::source_location at = std::source_location::current()) 
 
 inline void stop() { emulator::fail("stopped"); }
 inline void hold_loads() {}
-inline int opaque(int number) { return number; }
 inline char* opaque(char* shared) { return shared; }
+inline int opaque(int number) { return number; }
+constexpr float LOG2_E = 1.44269504f;
+inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
-inline float exp2f(float x) { return std::exp2(x); }
 
 template <bool MANY>
 struct Cluster {
