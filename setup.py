@@ -29,7 +29,7 @@ class BuildLibrary(build_ext):
         out.parent.mkdir(parents=True, exist_ok=True)
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
         command = [
-            compiler(), "-shared", "-Xcompiler=-fPIC", "-O3", "-cudart=static", "--threads=0",
+            compiler(), "-shared", "-Xcompiler=-fPIC", "-O3", "-ftz=true", "-cudart=static", "--threads=0",
             f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA", f"-I{SOURCES}", *with_torch(),
             *code_for(architectures), *extension.sources, "-o", str(out),
         ]  # fmt: skip

@@ -2,7 +2,7 @@
 //
 // A block owns a tile of pixels, with one more on each side for the depthwise convolution; a warp owns a row of 16. The
 // hidden map never leaves the chip: 32 of its channels at a time pass through shared memory, and the second 1x1
-// convolution sums over them in registers.
+// convolution sums over them in registers. All three convolutions are products on the tensor cores.
 #pragma once
 
 #include <warp.h>
@@ -21,16 +21,16 @@ struct ConvFFNArguments {
   int H, W;
 };
 
-// Exact GELU; erf by Abramowitz and Stegun, formula 7.1.26 (error 1.5e-7).
+// GELU, in error by at most 3.7e-5: x * sigmoid(x * (1.5948 + 0.07415 x^2 - 0.000713 x^4)).
 __device__ __forceinline__ float gelu(float x) {
-  const float z = fabsf(x) * 0.70710678f, k = reciprocal(1 + 0.3275911f * z);
-  const float series = k * (0.254829592f + k * (-0.284496736f + k * (1.421413741f + k * (-1.453152027f + k * 1.061405429f))));
-  const float tail = 0.5f * series * __expf(-z * z);  // of the normal distribution, beyond |x|
-  return x * (x > 0 ? 1 - tail : tail);
+  constexpr float a = -1.5948f * LOG2_E, b = -0.07415f * LOG2_E, c = 0.000713f * LOG2_E;
+  const float square = fminf(x * x, 52.0f);  // beyond, the polynomial would fall again
+  return x * reciprocal(1 + exp2_approx(x * (a + square * (b + square * c))));
 }
 
-// Rows of a tile: as many as there are registers for. Fewer mean more pixels computed twice.
-constexpr int rows_of_tile(int C) { return C <= 64 ? 14 : C <= 96 ? 7 : 6; }
+// Rows of a tile: as many as there are registers for, and with the sides a multiple of 4, since a multiprocessor has 4
+// schedulers for its warps. Fewer mean more pixels computed twice.
+constexpr int rows_of_tile(int C) { return C <= 96 ? 14 : C <= 128 ? 10 : 6; }
 
 template <typename T, int C, int ROWS>
 struct ConvFFN {
@@ -38,21 +38,26 @@ struct ConvFFN {
   static constexpr int WARPS = Tile::HALO_ROWS, THREADS = 32 * WARPS, WIDE = 4 * C, CHUNK = 32, CHUNKS = WIDE / CHUNK;
   // Rows of weights in shared memory, of pixels on their way out.
   static constexpr int STRIDE1 = C % 64 == 32 ? C : C + 32, STRIDE2 = CHUNK, STRIDE_OUT = C + 8;
-  static_assert(C % 32 == 0 && Tile::HALO_COLUMNS == 16);
+  static_assert(C % 32 == 0 && C <= THREADS && Tile::HALO_COLUMNS == 16);
 
-  // Shared memory: parameters as floats, then what a chunk needs, the weights twice. The results leave through the latter.
-  static constexpr int FLOATS = 11 * WIDE + C;
-  static constexpr int HIDDEN = WARPS * 16 * CHUNK, WEIGHTS1 = CHUNK * STRIDE1, WEIGHTS2 = C * STRIDE2;
-  static constexpr int ON_THE_WAY = HIDDEN + 2 * (WEIGHTS1 + WEIGHTS2), OUT = ROWS * 16 * STRIDE_OUT;
-  static constexpr int BYTES = FLOATS * 4 + (ON_THE_WAY > OUT ? ON_THE_WAY : OUT) * 2;
+  // Taps come in pairs, a right factor of a product for 8 channels: 9 taps and the residual. See `prepare_taps`.
+  static constexpr int PAIRS = 5;
+
+  // Shared memory, in bytes: bias2, then twice what is needed of a chunk. The results leave through the latter.
+  static constexpr int BIAS1 = 0, BIAS = BIAS1 + 2 * CHUNK * 4, TAPS = BIAS + 2 * CHUNK * 4;
+  static constexpr int WEIGHTS1 = TAPS + PAIRS * CHUNK / 8 * 32 * 8, WEIGHTS2 = WEIGHTS1 + CHUNK * STRIDE1 * 2;
+  static constexpr int HIDDEN = WEIGHTS2 + C * STRIDE2 * 2, OF_CHUNK = HIDDEN + Tile::HIDDEN * 2;
+  static constexpr int OUT = ROWS * 16 * STRIDE_OUT * 2, BYTES = C * 4 + (2 * OF_CHUNK > OUT ? 2 * OF_CHUNK : OUT);
 
   const ConvFFNArguments<T>& arg;
   const Tile tile;
-  const int warp, lane, g, t;                       // see warp.h; the warp owns the row `warp` of the tile with its sides
-  float *const taps, *const bias, *const bias1, *const bias2;  // (9, 4C) and (4C) depthwise, (4C), (C)
-  T *const hidden, *const weights1, *const weights2;
-  uint32_t x[C / 16][4];      // the warp's 16 pixels, as tiles of the first product
-  float result[C / 8][4];     // and of the second
+  const int warp, lane, g, t;  // see warp.h; the warp owns the row `warp` of the tile with its sides
+  float* const bias2;
+  char* const chunks;
+  const int weights1, hidden, below, beside;  // where a lane reads and writes in a chunk, in bytes
+  const int to1, to2, from1, from2;           // and where a thread copies its weights, in elements
+  uint32_t x[C / 16][4];   // the warp's 16 pixels, as tiles of the first product
+  float result[C / 8][4];  // and of the second
 
   __device__ ConvFFN(const ConvFFNArguments<T>& arg, char* memory)
       : arg(arg),
@@ -61,29 +66,63 @@ struct ConvFFN {
         lane(threadIdx.x % 32),
         g(lane / 4),
         t(lane % 4),
-        taps(reinterpret_cast<float*>(memory)),
-        bias(taps + 9 * WIDE),
-        bias1(bias + WIDE),
-        bias2(bias1 + WIDE),
-        hidden(reinterpret_cast<T*>(taps + FLOATS)),
-        weights1(hidden + HIDDEN),
-        weights2(weights1 + 2 * WEIGHTS1),
+        bias2(reinterpret_cast<float*>(memory)),
+        chunks(opaque(memory + C * 4)),
+        weights1(opaque(WEIGHTS1 + (g * STRIDE1 + 8 * t) * 2)),
+        hidden(opaque(HIDDEN + Tile::hidden({warp, g}, t) * 2)),
+        below(opaque(HIDDEN + Tile::hidden({warp - 1 + lane / 16, lane % 16}, 0) * 2)),
+        beside(opaque(HIDDEN + Tile::hidden({warp + 1, lane % 16 - 1 + lane / 16 * 2}, 0) * 2)),
+        to1(first_copy<C / 8>(STRIDE1)),
+        to2(first_copy<CHUNK / 8>(STRIDE2)),
+        from1(first_copy<C / 8>(C)),
+        from2(first_copy<CHUNK / 8>(WIDE)),
         result{} {}
 
-  __device__ int64_t offset(Place pixel) const {
+  __device__ int64_t offset(const Tile& tile, Place place) const {
+    const Place pixel = tile.pixel(place);
     return ((static_cast<int64_t>(tile.image) * arg.H + pixel.row) * arg.W + pixel.column) * C;
   }
 
-  __device__ void load_parameters() {
-    // The centre tap takes the residual in, in float32.
-    for (int i = threadIdx.x; i < 9 * WIDE; i += THREADS) {
-      taps[i % 9 * WIDE + i / 9] = arg.taps[i] + (i % 9 == 4 ? 1.0f : 0.0f);
+  // Shared memory of a chunk, from the byte `offset` on. Two chunks are there at a time.
+  template <typename V>
+  __device__ V* of(int chunk, int offset) const {
+    return reinterpret_cast<V*>(chunks + (chunk & 1) * OF_CHUNK + offset);
+  }
+
+  // Zeros off the diagonals of the taps, for all chunks.
+  __device__ void clear_taps() {
+    constexpr int VECTORS = (WEIGHTS1 - TAPS) / 16;
+#pragma unroll 1
+    for (unsigned i = threadIdx.x; i < 2 * VECTORS; i += THREADS) {
+      const unsigned lane = i % 32;
+      if (lane % 4 != lane / 8) of<uint4>(i / VECTORS, TAPS)[i % VECTORS] = make_uint4(0, 0, 0, 0);
     }
-    for (int i = threadIdx.x; i < WIDE; i += THREADS) {
-      bias1[i] = arg.bias1[i];
-      bias[i] = arg.depthwise_bias[i];
+  }
+
+  // A bias of a chunk, by one warp; a lane has a channel. Two channels stand twice in a row: a product begins with them.
+  __device__ void prepare_bias(int chunk, int offset, const Parameters<T>& from, int pair) {
+    float* const to = of<float>(chunk, offset) + 4 * pair + lane % 2;
+    to[0] = to[2] = from[chunk * CHUNK + lane];
+  }
+  __device__ void prepare_bias1(int chunk) { prepare_bias(chunk, BIAS1, arg.bias1, lane / 2); }
+
+  // The taps of a chunk, by one warp; a lane has a channel. The depthwise convolution is a sum of products of (16 pixels,
+  // 16) by (16, 8): 8 channels as one tap sees them and as another does, times two diagonal matrices. The channels are
+  // the n-th two of each eight of the chunk; lane 4g + g/2 has what is not zero for the g-th of them. The tenth tap is
+  // the residual: exactly 1, whatever rounding makes of the others.
+  __device__ void prepare_taps(int chunk) {
+    constexpr int RESIDUAL = 9, first[PAIRS] = {0, 1, 2, RESIDUAL, 6}, second[PAIRS] = {3, 4, 5, 7, 8};
+    const int n = lane % 8 / 2, column = lane / 8 * 2 + lane % 2;
+    uint2* const to = of<uint2>(chunk, TAPS) + (n / 2 * 32 + 4 * column + column / 2) * 2 + n % 2;
+    float tap[10];
+#pragma unroll
+    for (int k = 0; k < RESIDUAL; k++) tap[k] = arg.taps[(chunk * CHUNK + lane) * 9 + k];
+    tap[RESIDUAL] = 1;
+#pragma unroll
+    for (int k = 0; k < PAIRS; k++) {
+      const float a = tap[first[k]], b = tap[second[k]];
+      to[128 * k] = lane % 2 ? make_uint2(pack<T>(0, a), pack<T>(0, b)) : make_uint2(pack<T>(a, 0), pack<T>(b, 0));
     }
-    for (int i = threadIdx.x; i < C; i += THREADS) bias2[i] = arg.bias2[i];
   }
 
   // A lane takes 8 channels in a row from pixels and weights alike, which permutes the products' sums.
@@ -95,99 +134,111 @@ struct ConvFFN {
 #pragma unroll
       for (int k = 0; k < C / 32; k++) {
         uint4 v = make_uint4(0, 0, 0, 0);
-        if (there) v = *reinterpret_cast<const uint4*>(arg.x + offset(pixel) + 32 * k + 8 * t);
+        if (there) v = *reinterpret_cast<const uint4*>(arg.x + offset(tile, {warp, g + 8 * half}) + 32 * k + 8 * t);
         x[2 * k][half] = v.x, x[2 * k][2 + half] = v.y;
         x[2 * k + 1][half] = v.z, x[2 * k + 1][2 + half] = v.w;
       }
     }
   }
 
-  __device__ void start_loading(int chunk) {
-    T* const to1 = weights1 + chunk % 2 * WEIGHTS1;
-    T* const to2 = weights2 + chunk % 2 * WEIGHTS2;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < CHUNK * C / 8; i += THREADS) {
-      const int row = i / (C / 8), c = i % (C / 8) * 8;
-      copy(to1 + row * STRIDE1 + c, arg.weight1 + (chunk * CHUNK + row) * C + c);
+  // Weights are copied 16 bytes at a time, A_ROW of them a row. All threads together take whole rows: so the copies of
+  // a thread lie the same distance apart. This is its first.
+  template <int A_ROW>
+  static __device__ int first_copy(int stride) {
+    return stride == 8 * A_ROW ? threadIdx.x * 8 : opaque(threadIdx.x / A_ROW * stride + threadIdx.x % A_ROW * 8);
+  }
+  template <int A_ROW, int STRIDE_TO, int STRIDE_FROM>
+  static __device__ void start_loading(T* to, const T* from, bool exists) {
+    constexpr int COPIES = CHUNK * C / 8, ROWS_AT_ONCE = THREADS / A_ROW, COPIERS = ROWS_AT_ONCE * A_ROW;
+#pragma unroll
+    for (int i = 0; i * COPIERS < COPIES; i++) {
+      const int row = i * ROWS_AT_ONCE;
+      if (exists && threadIdx.x < min(COPIERS, COPIES - i * COPIERS)) {
+        copy(to + row * STRIDE_TO, from + row * STRIDE_FROM);
+      }
     }
-#pragma unroll 1
-    for (int i = threadIdx.x; i < C * CHUNK / 8; i += THREADS) {
-      const int row = i / (CHUNK / 8), c = i % (CHUNK / 8) * 8;
-      copy(to2 + row * STRIDE2 + c, arg.weight2 + row * WIDE + chunk * CHUNK + c);
-    }
-    commit_copies();
+  }
+  __device__ void start_loading_weights1(int chunk) {
+    const int from = chunk * CHUNK * C + from1;
+    start_loading<C / 8, STRIDE1, C>(of<T>(chunk, WEIGHTS1) + to1, arg.weight1 + from, chunk < CHUNKS);
+  }
+  __device__ void start_loading_weights2(int chunk) {
+    const int from = chunk * CHUNK + from2;
+    start_loading<CHUNK / 8, STRIDE2, WIDE>(of<T>(chunk, WEIGHTS2) + to2, arg.weight2 + from, chunk < CHUNKS);
   }
 
   // GELU of the first 1x1 convolution; zero outside the map, as the depthwise convolution pads.
   __device__ void expand(int chunk) {
-    const int g = opaque(this->g);
-    const T* const weights = weights1 + chunk % 2 * WEIGHTS1 + g * STRIDE1 + 8 * t;
+    const T* const weights = of<T>(chunk, weights1);
     const bool there[2] = {Tile::in_map(tile.pixel({warp, g}), arg.H, arg.W),
                            Tile::in_map(tile.pixel({warp, g + 8}), arg.H, arg.W)};
-#pragma unroll 1
+    uint32_t v[2][CHUNK / 8];
+#pragma unroll
     for (int n = 0; n < CHUNK / 8; n++) {
-      float u[4] = {};
+      const float4 plus = of<float4>(chunk, BIAS1)[4 * n + t];
+      float u[4] = {plus.x, plus.y, plus.z, plus.w};
 #pragma unroll
       for (int k = 0; k < C / 32; k++) {
         const uint4 b = *reinterpret_cast<const uint4*>(weights + 8 * n * STRIDE1 + 32 * k);
         mma<T>(u, x[2 * k], {b.x, b.y});
         mma<T>(u, x[2 * k + 1], {b.z, b.w});
       }
-      const float2 plus = *reinterpret_cast<const float2*>(bias1 + chunk * CHUNK + 8 * n + 2 * t);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const float first = gelu(u[2 * half] + plus.x), second = gelu(u[2 * half + 1] + plus.y);
-        const uint32_t v = there[half] ? pack<T>(first, second) : 0;
-        *reinterpret_cast<uint32_t*>(hidden + Tile::hidden({warp, g + 8 * half}, n) + 2 * t) = v;
+        v[half][n] = pack<T>(gelu(u[2 * half]), gelu(u[2 * half + 1]));
+      }
+    }
+    // So the t-th eight of a place are the channels 2t, 2t + 1 of each eight.
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      uint4& to = of<uint4>(chunk, hidden)[half * Tile::PLACE];
+      if (there[half]) {
+        to = make_uint4(v[half][0], v[half][1], v[half][2], v[half][3]);
+      } else {
+        to = make_uint4(0, 0, 0, 0);
       }
     }
   }
 
-  // The depthwise convolution of 8 channels of a pixel.
-  __device__ uint4 depthwise(int chunk, int column) const {
-    const int channel = chunk * CHUNK + 8 * t;
-    column = opaque(column);
-    float sum[8];
-#pragma unroll
-    for (int e = 0; e < 8; e++) sum[e] = bias[channel + e];
-#pragma unroll 1
-    for (int row = 0; row < 3; row++) {
-#pragma unroll
-      for (int k = 0; k < 3; k++) {
-        // The outermost columns are no results; what they get does not matter.
-        const int beside = min(max(column + k - 1, 0), 15);
-        const uint4 u = *reinterpret_cast<const uint4*>(hidden + Tile::hidden({warp + row - 1, beside}, t));
-        const float* const tap = taps + (3 * row + k) * WIDE + channel;
-        const uint32_t pairs[4] = {u.x, u.y, u.z, u.w};
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const float2 both = unpack<T>(pairs[e]);
-          sum[2 * e] += tap[2 * e] * both.x;
-          sum[2 * e + 1] += tap[2 * e + 1] * both.y;
-        }
-      }
-    }
-    return make_uint4(pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3]), pack<T>(sum[4], sum[5]),
-                      pack<T>(sum[6], sum[7]));
-  }
-
-  // The depthwise convolution of the warp's pixels, which comes just as the second product takes it.
+  // The depthwise convolution of the warp's pixels, and the second 1x1 convolution, which takes it as it comes.
   __device__ void contract(int chunk) {
-    const uint4 left = depthwise(chunk, g), right = depthwise(chunk, g + 8);
-    const uint32_t low[4] = {left.x, right.x, left.y, right.y}, high[4] = {left.z, right.z, left.w, right.w};
-    const T* const weights = weights2 + chunk % 2 * WEIGHTS2 + g * STRIDE2 + 8 * t;
+    // The first 16 lanes name the pixels as the first tap of a pair sees them, the others as the second does: one below
+    // the other, or two columns apart. The outermost columns are no results; what they get does not matter.
+    const T* const middle = of<T>(chunk, below);
+    const T* const pixels[PAIRS] = {middle - Tile::PLACE, middle, middle + Tile::PLACE, middle + Tile::ROW,
+                                    of<T>(chunk, beside)};
+    const float4* const plus = of<float4>(chunk, BIAS) + t;
+    const uint4* const right = of<uint4>(chunk, TAPS) + lane;
+    uint32_t d[2][4];  // left factors of the second product
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+      const float4 b = plus[8 * m], c = plus[8 * m + 4];
+      float sum[2][4] = {{b.x, b.y, b.z, b.w}, {c.x, c.y, c.z, c.w}};
+#pragma unroll
+      for (int k = 0; k < PAIRS; k++) {
+        const uint4 tap = right[(2 * k + m) * 32];
+        uint32_t a[4];
+        load_matrices(a, pixels[k] + 16 * m);
+        mma<T>(sum[0], a, {tap.x, tap.y});
+        load_matrices(a, pixels[k] + 16 * m + 8);
+        mma<T>(sum[1], a, {tap.z, tap.w});
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) d[m][i] = pack<T>(sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]);
+    }
+    const T* const weights = of<T>(chunk, WEIGHTS2) + g * STRIDE2 + 8 * t;
 #pragma unroll
     for (int n = 0; n < C / 8; n++) {
       const uint4 b = *reinterpret_cast<const uint4*>(weights + 8 * n * STRIDE2);
-      mma<T>(result[n], low, {b.x, b.y});
-      mma<T>(result[n], high, {b.z, b.w});
+      mma<T>(result[n], d[0], {b.x, b.y});
+      mma<T>(result[n], d[1], {b.z, b.w});
       // The other half of the loads waits: all at once they would drive results out of the registers.
-      if (C > 128 && n == C / 16) hold_loads();
+      if (C > 64 && n == C / 16) hold_loads();
     }
   }
 
   __device__ void finish() {
-    T* const staged = hidden + (warp - 1) * 16 * STRIDE_OUT;
+    T* const staged = reinterpret_cast<T*>(chunks) + (warp - 1) * 16 * STRIDE_OUT;
 #pragma unroll
     for (int n = 0; n < C / 8; n++) {
       const int c = 8 * n + 2 * t;
@@ -199,34 +250,44 @@ struct ConvFFN {
       }
     }
     sync_warp();
-    for (int i = lane; i < 16 * C / 8; i += 32) {
-      const Place place = {warp, i / (C / 8)};
-      const int c = i % (C / 8) * 8;
-      if (!tile.in_result(place, arg.H, arg.W)) continue;
-      const int64_t at = offset(tile.pixel(place)) + c;
-      const uint4 a = *reinterpret_cast<const uint4*>(arg.residual + at);
-      const uint4 b = *reinterpret_cast<const uint4*>(staged + place.column * STRIDE_OUT + c);
-      *reinterpret_cast<uint4*>(arg.y + at) = make_uint4(add(a.x, b.x), add(a.y, b.y), add(a.z, b.z), add(a.w, b.w));
+    // Found again: kept, it would take registers until here.
+    const Tile tile = Tile::number(opaque(blockIdx.x), arg.H, arg.W);
+    const int64_t row = offset(tile, {warp, 1});
+    for (int i = lane; i < Tile::COLUMNS * C / 8; i += 32) {
+      const Place place = {warp, 1 + i / (C / 8)};
+      if (!tile.in_result(place, arg.H, arg.W)) break;
+      const uint4 a = *reinterpret_cast<const uint4*>(arg.residual + row + 8 * i);
+      const uint4 b = *reinterpret_cast<const uint4*>(staged + place.column * STRIDE_OUT + i % (C / 8) * 8);
+      *reinterpret_cast<uint4*>(arg.y + row + 8 * i) =
+          make_uint4(add<T>(a.x, b.x), add<T>(a.y, b.y), add<T>(a.z, b.z), add<T>(a.w, b.w));
     }
-  }
-
-  static __device__ uint32_t add(uint32_t a, uint32_t b) {
-    const float2 x = unpack<T>(a), y = unpack<T>(b);
-    return pack<T>(x.x + y.x, x.y + y.y);
   }
 
   __device__ void run() {
     const bool has_result = warp >= 1 && warp <= ROWS;
-    start_loading(0);
-    load_parameters();
+    start_loading_weights1(0);
+    commit_copies();
     load_pixels();
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+    clear_taps();
+    if (threadIdx.x < C) bias2[threadIdx.x] = arg.bias2[threadIdx.x];
+    if (warp == 0) prepare_bias1(0);
+    // A step expands a chunk and contracts the one before. The two warps without a result prepare the next one instead.
+    for (int chunk = 0; chunk <= CHUNKS; chunk++) {
       wait_for_copies<0>();
-      sync_block();  // the weights have come, and nobody reads the last chunk's
-      if (chunk + 1 < CHUNKS) start_loading(chunk + 1);
-      expand(chunk);
-      sync_block();
-      if (has_result) contract(chunk);
+      sync_block();  // what the step reads has come, and nobody reads what the step before did
+      start_loading_weights1(chunk + 1);
+      start_loading_weights2(chunk);
+      commit_copies();
+      if (chunk < CHUNKS) expand(chunk);
+      if (has_result) {
+        if (chunk > 0) contract(chunk - 1);
+      } else if (chunk < CHUNKS) {
+        if (warp == 0) prepare_taps(chunk);
+        if (warp == ROWS + 1) {
+          prepare_bias(chunk, BIAS, arg.depthwise_bias, lane % 8 / 2 * 4 + lane / 8);
+          if (chunk + 1 < CHUNKS) prepare_bias1(chunk + 1);
+        }
+      }
     }
     sync_block();
     if (has_result) finish();

@@ -82,11 +82,11 @@ struct Tile {
   static SVIT_BOTH bool in_map(Place pixel, int H, int W) {
     return pixel.row >= 0 && pixel.row < H && pixel.column >= 0 && pixel.column < W;
   }
-  // Where the n-th 8 of 32 hidden channels of a place lie in shared memory, in elements. The four eights of a place are
-  // permuted so that the writes of a warp, and its reads, meet each bank once.
-  static SVIT_BOTH int hidden(Place place, int n) {
-    return ((place.row * HALO_COLUMNS + place.column) * 4 + (n ^ (place.column / 2 % 4))) * 8;
-  }
+  // Where the n-th 8 of 32 hidden channels of a place lie in shared memory, in elements. Places lie PLACE apart, so that
+  // a matrix load, of 8 in a row, meets each bank once. Beside a row lies the next; before the first and behind the last
+  // there is room for one place more.
+  static constexpr int PLACE = 40, ROW = HALO_COLUMNS * PLACE, HIDDEN = HALO_ROWS * ROW + 2 * PLACE;
+  static SVIT_BOTH int hidden(Place place, int n) { return place.row * ROW + (place.column + 1) * PLACE + 8 * n; }
   // Whether a place belongs to the result: not to the sides, and not beyond the map.
   SVIT_BOTH bool in_result(Place place, int H, int W) const {
     return place.row >= 1 && place.row <= ROWS && place.column >= 1 && place.column <= COLUMNS &&

@@ -88,13 +88,27 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // What is loaded behind it is not asked for before it.
-__device__ __forceinline__ void hold_loads() { __threadfence_block(); }
+__device__ __forceinline__ void hold_loads() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 
-// The same number, of which the compiler knows nothing: what is computed from it stays where it stands instead of
-// occupying registers throughout a loop.
+// The same place in shared memory, or the same number, of which the compiler knows nothing: it keeps it in a register
+// instead of computing it again, and computes what depends on it where that stands.
+__device__ __forceinline__ char* opaque(char* shared) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("" : "+r"(address));
+  return static_cast<char*>(__cvta_shared_to_generic(address));
+}
 __device__ __forceinline__ int opaque(int number) {
   asm volatile("" : "+r"(number));
   return number;
+}
+
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^x to about 1e-7; 0 for what float32 cannot hold in full.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // 1 / x to about 1e-7.
@@ -163,6 +177,22 @@ __device__ __forceinline__ float2 unpack<bf16>(uint32_t both) {
 template <>
 __device__ __forceinline__ float2 unpack<fp16>(uint32_t both) {
   return __half22float2(*reinterpret_cast<const __half2*>(&both));
+}
+
+// The sums of two pairs.
+template <typename T>
+__device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t add<bf16>(uint32_t a, uint32_t b) {
+  const auto pair = [](uint32_t& bits) { return *reinterpret_cast<__nv_bfloat162*>(&bits); };
+  const __nv_bfloat162 sum = __hadd2(pair(a), pair(b));
+  return *reinterpret_cast<const uint32_t*>(&sum);
+}
+template <>
+__device__ __forceinline__ uint32_t add<fp16>(uint32_t a, uint32_t b) {
+  const auto pair = [](uint32_t& bits) { return *reinterpret_cast<__half2*>(&bits); };
+  const __half2 sum = __hadd2(pair(a), pair(b));
+  return *reinterpret_cast<const uint32_t*>(&sum);
 }
 
 __device__ __forceinline__ float to_float(bf16 value) { return __bfloat162float(value); }

@@ -50,4 +50,5 @@ int place_in_tile(int number, int H, int W, int row, int column, int* pixel) {
   return tile.in_result({row, column}, H, W) + 2 * Tile<7>::in_map(at, H, W);
 }
 int hidden_at(int row, int column, int n) { return Tile<7>::hidden({row, column}, n); }
+int hidden_size() { return Tile<7>::HIDDEN; }
 }

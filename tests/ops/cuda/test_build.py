@@ -74,6 +74,9 @@ def test_machine_code(machine_code, architecture):
             assert total(counts, "HMMA") == 0, name  # empty: it is never launched there
             continue
         assert total(counts, "HMMA") >= 16, name
+        if match := re.search(r"conv_ffn.*Li(\d+)ELi", name):
+            # For 32 hidden channels: the two 1x1 convolutions, and the depthwise one.
+            assert total(counts, "HMMA") == int(match[1]) // 2 + 20, name
         # Maps come 16 bytes at a time and leave so, and nothing passes through local memory or an atomic.
         assert counts["LDGSTS.E.BYPASS.128"] + counts["LDG.E.128"] + counts["LDG.E.128.CONSTANT"] > 0, name
         assert counts["STG.E.128"] > 0, name
