@@ -86,6 +86,7 @@ def test_machine_code(machine_code, architecture):
 def test_only_the_stable_abi_is_used(built):
     symbols = subprocess.run(["nm", "-DC", built[0]], check=True, capture_output=True, text=True).stdout
     assert "svit_attention_bytes" in symbols
+    assert "svit_attention_max_active_clusters" in symbols
     assert "aoti_torch_get_current_cuda_stream" in symbols
     assert "c10::" not in symbols
     assert "at::" not in symbols.replace("std::float", "")
@@ -97,11 +98,13 @@ def test_only_the_stable_abi_is_used(built):
 
 def test_it_loads_without_a_gpu(built):
     program = f"""
+from pathlib import Path
 import torch
 from svit.ops import cuda
-torch.ops.load_library({str(built[0])!r})
+compiled, version = cuda.load(Path({str(built[0])!r}))
 for op in cuda.OPS:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("svit_cuda::" + op, "CUDA"), op
+assert compiled.library.svit_attention_max_active_clusters(64, 8, 8, 7, 7, 0) == 0
 """
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
