@@ -97,6 +97,15 @@ __device__ __forceinline__ int opaque(int number) {
   return number;
 }
 
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^x to about 1e-7; 0 for what float32 cannot hold in full.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 1 / x to about 1e-7.
 __device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
 
@@ -165,6 +174,16 @@ __device__ __forceinline__ float2 unpack<fp16>(uint32_t both) {
   return __half22float2(*reinterpret_cast<const __half2*>(&both));
 }
 
+template <typename T>
+__device__ __forceinline__ void unpack8(uint4 v, float (&x)[8]) {
+  const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float2 both = unpack<T>(pairs[i]);
+    x[2 * i] = both.x, x[2 * i + 1] = both.y;
+  }
+}
+
 __device__ __forceinline__ float to_float(bf16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(fp16 value) { return __half2float(value); }
 
@@ -176,6 +195,19 @@ struct Parameters {
 
   __device__ __forceinline__ float operator[](int i) const {
     return wide ? static_cast<const float*>(values)[i] : to_float(static_cast<const T*>(values)[i]);
+  }
+  // Two from an even i on, eight from a multiple of 8 on. The first lies at a multiple of 16 bytes.
+  __device__ __forceinline__ float2 pair(int i) const {
+    return wide ? static_cast<const float2*>(values)[i / 2] : unpack<T>(static_cast<const uint32_t*>(values)[i / 2]);
+  }
+  __device__ __forceinline__ void eight(int i, float (&x)[8]) const {
+    if (wide) {
+      const float4* const from = static_cast<const float4*>(values) + i / 4;
+      const float4 low = from[0], high = from[1];
+      x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+    } else {
+      unpack8<T>(static_cast<const uint4*>(values)[i / 8], x);
+    }
   }
 };
 

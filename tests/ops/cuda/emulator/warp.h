@@ -285,6 +285,8 @@ void wait_for_copies() {
 inline void stop() { emulator::fail("stopped"); }
 inline void hold_loads() {}
 inline int opaque(int number) { return number; }
+constexpr float LOG2_E = 1.44269504f;
+inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
@@ -328,12 +330,22 @@ float2 unpack(uint32_t both) {
 }
 
 template <typename T>
+void unpack8(uint4 v, float (&x)[8]) {
+  const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+  for (int i = 0; i < 8; i++) x[i] = value<T>(pairs[i / 2], i % 2);
+}
+
+template <typename T>
 struct Parameters {
   const void* values;
   bool wide;
 
   float operator[](int i) const {
     return wide ? static_cast<const float*>(values)[i] : static_cast<float>(static_cast<const T*>(values)[i]);
+  }
+  float2 pair(int i) const { return {(*this)[i], (*this)[i + 1]}; }
+  void eight(int i, float (&x)[8]) const {
+    for (int e = 0; e < 8; e++) x[e] = (*this)[i + e];
   }
 };
 
