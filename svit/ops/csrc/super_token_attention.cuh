@@ -41,29 +41,26 @@ struct SuperTokenAttention {
 
   // Shared memory. What lies over each other is never alive at the same time.
   struct Layout {
-    int map, slots, tokens, queries, sums, keys, values, bytes;
+    int norm, slots, tokens, map, queries, keys, values, sums, bytes;
 
     SVIT_BOTH Layout(int rows, int columns) {
-      const int all = MOST_TOKENS * STRIDE * 2, own = (rows * columns + 15) / 16 * 16 * STRIDE * 2;
-      map = 0;
-      int end = columns * CELL * 2;
-      if (MANY) {  // nothing reads the map after its sums
-        queries = sums = map, keys = queries + own, values = keys + all;
-        end = max(end, values + all);
-        tokens = end, end = tokens + all;
-        slots = end, end = slots + Slots{rows, columns}.count() * STRIDE * 2;
-      } else {  // the sums need a place of their own, since the map is that of a row only
-        tokens = map, queries = tokens + all;
-        end = max(end, queries + own);
-        slots = end, end = slots + Slots{rows, columns}.count() * STRIDE * 2;
-        sums = keys = end, values = keys + all;
-        end = max(sums + rows * columns * SUM_STRIDE * 4, values + all);
+      constexpr int ALL = MOST_TOKENS * STRIDE * 2;
+      const int own = MANY ? 16 * STRIDE * 2 : (rows * columns + 15) / 16 * 16 * STRIDE * 2;
+      norm = MANY ? 0 : 2 * ALL;
+      slots = MANY ? ALL : norm + 2 * C * 4;
+      map = slots + Slots{rows, columns}.count() * STRIDE * 2;
+      if (MANY) {  // nothing reads the map after its shares
+        tokens = sums = 0;
+        queries = map, keys = map + own, values = keys + ALL;
+      } else {  // the map is that of a row only, so the sums need a place of their own
+        keys = sums = 0, values = ALL;
+        tokens = map, queries = map + ALL;
       }
-      bytes = end;
+      const int cells = columns * CELL * 2, others = own + ALL * (MANY ? 2 : 1);
+      bytes = map + (cells > others ? cells : others);
     }
-
-    static SVIT_BOTH int max(int a, int b) { return a > b ? a : b; }
   };
+  static_assert(SUM_STRIDE * 4 == 2 * STRIDE * 2);  // so that the sums fit where keys and values are later
 
   const AttentionArguments<T>& arg;
   const Grid grid;
@@ -71,7 +68,7 @@ struct SuperTokenAttention {
   const int warp, lane, g, t, threads;         // see warp.h; the warp owns the cells of column `warp`
   const Slots slot;
   T *const map, *const slots, *const tokens, *const queries, *const keys, *const values;
-  float* const sums;
+  float *const norm, *const sums;
   uint32_t q[P / 16][4];  // of a cell, as left factors (pixels, super tokens)
 
   __device__ SuperTokenAttention(const AttentionArguments<T>& arg, char* memory, const Layout& at)
@@ -94,6 +91,7 @@ struct SuperTokenAttention {
         queries(reinterpret_cast<T*>(memory + at.queries)),
         keys(reinterpret_cast<T*>(memory + at.keys)),
         values(reinterpret_cast<T*>(memory + at.values)),
+        norm(reinterpret_cast<float*>(memory + at.norm)),
         sums(reinterpret_cast<float*>(memory + at.sums)) {}
 
   // Products leave a lane 2 neighbouring channels of each 8. In rows of tokens these lie side by side, 8 channels of each
@@ -135,26 +133,22 @@ struct SuperTokenAttention {
   }
 
   struct Affine {
-    float weight[8], bias[8];
+    float4 weight[2], bias[2];
   };
 
   // The norm's parameters for 8 channels of the lane.
   __device__ Affine affine_of(int v) const {
-    Affine affine;
-    arg.norm_weight.eight(32 * v + 8 * t, affine.weight);
-    arg.norm_bias.eight(32 * v + 8 * t, affine.bias);
-    return affine;
+    const float4* const from = reinterpret_cast<const float4*>(norm + 32 * v + 8 * t);
+    return {{from[0], from[1]}, {from[C / 4], from[C / 4 + 1]}};
   }
 
-  // Layer norm of the warp's cell, from x into shared memory.
-  __device__ void normalise(int row) {
+  // Layer norm of the warp's cell, from x, of which the first pixels are on their way, into shared memory.
+  __device__ void normalise(Pixels& pixels, int row) {
     const T* const x = arg.x + own_pixel(row);
-    Pixels pixels;
-    start_loading(pixels, row);
-    // For few pixels the parameters are loaded when they are wanted, for many before: that takes registers.
-    constexpr bool FEW = P == 16;
-    Affine affine[FEW ? 1 : VECTORS];
-    if (!FEW) {
+    // Parameters stay in registers if there are enough.
+    constexpr bool STAY = C == 64;
+    Affine affine[STAY ? VECTORS : 1];
+    if (STAY) {
 #pragma unroll
       for (int v = 0; v < VECTORS; v++) affine[v] = affine_of(v);
     }
@@ -181,10 +175,14 @@ struct SuperTokenAttention {
       const float rstd = rsqrtf(sum_quad(squares) * (1.0f / C) + arg.eps);
 #pragma unroll
       for (int v = 0; v < VECTORS; v++) {
-        if (FEW) affine[0] = affine_of(v);
-        const Affine& of = affine[FEW ? 0 : v];
+        if (!STAY) affine[0] = affine_of(v);
 #pragma unroll
-        for (int e = 0; e < 8; e++) z[v][e] = z[v][e] * rstd * of.weight[e] + of.bias[e];
+        for (int e = 0; e < 2; e++) {
+          const float4 weight = affine[STAY ? v : 0].weight[e], bias = affine[STAY ? v : 0].bias[e];
+          float* const four = z[v] + 4 * e;
+          four[0] = four[0] * rstd * weight.x + bias.x, four[1] = four[1] * rstd * weight.y + bias.y;
+          four[2] = four[2] * rstd * weight.z + bias.z, four[3] = four[3] * rstd * weight.w + bias.w;
+        }
         *reinterpret_cast<uint4*>(to + 8 * i * STRIDE + 32 * v) = pack8(z[v]);
       }
     }
@@ -566,9 +564,16 @@ struct SuperTokenAttention {
   }
 
   __device__ void run() {
+    Pixels pixels;
+    start_loading(pixels, 0);
     clear(slots, slot.count());
+    for (int c = threadIdx.x; c < C; c += threads) {
+      norm[c] = arg.norm_weight[c];
+      norm[C + c] = arg.norm_bias[c];
+    }
+    sync_block();
     if (MANY) {
-      normalise(0);
+      normalise(pixels, 0);
       Cluster<MANY>::sync();  // all blocks have begun, and cleared their slots
       put_mean(0);
       Cluster<MANY>::sync();  // the slots hold the first super tokens
@@ -576,16 +581,17 @@ struct SuperTokenAttention {
       aggregate(0);
       Cluster<MANY>::sync();  // all shares are there
     } else {
-      sync_block();  // the slots are clear
       for (int row = 0; row < rows; row++) {
-        normalise(row);
+        if (row > 0) start_loading(pixels, row);
+        normalise(pixels, row);
         sync_warp();
         put_mean(row);
         sync_warp();
       }
       sync_block();  // the slots hold the first super tokens
       for (int row = 0; row < rows; row++) {
-        normalise(row);
+        start_loading(pixels, row);
+        normalise(pixels, row);
         sync_warp();
         associate(row);
         aggregate(row);
@@ -601,7 +607,6 @@ struct SuperTokenAttention {
     attend();
     Cluster<MANY>::sync();  // its results are everywhere
     project();
-    Pixels pixels;
     int row = opaque(0);
     start_loading(pixels, row);
     Cluster<MANY>::sync();  // the slots hold the super tokens for spreading; from here on each block is alone

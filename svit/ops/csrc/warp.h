@@ -196,18 +196,9 @@ struct Parameters {
   __device__ __forceinline__ float operator[](int i) const {
     return wide ? static_cast<const float*>(values)[i] : to_float(static_cast<const T*>(values)[i]);
   }
-  // Two from an even i on, eight from a multiple of 8 on. The first lies at a multiple of 16 bytes.
+  // Two from an even i on.
   __device__ __forceinline__ float2 pair(int i) const {
     return wide ? static_cast<const float2*>(values)[i / 2] : unpack<T>(static_cast<const uint32_t*>(values)[i / 2]);
-  }
-  __device__ __forceinline__ void eight(int i, float (&x)[8]) const {
-    if (wide) {
-      const float4* const from = static_cast<const float4*>(values) + i / 4;
-      const float4 low = from[0], high = from[1];
-      x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-    } else {
-      unpack8<T>(static_cast<const uint4*>(values)[i / 8], x);
-    }
   }
 };
 

@@ -344,9 +344,6 @@ struct Parameters {
     return wide ? static_cast<const float*>(values)[i] : static_cast<float>(static_cast<const T*>(values)[i]);
   }
   float2 pair(int i) const { return {(*this)[i], (*this)[i + 1]}; }
-  void eight(int i, float (&x)[8]) const {
-    for (int e = 0; e < 8; e++) x[e] = (*this)[i + e];
-  }
 };
 
 }  // namespace svit
