@@ -23,14 +23,26 @@ def needs_nvcc() -> None:
 
 @pytest.fixture(scope="session")
 def compile_for_cpu(tmp_path_factory):
-    """A function: C++ file of this folder -> ctypes library. nvcc knows its headers, and calls the C++ compiler."""
+    """A function: C++ file of this folder -> ctypes library; with `watched`, one that fails at the first race on shared
+    memory. nvcc knows its headers, and calls the C++ compiler."""
     needs_nvcc()
 
-    def run(name: str) -> ctypes.CDLL:
-        out = tmp_path_factory.mktemp("cpu") / f"{name}.so"
-        flags = ["-shared", "-Xcompiler=-fPIC,-w,-O2", "-cudart=none", f"-I{HERE / 'emulator'}", f"-I{SOURCES}"]
-        subprocess.run(["nvcc", *flags, HERE / name, "-o", out], check=True)
-        return ctypes.CDLL(out)
+    def run(name: str, watched: bool = False) -> ctypes.CDLL:
+        folder = tmp_path_factory.mktemp("cpu")
+
+        def compile_(source: Path, *flags: str) -> Path:
+            out = folder / f"{source.stem}.o"
+            flags = ["-c", "-std=c++20", ",".join(["-Xcompiler=-fPIC,-w,-O2", *flags])]
+            subprocess.run(["nvcc", *flags, f"-I{HERE / 'emulator'}", f"-I{SOURCES}", source, "-o", out], check=True)
+            return out
+
+        if watched:
+            objects = [compile_(HERE / name, "-fsanitize=thread"), compile_(HERE / "emulator" / "races.cpp")]
+        else:
+            objects = [compile_(HERE / name)]
+        library = folder / "library.so"
+        subprocess.run(["nvcc", "-shared", "-cudart=none", *objects, "-o", library], check=True)
+        return ctypes.CDLL(library)
 
     return run
 

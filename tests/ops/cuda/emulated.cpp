@@ -91,3 +91,12 @@ extern "C" const char* emulate_conv_ffn(int half, int C, int wide, int images, i
     return message(error);
   }
 }
+
+// The barriers that kernels have come to, one a line, and which of them the next runs go without (see emulator/warp.h).
+static std::string lines;
+extern "C" const char* barriers() {
+  lines.clear();
+  for (const std::string& barrier : emulator::barriers) lines += barrier + "\n";
+  return lines.c_str();
+}
+extern "C" void take_out(const char* barrier) { emulator::without = barrier; }

@@ -1,6 +1,9 @@
 """The CUDA kernels' own sources, run lane by lane on the CPU (emulator/warp.h), against the reference in float64."""
 
 import ctypes
+import re
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +15,14 @@ HALF = {torch.bfloat16: 0, torch.float16: 1}
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
+def emulator(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.emulate_attention.restype = library.emulate_conv_ffn.restype = library.barriers.restype = ctypes.c_char_p
+    return library
+
+
 @pytest.fixture(scope="module")
 def kernels(compile_for_cpu):
-    library = compile_for_cpu("emulated.cpp")
-    library.emulate_attention.restype = library.emulate_conv_ffn.restype = ctypes.c_char_p
-    return library
+    return emulator(compile_for_cpu("emulated.cpp"))
 
 
 class Random:
@@ -60,7 +66,8 @@ def attention(kernels, C, grid, dtype, clusters, images=1, wide=True, scaled=Tru
         HALF[dtype], C, clusters, wide, images, hh, ww, ctypes.c_float(1e-6),
         pointers(x, *norm, qkv[1], proj[1], qkv[0], proj[0], scale, *outputs), order,
     )  # fmt: skip
-    assert error is None, error
+    if error is not None:
+        raise RuntimeError(error.decode())
     expected = reference.super_token_attention(
         x.double(), (h, w), *(t.double() for t in norm), 1e-6, *(t.double() for t in (*qkv, *proj)),
         None if scale is None else scale.double(), C // head, True,
@@ -121,7 +128,8 @@ def conv_ffn(kernels, C, size, dtype, images=1, wide=True, order=0):
     y = poisoned(*x.shape, dtype=dtype)
     inputs = pointers(x, residual, weight1, weight2, bias1, bias2, taps, bias, y)
     error = kernels.emulate_conv_ffn(HALF[dtype], C, wide, images, *size, inputs, order)
-    assert error is None, error
+    if error is not None:
+        raise RuntimeError(error.decode())
     tensors = x, residual, weight1, bias1, taps, bias, weight2, bias2
     return y, reference.conv_ffn(*(t.double() for t in tensors))
 
@@ -142,3 +150,74 @@ def test_conv_ffn_is_the_same_in_any_order_of_lanes(kernels, C):
     runs = [conv_ffn(kernels, C, (3, 4), torch.float16, order=order)[0] for order in (0, 1, 2)]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
+
+
+# Races on shared memory (emulator/races.cpp): there is none, and one as soon as any barrier is taken out.
+
+SOURCES = Path(cuda.__file__).parent / "csrc"
+BARRIER = re.compile(r"\b(sync_warp|sync_block|sync|wait_for_copies<\d+>)\(\)")
+
+# Barriers that order nothing, by the line before them, and why.
+REDUNDANT = {
+    "aggregate(row);": "the map is read before aggregate's barriers, and finish_loading's lies between two rows' sums",
+}
+
+
+def barriers(redundant: bool) -> list[str]:
+    """Where the kernels' sources have a barrier, as the emulator names it."""
+    found = []
+    for source in ("conv_ffn.cuh", "super_token_attention.cuh"):
+        lines = [line.partition("//")[0].strip() for line in (SOURCES / source).read_text().splitlines()]
+        for i, line in enumerate(lines):
+            if BARRIER.search(line) and (lines[i - 1] in REDUNDANT) == redundant:
+                found.append(f"{source}:{i + 1}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def watched(compile_for_cpu):
+    return emulator(compile_for_cpu("emulated.cpp", watched=True))
+
+
+@pytest.fixture
+def without(watched, request):
+    """The kernels without the barrier that the test is for."""
+    watched.take_out(request.param.encode())
+    yield watched, request.param.partition(":")[0]
+    watched.take_out(b"")
+
+
+def run_watched(library: ctypes.CDLL, source: str, sizes: Iterable[int] = tuple(cuda.CELLS)) -> None:
+    """Runs the kernels of a source file; a race is a RuntimeError."""
+    for C in sizes:
+        if source == "conv_ffn.cuh":
+            conv_ffn(library, C, (7, 13), torch.float16)
+        else:
+            for clusters in (True, False):
+                attention(library, C, (3, 2), torch.float16, clusters)
+
+
+@pytest.mark.parametrize("C", list(cuda.CELLS))
+@pytest.mark.parametrize("source", ["conv_ffn.cuh", "super_token_attention.cuh"])
+def test_no_race(watched, source, C):
+    run_watched(watched, source, [C])
+
+
+@pytest.mark.parametrize("without", barriers(redundant=False), indirect=True)
+def test_a_race_without_a_barrier(without):
+    library, source = without
+    with pytest.raises(RuntimeError, match="race at byte|may not have begun|may have ended"):
+        run_watched(library, source)
+
+
+@pytest.mark.parametrize("without", barriers(redundant=True), indirect=True)
+def test_no_race_without_a_redundant_barrier(without):
+    library, source = without
+    run_watched(library, source)
+
+
+def test_every_barrier_is_found(watched):
+    """Those in the sources are those that the kernels come to."""
+    for source in ("conv_ffn.cuh", "super_token_attention.cuh"):
+        run_watched(watched, source)
+    assert set(watched.barriers().decode().split()) == {*barriers(redundant=False), *barriers(redundant=True)}
