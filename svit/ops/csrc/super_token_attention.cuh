@@ -94,8 +94,8 @@ struct SuperTokenAttention {
         norm(reinterpret_cast<float*>(memory + at.norm)),
         sums(reinterpret_cast<float*>(memory + at.sums)) {}
 
-  // Products leave a lane 2 neighbouring channels of each 8. In rows of tokens these lie side by side, 8 channels of each
-  // 32: so they are written 16 bytes at a time, and a product with such rows leaves 8 neighbouring channels.
+  // Products leave a lane 2 neighbouring channels of each 8. In rows of super tokens these lie side by side, 8 channels of
+  // each 32: so they are written 16 bytes at a time, and a product with such rows leaves 8 neighbouring channels.
   static __device__ int permuted(int c) { return c / 32 * 32 + c % 8 / 2 * 8 + c % 32 / 8 * 2 + c % 2; }
 
   // Zero to `count` rows of tokens.
@@ -108,9 +108,8 @@ struct SuperTokenAttention {
 
   // Where in x and y the lane's first channels of pixel g of the warp's cell are; pixel g + 8 i is i steps below.
   __device__ int64_t own_pixel(int row) const {
-    const int line = (first + row) * HEIGHT + g / WIDTH;
-    return ((static_cast<int64_t>(image) * grid.rows * HEIGHT + line) * grid.columns * WIDTH + warp * WIDTH + g % WIDTH) *
-               C + 8 * t;
+    const int line = (first + row) * HEIGHT + g / WIDTH, column = warp * WIDTH + g % WIDTH;
+    return ((static_cast<int64_t>(image) * grid.rows * HEIGHT + line) * grid.columns * WIDTH + column) * C + 8 * t;
   }
   __device__ int step() const { return 8 / WIDTH * grid.columns * WIDTH * C; }
 
@@ -326,8 +325,7 @@ struct SuperTokenAttention {
 
   __device__ float* sum_of(int row) const { return sums + (row * grid.columns + warp) * SUM_STRIDE; }
 
-  // Without clusters: adds the shares of a row of cells to the super tokens of the warp's column. A warp adds row after row,
-  // so the sums are the same at each run.
+  // Without clusters: adds the shares of a row of cells to the super tokens of the warp's column.
   __device__ void add_row(int row) {
 #pragma unroll
     for (int i = 0; i < 3; i++) {
@@ -375,9 +373,8 @@ struct SuperTokenAttention {
     }
   }
 
-  // The warps of the cluster share the outputs of a linear layer for all super tokens: f(first of 32 outputs, token, 8 of
-  // them). A lane takes 8 channels in a row of the weights, as the permuted tokens have them. It gets 8 outputs in a row
-  // if NEIGHBOURING, else what lies in a row of permuted tokens.
+  // A linear layer for all super tokens, shared out among the warps of the cluster, 32 outputs of 16 tokens at a time:
+  // f(the first of 32 outputs, token, 8 of them). These are neighbours if NEIGHBOURING, else as in rows of super tokens.
   template <bool NEIGHBOURING, typename F>
   __device__ void linear(const T* weight, Parameters<T> bias, int outputs, const float* scale, F f) const {
     constexpr int TILES = MOST_TOKENS / 16;
@@ -386,7 +383,9 @@ struct SuperTokenAttention {
     for (int task = rank * grid.columns + warp; task < outputs / 32 * TILES; task += blocks * grid.columns) {
       const int output = task / TILES * 32, token = task % TILES * 16;
       if (token >= count) continue;
-      const auto place = [&](int n, int column) { return output + (NEIGHBOURING ? column / 2 * 8 + 2 * n + column % 2 : 8 * n + column); };
+      const auto place = [&](int n, int column) {
+        return output + (NEIGHBOURING ? column / 2 * 8 + 2 * n + column % 2 : 8 * n + column);
+      };
       float result[4][4];
 #pragma unroll
       for (int n = 0; n < 4; n++) {
@@ -430,18 +429,19 @@ struct SuperTokenAttention {
       // Outputs come head by head, in each the queries, then the keys, then the values.
       output += 8 * t;
       const int part = output % (3 * D) / D, c = output / (3 * D) * D + output % D;
-      for (int block = 0; block < blocks; block++) {
-        const int row = part == 0 ? token - block * own : token;
-        T* const to = (part == 0 ? queries : part == 1 ? keys : values) + row * STRIDE + c;
-        if (part > 0 || (row >= 0 && row < own)) *reinterpret_cast<uint4*>(Cluster<MANY>::in(to, block)) = v;
+      const bool query = part == 0;
+      const int owner = MANY ? grid.cell(token).row : 0;
+      T* const to = (query ? queries - owner * own * STRIDE : part == 1 ? keys : values) + token * STRIDE + c;
+      for (int block = query ? owner : 0; block < (query ? owner + 1 : blocks); block++) {
+        *reinterpret_cast<uint4*>(Cluster<MANY>::in(to, block)) = v;
       }
     });
   }
 
   // Attention of the super tokens that the block owns to all; the result replaces the super tokens, in all blocks.
   __device__ void attend() {
-    // A block of a cluster owns at most 8, half a tile. Its warps share each head's output channels, and all of them have
-    // the weights: that is less than passing these on.
+    // A block of a cluster owns at most 8, half a tile. Its warps share the output channels of each head; each computes
+    // the weights anew, which takes less time than to pass them on.
     constexpr int HALVES = MANY ? 1 : 2, SPLITS = !MANY ? 1 : HEADS == 1 ? 4 : D == 48 ? 3 : 2, N = D / SPLITS / 8;
     static_assert(!MANY || MOST_COLUMNS <= 8);
     const int own = rows * grid.columns, count = grid.rows * grid.columns, tiles = (own + 15) / 16;
@@ -509,8 +509,9 @@ struct SuperTokenAttention {
         if (token >= own) continue;
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
-          const auto both = [&](int n) { return pack<T>(result[n][2 * i] * factor[i], result[n][2 * i + 1] * factor[i]); };
-          const uint2 v = make_uint2(both(n), both(n + 1));
+          const float *const a = result[n] + 2 * i, *const b = result[n + 1] + 2 * i;
+          const float f = factor[i];
+          const uint2 v = make_uint2(pack<T>(a[0] * f, a[1] * f), pack<T>(b[0] * f, b[1] * f));
           T* const to = tokens + (first * grid.columns + token) * STRIDE + permuted(c + 8 * n + 2 * t);
           for (int block = 0; block < blocks; block++) *reinterpret_cast<uint2*>(Cluster<MANY>::in(to, block)) = v;
         }
@@ -521,9 +522,8 @@ struct SuperTokenAttention {
   // The output projection, into the slots of all blocks that see a super token.
   __device__ void project() {
     const float* const scale = arg.scale ? arg.scale + static_cast<int64_t>(image) * C : nullptr;
-    const float per_column = reciprocal(static_cast<float>(grid.columns));
     linear<false>(arg.proj_weight, arg.proj_bias, C, scale, [&](int output, int token, uint4 v) {
-      const int row = static_cast<int>((token + 0.5f) * per_column), column = token - row * grid.columns;
+      const auto [row, column] = grid.cell(token);
       T* const to = slots + output + 8 * t;
       if (!MANY) *reinterpret_cast<uint4*>(to + slot.at({row, column}) * STRIDE) = v;
 #pragma unroll
@@ -634,7 +634,8 @@ struct SuperTokenAttention {
 };
 
 template <typename T, int C, int HEIGHT, int WIDTH, bool MANY>
-__global__ void __launch_bounds__(32 * MOST_COLUMNS, MANY ? 2 : 1) super_token_attention(const AttentionArguments<T> arg) {
+__global__ void __launch_bounds__(32 * MOST_COLUMNS, MANY ? 2 : 1)
+    super_token_attention(const AttentionArguments<T> arg) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool EXISTS = true;
 #else

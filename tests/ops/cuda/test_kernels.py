@@ -159,7 +159,6 @@ BARRIER = re.compile(r"\b(sync_warp|sync_block|sync|wait_for_copies<\d+>)\(\)")
 
 # Barriers that order nothing, by the line before them, and why.
 REDUNDANT = {
-    "aggregate(row);": "the map is read before aggregate's barriers, and finish_loading's lies between two rows' sums",
 }
 
 
