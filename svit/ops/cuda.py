@@ -185,7 +185,7 @@ def super_token_attention(
     torch.ops.svit_cuda.super_token_attention(
         x, *(parameter(t, x) for t in (norm_weight, norm_bias)), eps,
         weight(qkv_weight, x), parameter(qkv_bias, x), weight(proj_weight, x), parameter(proj_bias, x),
-        None if scale is None else scale.float().contiguous(),
+        None if scale is None else aligned(scale.float().contiguous()),
         h, w, clusters, y, s if keep else None, q if stores_q else None, mass if keep else None,
     )  # fmt: skip
     return y, s, q if keep else x.new_empty(0), mass
@@ -222,4 +222,4 @@ def weight(t: Tensor, x: Tensor) -> Tensor:
 
 def parameter(t: Tensor, x: Tensor) -> Tensor:
     """A vector or taps as a kernel reads them: in the dtype of x or in float32."""
-    return t.contiguous() if t.dtype == x.dtype else t.float().contiguous()
+    return aligned(t.contiguous() if t.dtype == x.dtype else t.float().contiguous())

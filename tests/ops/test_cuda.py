@@ -367,6 +367,8 @@ def test_addresses_are_aligned():
     assert cuda.aligned(memory) is memory
     assert cuda.aligned(shifted).data_ptr() % 16 == 0
     assert torch.equal(cuda.aligned(shifted), shifted)
+    # Kernels read two parameters at once.
+    assert cuda.parameter(shifted, memory).data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize(
