@@ -35,7 +35,7 @@ struct SuperTokenAttention {
   // A cell in shared memory: its pixels, later its shares of the 9 super tokens that it sees.
   static constexpr int CELL = P * STRIDE > 2 * NEIGHBOURS * SUM_STRIDE ? P * STRIDE : 2 * NEIGHBOURS * SUM_STRIDE;
   static constexpr int VECTORS = C / 32;               // of 8 channels, that each of four lanes has of a pixel
-  static constexpr int AHEAD = C > 64 ? 2 : 4;         // pixels of a lane that are on their way at once
+  static constexpr int AHEAD = 2;             // pixels of a lane that are on their way at once
   static constexpr int PAIRS = (C + 63) / 64;          // of channels, that a lane has of a super token
   static_assert(C % 32 == 0 && C % D == 0 && P % 16 == 0 && 8 % WIDTH == 0);
 
@@ -48,7 +48,8 @@ struct SuperTokenAttention {
       const int own = MANY ? 16 * STRIDE * 2 : (rows * columns + 15) / 16 * 16 * STRIDE * 2;
       norm = MANY ? 0 : 2 * ALL;
       slots = MANY ? ALL : norm + 2 * C * 4;
-      map = slots + Slots{rows, columns}.count() * STRIDE * 2;
+      // In a cluster, places that do not depend on the grid: their addresses take no registers.
+      map = slots + (MANY ? Slots{1, MOST_COLUMNS} : Slots{rows, columns}).count() * STRIDE * 2;
       if (MANY) {  // nothing reads the map after its shares
         tokens = sums = 0;
         queries = map, keys = map + own, values = keys + ALL;
@@ -152,13 +153,13 @@ struct SuperTokenAttention {
       for (int v = 0; v < VECTORS; v++) affine[v] = affine_of(v);
     }
     T* const to = own_cell() + g * STRIDE + 8 * t;
-#pragma unroll
+#pragma unroll AHEAD
     for (int i = 0; i < P / 8; i++) {
       float z[VECTORS][8];
       float sum = 0, squares = 0;
 #pragma unroll
       for (int v = 0; v < VECTORS; v++) {
-        unpack8<T>(pixels.x[i % AHEAD][v], z[v]);
+        unpack8(pixels.x[i % AHEAD][v], z[v]);
 #pragma unroll
         for (int e = 0; e < 8; e++) sum += z[v][e];
       }
@@ -548,7 +549,7 @@ struct SuperTokenAttention {
       for (int v = 0; v < VECTORS; v++) {
         float sum[2][8];  // of pixels g and g + 8
 #pragma unroll
-        for (int i = 0; i < 2; i++) unpack8<T>(pixels.x[(2 * p + i) % AHEAD][v], sum[i]);
+        for (int i = 0; i < 2; i++) unpack8(pixels.x[(2 * p + i) % AHEAD][v], sum[i]);
 #pragma unroll
         for (int n = 0; n < 4; n++) {
           float d[4] = {sum[0][2 * n], sum[0][2 * n + 1], sum[1][2 * n], sum[1][2 * n + 1]};
@@ -626,6 +627,15 @@ struct SuperTokenAttention {
   static __device__ float max_quad(float v) {
     v = fmaxf(v, shuffle_xor(v, 1));
     return fmaxf(v, shuffle_xor(v, 2));
+  }
+
+  static __device__ void unpack8(uint4 v, float (&x)[8]) {
+    const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 both = unpack<T>(pairs[i]);
+      x[2 * i] = both.x, x[2 * i + 1] = both.y;
+    }
   }
 
   static __device__ uint4 pack8(const float (&x)[8]) {

@@ -174,16 +174,6 @@ __device__ __forceinline__ float2 unpack<fp16>(uint32_t both) {
   return __half22float2(*reinterpret_cast<const __half2*>(&both));
 }
 
-template <typename T>
-__device__ __forceinline__ void unpack8(uint4 v, float (&x)[8]) {
-  const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float2 both = unpack<T>(pairs[i]);
-    x[2 * i] = both.x, x[2 * i + 1] = both.y;
-  }
-}
-
 __device__ __forceinline__ float to_float(bf16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(fp16 value) { return __half2float(value); }
 

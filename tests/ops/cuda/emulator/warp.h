@@ -372,12 +372,6 @@ float2 unpack(uint32_t both) {
 }
 
 template <typename T>
-void unpack8(uint4 v, float (&x)[8]) {
-  const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-  for (int i = 0; i < 8; i++) x[i] = value<T>(pairs[i / 2], i % 2);
-}
-
-template <typename T>
 struct Parameters {
   const void* values;
   bool wide;
