@@ -4,10 +4,10 @@ It has the two halves of a block as wholes, for the sizes of the published model
 """
 
 import ctypes
+import functools
 import hashlib
 import itertools
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ class Compiled:
     clusters: bool
     attention: dict[tuple[int, int, int, bool], int]  # by channels, cells down and across, with clusters or without
     conv_ffn: dict[int, int]  # by channels
+    library: ctypes.CDLL
 
 
 def load(path: Path) -> tuple[Compiled | None, str]:
@@ -58,15 +59,15 @@ def load(path: Path) -> tuple[Compiled | None, str]:
         for rows, columns, clusters in grids
         for C in CELLS
     }
-    found = Compiled(bool(library.svit_has_clusters()), attention, {C: library.svit_conv_ffn_bytes(C) for C in CELLS})
-    return found, f"cuda kernels of {path.name}"
+    conv_ffn = {C: library.svit_conv_ffn_bytes(C) for C in CELLS}
+    return Compiled(bool(library.svit_has_clusters()), attention, conv_ffn, library), f"cuda kernels of {path.name}"
 
 
 PATH = Path(__file__).with_name("_cuda.so")
 compiled, version = load(PATH)
 
 
-@lru_cache(maxsize=1)
+@functools.cache
 def build() -> str:
     """A digest of the compiled library."""
     return hashlib.sha256(PATH.read_bytes()).hexdigest()[:16]
@@ -102,11 +103,17 @@ def usable(op: str, x: Tensor, cell: tuple[int, int] = (1, 1), num_heads: int = 
     if torch.compiler.is_compiling():  # sizes may be symbols
         return True, ""
     _, H, W, C = x.shape
-    grid = (C, H // cell[0], W // cell[1], has_clusters(x.device))
-    wanted = compiled.conv_ffn[C] if op == "conv_ffn" else compiled.attention[grid]
     limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    if op == "conv_ffn":
+        wanted, why = compiled.conv_ffn[C], ""
+    else:
+        rows, columns = H // cell[0], W // cell[1]
+        clusters = max_active_clusters(C, rows, columns, x.device) > 0
+        wanted = compiled.attention[C, rows, columns, clusters]
+        refused = has_clusters(x.device) and not clusters
+        why = f"this GPU cannot run a cluster of {rows} blocks at once, and without clusters " if refused else ""
     if wanted > limit:
-        return False, f"a block wants {wanted} bytes of shared memory, this GPU has {limit}"
+        return False, f"{why}a block wants {wanted} bytes of shared memory, this GPU has {limit}"
     return True, ""
 
 
@@ -132,6 +139,39 @@ def has_clusters(device: torch.device) -> bool:
     return compiled.clusters and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def max_active_clusters(C: int, rows: int, columns: int, device: torch.device | str | int) -> int:
+    """How many clusters of the attention, one an image, a GPU runs at a time; 0 where not one fits, or there are none.
+
+    Args:
+        C: channels of the map, one of `CELLS`.
+        rows, columns: cells down and across, at most `MOST_CELLS`; a cluster has a block for each row.
+        device: of the map. Nothing is launched on it.
+
+    Raises:
+        RuntimeError: the kernels were not built.
+        ValueError: they were, but not for these sizes.
+    """
+    if compiled is None:
+        raise RuntimeError(version)
+    if C not in CELLS:
+        raise ValueError(f"C: expected one of {', '.join(map(str, CELLS))}, got {C}")
+    for name, count in (("rows", rows), ("columns", columns)):
+        if not 1 <= count <= MOST_CELLS:
+            raise ValueError(f"{name}: expected 1 to {MOST_CELLS} cells, got {count}")
+    device = torch.device(device)
+    if not has_clusters(device):
+        return 0
+    return ask_max_active_clusters(
+        C, rows, columns, torch.cuda.current_device() if device.index is None else device.index
+    )
+
+
+@functools.cache
+def ask_max_active_clusters(C: int, rows: int, columns: int, index: int) -> int:
+    with torch.cuda.device(index):
+        return compiled.library.svit_attention_max_active_clusters(C, *CELLS[C][0], rows, columns, index)
+
+
 def super_token_attention(
     x: Tensor,
     cell: list[int],
@@ -149,7 +189,7 @@ def super_token_attention(
     B, H, W, C = x.shape
     h, w = cell
     x = aligned(x)
-    clusters = has_clusters(x.device)
+    clusters = max_active_clusters(C, H // h, W // w, x.device) > 0
     y = torch.empty_like(x)
     s = x.new_empty((B, H // h, W // w, C) if keep else 0)
     # Without clusters q passes through global memory.
@@ -159,7 +199,7 @@ def super_token_attention(
     torch.ops.svit_cuda.super_token_attention(
         x, *(parameter(t, x) for t in (norm_weight, norm_bias)), eps,
         weight(qkv_weight, x), parameter(qkv_bias, x), weight(proj_weight, x), parameter(proj_bias, x),
-        None if scale is None else scale.float().contiguous(),
+        None if scale is None else aligned(scale.float().contiguous()),
         h, w, clusters, y, s if keep else None, q if stores_q else None, mass if keep else None,
     )  # fmt: skip
     return y, s, q if keep else x.new_empty(0), mass
@@ -196,4 +236,4 @@ def weight(t: Tensor, x: Tensor) -> Tensor:
 
 def parameter(t: Tensor, x: Tensor) -> Tensor:
     """A vector or taps as a kernel reads them: in the dtype of x or in float32."""
-    return t.contiguous() if t.dtype == x.dtype else t.float().contiguous()
+    return aligned(t.contiguous() if t.dtype == x.dtype else t.float().contiguous())

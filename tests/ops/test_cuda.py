@@ -1,5 +1,7 @@
 """The CUDA backend's side in Python: when it serves, what it hands to the kernels, and the ops of whole half-blocks."""
 
+import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -93,6 +95,97 @@ def test_usable_says_why_not(monkeypatch):
             assert cuda.usable("conv_ffn", x.bfloat16(), hidden=256) == (True, "")
 
 
+@pytest.fixture
+def device(monkeypatch):
+    """A GPU with clusters, and a compiled library that answers for it; both can be changed."""
+    device = SimpleNamespace(capability=(9, 0), bytes=227 * 1024, clusters=33, asked=[])
+
+    def most(*sizes):
+        device.asked.append(sizes)
+        return device.clusters
+
+    table = {(64, 7, 7, True): 97 * 1024, (64, 7, 7, False): 93 * 1024}
+    library = SimpleNamespace(svit_attention_max_active_clusters=most)
+    monkeypatch.setattr(cuda, "compiled", cuda.Compiled(True, table, {64: 47 * 1024}, library))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: device.capability)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(shared_memory_per_block_optin=device.bytes)
+    )
+    cuda.ask_max_active_clusters.cache_clear()
+    yield device
+    cuda.ask_max_active_clusters.cache_clear()
+
+
+def test_a_device_is_asked_once_for_its_clusters(device):
+    assert (
+        cuda.max_active_clusters(64, 7, 6, "cuda:0")
+        == cuda.max_active_clusters(64, 7, 6, torch.device("cuda", 0))
+        == 33
+    )
+    assert device.asked == [(64, 8, 8, 7, 6, 0)]
+    device.clusters = 0
+    assert cuda.max_active_clusters(64, 7, 6, "cuda:0") == 33
+    assert cuda.max_active_clusters(192, 7, 6, "cuda") == 0
+    assert device.asked[1:] == [(192, 4, 4, 7, 6, 1)]
+    device.capability = (8, 9)
+    assert cuda.max_active_clusters(64, 7, 6, "cuda:0") == 0
+    assert len(device.asked) == 2
+
+
+def test_clusters_that_do_not_fit_are_not_launched(device, monkeypatch):
+    sizes = dict(cell=(8, 8), num_heads=1)
+    launched = []
+    monkeypatch.setattr(cuda, "aligned", lambda t: t)
+    monkeypatch.setattr(
+        torch.ops, "svit_cuda", SimpleNamespace(super_token_attention=lambda *args: launched.append(args[11]))
+    )
+
+    def launch():
+        with FakeTensorMode():
+            x, cell, *parameters, scale = attention_arguments(B=1, H=56, W=56, dtype=torch.float32)
+            x = x.bfloat16().to("cuda:0")
+            answer = cuda.usable("super_token_attention", x, **sizes)
+            cuda.super_token_attention(
+                x, cell, *(p.to("cuda:0") if torch.is_tensor(p) else p for p in parameters), None, 1, False
+            )
+        return answer
+
+    assert launch() == (True, "")
+    device.clusters = 0
+    cuda.ask_max_active_clusters.cache_clear()
+    assert launch() == (True, "")
+    assert launched == [True, False]  # one block an image instead
+    device.bytes = 90 * 1024
+    answer, why = launch()
+    assert not answer
+    assert why == (
+        "this GPU cannot run a cluster of 7 blocks at once, and without clusters "
+        "a block wants 95232 bytes of shared memory, this GPU has 92160"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((80, 7, 7), "C: expected one of 64, 96, 128, 192, got 80"),
+        ((64, 0, 7), "rows: expected 1 to 8 cells, got 0"),
+        ((64, 7, 9), "columns: expected 1 to 8 cells, got 9"),
+    ],
+)
+def test_clusters_of_other_sizes_are_named(device, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        cuda.max_active_clusters(*sizes, "cuda")
+
+
+def test_without_kernels_there_are_no_clusters_to_ask_for(monkeypatch):
+    monkeypatch.setattr(cuda, "compiled", None)
+    with pytest.raises(RuntimeError, match=re.escape(cuda.version)):
+        cuda.max_active_clusters(64, 7, 7, "cuda")
+
+
 def test_it_is_not_chosen_unless_asked_for(stand_in):
     x = torch.empty(1, 56, 56, 64)
     assert backends.choose("conv_ffn", x, hidden=256) == "reference"
@@ -181,7 +274,7 @@ def test_wholes_are_not_for_those_who_ask_for_another_backend(stand_in, monkeypa
 def test_an_empty_batch_passes(monkeypatch):
     seen = []
     monkeypatch.setattr(torch.ops, "svit_cuda", SimpleNamespace(super_token_attention=lambda *args: seen.append(args)))
-    monkeypatch.setattr(cuda, "has_clusters", lambda device: False)
+    monkeypatch.setattr(cuda, "max_active_clusters", lambda *_: 0)
     x, cell, *parameters, scale = attention_arguments(B=0, dtype=torch.float32)
     y = cuda.super_token_attention(x.half(), cell, *parameters, scale, 1, False)[0]
     assert y.shape == x.shape
@@ -228,7 +321,7 @@ def test_kernels_get_what_they_read(monkeypatch):
     monkeypatch.setattr(torch.ops, "svit_cuda", calls)
     monkeypatch.setattr(cuda, "aligned", lambda t: t)
     for clusters in (True, False):
-        monkeypatch.setattr(cuda, "has_clusters", lambda device, clusters=clusters: clusters)
+        monkeypatch.setattr(cuda, "max_active_clusters", lambda *_, clusters=clusters: 20 * clusters)
         for keep in (True, False):
             with FakeTensorMode():
                 x, cell, *parameters, scale = attention_arguments(dtype=torch.float32)
@@ -274,6 +367,8 @@ def test_addresses_are_aligned():
     assert cuda.aligned(memory) is memory
     assert cuda.aligned(shifted).data_ptr() % 16 == 0
     assert torch.equal(cuda.aligned(shifted), shifted)
+    # Kernels read two parameters at once.
+    assert cuda.parameter(shifted, memory).data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,12 @@ struct Grid {
     return cell.row >= 0 && cell.row < rows && cell.column >= 0 && cell.column < columns;
   }
 
-  // Super tokens are numbered row by row.
+  // Super tokens are numbered row by row. Of so few a product of floats finds the row; dividing integers takes longer.
   SVIT_BOTH int token(Place cell) const { return cell.row * columns + cell.column; }
-  SVIT_BOTH Place cell(int token) const { return {token / columns, token % columns}; }
+  SVIT_BOTH Place cell(int token) const {
+    const int row = static_cast<int>((static_cast<float>(token) + 0.5f) * (1.0f / static_cast<float>(columns)));
+    return {row, token - row * columns};
+  }
 };
 
 // The k-th neighbour of a cell; it may lie outside the grid.
@@ -55,11 +58,6 @@ struct Slots {
   SVIT_BOTH int at(Place token) const { return (token.row + 1) * (columns + 2) + token.column + 1; }
   // Slot of the k-th neighbour of a cell, slot 0 for the k of 9 to 15 that only fill up a tile.
   SVIT_BOTH int neighbour_at(Place cell, int k) const { return k < NEIGHBOURS ? at(neighbour(cell, k)) : 0; }
-  // Whether nothing is ever put into a slot: the grid ends before it. `above`, `below`: whether it goes on there.
-  SVIT_BOTH bool outside(int slot, bool above, bool below) const {
-    const int row = slot / (columns + 2), column = slot % (columns + 2);
-    return column == 0 || column == columns + 1 || (row == 0 && !above) || (row == rows + 1 && !below);
-  }
 };
 
 // The conv-FFN's tile: ROWS x COLUMNS pixels of the result, from as many and one more on each side. A row with its sides

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "launch.h"
 #include "super_token_attention.cuh"
 
@@ -54,6 +56,24 @@ void attention(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tenso
         y, s, q, mass);
 }
 
+struct ActiveClusters {
+  Grid grid;
+  int device;
+  int* most;
+
+  template <int C, int HEIGHT, int WIDTH>
+  void operator()() const {
+    *most = std::min(of<bf16, C, HEIGHT, WIDTH>(), of<fp16, C, HEIGHT, WIDTH>());
+  }
+
+  template <typename T, int C, int HEIGHT, int WIDTH>
+  int of() const {
+    using Kernel = SuperTokenAttention<T, C, HEIGHT, WIDTH, true>;
+    return max_active_clusters(super_token_attention<T, C, HEIGHT, WIDTH, true>, device, 32 * grid.columns,
+                               typename Kernel::Layout(1, grid.columns).bytes, grid.rows);
+  }
+};
+
 template <bool MANY>
 struct Bytes {
   int rows, columns;
@@ -77,6 +97,13 @@ extern "C" int svit_attention_bytes(int C, int height, int width, int rows, int 
     svit::for_sizes(C, height, width, svit::Bytes<false>{rows, columns, &bytes});
   }
   return bytes;
+}
+
+// Clusters, one an image of a grid of cells, that the current device holds at a time: 0 where it cannot run even one.
+extern "C" int svit_attention_max_active_clusters(int C, int height, int width, int rows, int columns, int device) {
+  int most = 0;
+  svit::for_sizes(C, height, width, svit::ActiveClusters{{rows, columns}, device, &most});
+  return most;
 }
 
 // Whether the library holds code, or PTX, for GPUs that have clusters.

@@ -31,42 +31,46 @@ template <typename T, int C, int HEIGHT, int WIDTH, bool MANY>
 struct SuperTokenAttention {
   static constexpr int P = HEIGHT * WIDTH, D = C == 96 ? 48 : 64, HEADS = C / D;
   static constexpr int STRIDE = C + 8;      // of a pixel or token in shared memory: 8 rows of 16 bytes hit all banks once
-  static constexpr int SUM_STRIDE = C + 4;  // of a super token's sum, its mass at C
-  static_assert(C % 32 == 0 && C % D == 0 && P % 16 == 0);
+  static constexpr int SUM_STRIDE = C + 8;  // of a sum in float32, its mass at C: 4 rows of 8 bytes a lane do so
+  // A cell in shared memory: its pixels, later its shares of the 9 super tokens that it sees.
+  static constexpr int CELL = P * STRIDE > 2 * NEIGHBOURS * SUM_STRIDE ? P * STRIDE : 2 * NEIGHBOURS * SUM_STRIDE;
+  static constexpr int VECTORS = C / 32;               // of 8 channels, that each of four lanes has of a pixel
+  static constexpr int AHEAD = 2;             // pixels of a lane that are on their way at once
+  static constexpr int PAIRS = (C + 63) / 64;          // of channels, that a lane has of a super token
+  static_assert(C % 32 == 0 && C % D == 0 && P % 16 == 0 && 8 % WIDTH == 0);
 
   // Shared memory. What lies over each other is never alive at the same time.
   struct Layout {
-    int norm, map, slots, tokens, queries, sums, inbox, keys, values, bytes;
+    int norm, slots, tokens, map, queries, keys, values, sums, bytes;
 
     SVIT_BOTH Layout(int rows, int columns) {
-      const int all = MOST_TOKENS * STRIDE * 2, own = (rows * columns + 15) / 16 * 16 * STRIDE * 2;
-      const int row_of_sums = columns * SUM_STRIDE * 4;
-      norm = 0;
-      map = norm + 2 * C * 4;
-      int end = map + columns * P * STRIDE * 2;
-      if (MANY) {
-        tokens = end, queries = tokens + all, end = queries + own;
-      } else {  // the map is read again after the attention
-        tokens = map, queries = tokens + all, end = end > queries + own ? end : queries + own;
+      constexpr int ALL = MOST_TOKENS * STRIDE * 2;
+      const int own = MANY ? 16 * STRIDE * 2 : (rows * columns + 15) / 16 * 16 * STRIDE * 2;
+      norm = MANY ? 0 : 2 * ALL;
+      slots = MANY ? ALL : norm + 2 * C * 4;
+      // In a cluster, places that do not depend on the grid: their addresses take no registers.
+      map = slots + (MANY ? Slots{1, MOST_COLUMNS} : Slots{rows, columns}).count() * STRIDE * 2;
+      if (MANY) {  // nothing reads the map after its shares
+        tokens = sums = 0;
+        queries = map, keys = map + own, values = keys + ALL;
+      } else {  // the map is that of a row only, so the sums need a place of their own
+        keys = sums = 0, values = ALL;
+        tokens = map, queries = map + ALL;
       }
-      slots = end;
-      sums = slots + Slots{rows, columns}.count() * STRIDE * 2;
-      inbox = sums + (rows + 2) * row_of_sums;
-      keys = sums, values = keys + all;
-      end = inbox + (MANY ? 2 * row_of_sums : 0);
-      bytes = end > values + all ? end : values + all;
+      const int cells = columns * CELL * 2, others = own + ALL * (MANY ? 2 : 1);
+      bytes = map + (cells > others ? cells : others);
     }
   };
+  static_assert(SUM_STRIDE * 4 == 2 * STRIDE * 2);  // so that the sums fit where keys and values are later
 
   const AttentionArguments<T>& arg;
   const Grid grid;
   const int rank, blocks, image, rows, first;  // the block owns `rows` rows of cells from `first` on
   const int warp, lane, g, t, threads;         // see warp.h; the warp owns the cells of column `warp`
   const Slots slot;
-  float* const norm;
   T *const map, *const slots, *const tokens, *const queries, *const keys, *const values;
-  float *const sums, *const inbox;
-  uint32_t q[P / 8][2];  // of a cell, as two tiles of the product over pixels: tokens 0 to 7 and 8 to 15
+  float *const norm, *const sums;
+  uint32_t q[P / 16][4];  // of a cell, as left factors (pixels, super tokens)
 
   __device__ SuperTokenAttention(const AttentionArguments<T>& arg, char* memory, const Layout& at)
       : arg(arg),
@@ -75,168 +79,179 @@ struct SuperTokenAttention {
         blocks(Cluster<MANY>::size()),
         image(blockIdx.x / blocks),
         rows(MANY ? 1 : grid.rows),
-        first(rank * rows),
+        first(MANY ? rank : 0),
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
         g(lane / 4),
         t(lane % 4),
         threads(32 * grid.columns),
         slot{rows, grid.columns},
-        norm(reinterpret_cast<float*>(memory + at.norm)),
         map(reinterpret_cast<T*>(memory + at.map)),
         slots(reinterpret_cast<T*>(memory + at.slots)),
         tokens(reinterpret_cast<T*>(memory + at.tokens)),
         queries(reinterpret_cast<T*>(memory + at.queries)),
         keys(reinterpret_cast<T*>(memory + at.keys)),
         values(reinterpret_cast<T*>(memory + at.values)),
-        sums(reinterpret_cast<float*>(memory + at.sums)),
-        inbox(reinterpret_cast<float*>(memory + at.inbox)) {}
+        norm(reinterpret_cast<float*>(memory + at.norm)),
+        sums(reinterpret_cast<float*>(memory + at.sums)) {}
 
-  // Without __syncthreads only the thread sees it.
-  __device__ void begin() {
-    for (int c = threadIdx.x; c < C; c += threads) {
-      norm[c] = arg.norm_weight[c];
-      norm[C + c] = arg.norm_bias[c];
+  // Products leave a lane 2 neighbouring channels of each 8. In rows of super tokens these lie side by side, 8 channels of
+  // each 32: so they are written 16 bytes at a time, and a product with such rows leaves 8 neighbouring channels.
+  static __device__ int permuted(int c) { return c / 32 * 32 + c % 8 / 2 * 8 + c % 32 / 8 * 2 + c % 2; }
+
+  // Zero to `count` rows of tokens.
+  __device__ void clear(T* row, int count) const {
+    uint4* const to = reinterpret_cast<uint4*>(row);
+    for (int i = threadIdx.x; i < count * (STRIDE / 8); i += threads) to[i] = make_uint4(0, 0, 0, 0);
+  }
+
+  __device__ T* own_cell() const { return map + warp * CELL; }
+
+  // Where in x and y the lane's first channels of pixel g of the warp's cell are; pixel g + 8 i is i steps below.
+  __device__ int64_t own_pixel(int row) const {
+    const int line = (first + row) * HEIGHT + g / WIDTH, column = warp * WIDTH + g % WIDTH;
+    return ((static_cast<int64_t>(image) * grid.rows * HEIGHT + line) * grid.columns * WIDTH + column) * C + 8 * t;
+  }
+  __device__ int step() const { return 8 / WIDTH * grid.columns * WIDTH * C; }
+
+  // Pixels g + 8 i of x; lanes t have 8 of each 32 channels.
+  struct Pixels {
+    uint4 x[AHEAD][VECTORS];
+  };
+
+  __device__ void load(Pixels& pixels, const T* x, int i) const {
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) {
+      pixels.x[i % AHEAD][v] = *reinterpret_cast<const uint4*>(x + static_cast<int64_t>(i) * step() + 32 * v);
     }
-    constexpr int VECTORS = STRIDE / 8;
-    for (int i = threadIdx.x; i < slot.count() * VECTORS; i += threads) {
-      if (slot.outside(i / VECTORS, rank > 0, rank < blocks - 1)) {
-        reinterpret_cast<uint4*>(slots)[i] = make_uint4(0, 0, 0, 0);
-      }
+  }
+
+  __device__ void start_loading(Pixels& pixels, int row) const {
+    const T* const x = arg.x + own_pixel(row);
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) load(pixels, x, i);
+  }
+
+  struct Affine {
+    float4 weight[2], bias[2];
+  };
+
+  // The norm's parameters for 8 channels of the lane.
+  __device__ Affine affine_of(int v) const {
+    const float4* const from = reinterpret_cast<const float4*>(norm + 32 * v + 8 * t);
+    return {{from[0], from[1]}, {from[C / 4], from[C / 4 + 1]}};
+  }
+
+  // Layer norm of the warp's cell, from x, of which the first pixels are on their way, into shared memory.
+  __device__ void normalise(Pixels& pixels, int row) {
+    const T* const x = arg.x + own_pixel(row);
+    // Parameters stay in registers if there are enough.
+    constexpr bool STAY = C == 64;
+    Affine affine[STAY ? VECTORS : 1];
+    if (STAY) {
+#pragma unroll
+      for (int v = 0; v < VECTORS; v++) affine[v] = affine_of(v);
     }
-    for (int i = threadIdx.x; i < (rows + 2) * grid.columns * SUM_STRIDE; i += threads) sums[i] = 0;
-  }
-
-  __device__ T* own_cell() const { return map + warp * P * STRIDE; }
-  __device__ const T* row_of_map(int row) const {
-    return arg.x + (static_cast<int64_t>(image) * grid.rows + first + row) * HEIGHT * grid.columns * WIDTH * C;
-  }
-
-  // Calls f(where in the row of cells in global memory, where in shared memory) for each 16 bytes.
-  template <typename F>
-  __device__ void each_vector(F f) const {
-    constexpr int VECTORS = C / 8;
-    const int W = grid.columns * WIDTH;
-    for (int i = threadIdx.x; i < HEIGHT * W * VECTORS; i += threads) {
-      const int c = i % VECTORS * 8;
-      const Place at = {i / VECTORS / W, i / VECTORS % W};
-      f(i * 8, ((at.column / WIDTH) * P + inside_cell<HEIGHT, WIDTH>(at)) * STRIDE + c);
-    }
-  }
-
-  __device__ void start_loading(int row) {
-    const T* from = row_of_map(row);
-    each_vector([&](int global, int shared) { copy(map + shared, from + global); });
-    commit_copies();
-  }
-
-  __device__ void finish_loading() {
-    wait_for_copies<0>();
-    sync_block();
-  }
-
-  // Layer norm of the cell that the warp owns, in place; its mean becomes the first super token, here and in the slots
-  // of the blocks beside. Four lanes have a pixel.
-  template <bool MEAN>
-  __device__ void normalise(int row) {
-    constexpr int VECTORS = C / 32;
-    float mean_of_cell[VECTORS][8] = {};
-    for (int p = g; p < P; p += 8) {
-      uint4* const at = reinterpret_cast<uint4*>(own_cell() + p * STRIDE) + t;
-      float x[VECTORS][8];
+    T* const to = own_cell() + g * STRIDE + 8 * t;
+#pragma unroll AHEAD
+    for (int i = 0; i < P / 8; i++) {
+      float z[VECTORS][8];
       float sum = 0, squares = 0;
 #pragma unroll
-      for (int i = 0; i < VECTORS; i++) {
-        const uint4 v = at[4 * i];
-        unpack8(v, x[i]);
+      for (int v = 0; v < VECTORS; v++) {
+        unpack8(pixels.x[i % AHEAD][v], z[v]);
 #pragma unroll
-        for (int e = 0; e < 8; e++) sum += x[i][e];
+        for (int e = 0; e < 8; e++) sum += z[v][e];
       }
-      const float mean = sum_quad(sum) / C;
+      if (i + AHEAD < P / 8) load(pixels, x, i + AHEAD);
+      const float mean = sum_quad(sum) * (1.0f / C);
 #pragma unroll
-      for (int i = 0; i < VECTORS; i++)
-#pragma unroll
-        for (int e = 0; e < 8; e++) squares += (x[i][e] - mean) * (x[i][e] - mean);
-      const float rstd = rsqrtf(sum_quad(squares) / C + arg.eps);
-#pragma unroll
-      for (int i = 0; i < VECTORS; i++) {
-        const int c = 32 * i + 8 * t;
-#pragma unroll
-        for (int e = 0; e < 8; e++) x[i][e] = (x[i][e] - mean) * rstd * norm[c + e] + norm[C + c + e];
-        const uint4 v = pack8(x[i]);
-        at[4 * i] = v;
-        if (MEAN) {
-          unpack8(v, x[i]);
-#pragma unroll
-          for (int e = 0; e < 8; e++) mean_of_cell[i][e] += x[i][e];
-        }
-      }
-    }
-    if (MEAN) {
-#pragma unroll
-      for (int i = 0; i < VECTORS; i++) {
+      for (int v = 0; v < VECTORS; v++)
 #pragma unroll
         for (int e = 0; e < 8; e++) {
-          float& m = mean_of_cell[i][e];
-          for (int lanes = 4; lanes < 32; lanes *= 2) m += shuffle_xor(m, lanes);
-          m /= P;
+          z[v][e] -= mean;
+          squares += z[v][e] * z[v][e];
         }
-        if (g == 0) put_into_slots({first + row, warp}, 32 * i + 8 * t, pack8(mean_of_cell[i]));
-      }
-    }
-    sync_warp();
-  }
-
-  // Puts a part of a super token, from channel c on, into the slots of all blocks that see it.
-  template <typename V>
-  __device__ void put_into_slots(Place token, int c, V part) {
-    const int owner = token.row / rows;
-    for (int block = owner - 1; block <= owner + 1; block++) {
-      const int row = token.row - block * rows;
-      if (block >= 0 && block < blocks && row >= -1 && row <= rows) {
-        T* const to = slots + slot.at({row, token.column}) * STRIDE + c;
-        *reinterpret_cast<V*>(Cluster<MANY>::in(to, block)) = part;
+      const float rstd = rsqrtf(sum_quad(squares) * (1.0f / C) + arg.eps);
+#pragma unroll
+      for (int v = 0; v < VECTORS; v++) {
+        if (!STAY) affine[0] = affine_of(v);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const float4 weight = affine[STAY ? v : 0].weight[e], bias = affine[STAY ? v : 0].bias[e];
+          float* const four = z[v] + 4 * e;
+          four[0] = four[0] * rstd * weight.x + bias.x, four[1] = four[1] * rstd * weight.y + bias.y;
+          four[2] = four[2] * rstd * weight.z + bias.z, four[3] = four[3] * rstd * weight.w + bias.w;
+        }
+        *reinterpret_cast<uint4*>(to + 8 * i * STRIDE + 32 * v) = pack8(z[v]);
       }
     }
   }
 
-  // q of the cell that the warp owns, from its pixels and the super tokens in the slots.
+  // Adds factors (16, P) times the pixels of the warp's cell: sums (16, C).
+  template <typename F>
+  __device__ void add_products(float (&sum)[C / 8][4], F factors) const {
+    const T* const pixel = own_cell() + lane % 16 * STRIDE + lane / 16 * 8;
+#pragma unroll
+    for (int p = 0; p < P / 16; p++) {
+      uint32_t a[4];
+      factors(p, a);
+#pragma unroll
+      for (int n = 0; n < C / 8; n += 2) {
+        uint32_t b[4];
+        load_matrices_transposed(b, pixel + 16 * p * STRIDE + 8 * n);
+        mma<T>(sum[n], a, {b[0], b[1]});
+        mma<T>(sum[n + 1], a, {b[2], b[3]});
+      }
+    }
+  }
+
+  // The mean of the warp's cell is the first super token, here and in the slots of the blocks beside.
+  __device__ void put_mean(int row) {
+    float sum[C / 8][4] = {};
+    const uint32_t ones = pack<T>(1, 1);
+    add_products(sum, [&](int, uint32_t(&a)[4]) { a[0] = a[1] = a[2] = a[3] = ones; });
+    // All lanes have it: those with g = 0, 1, 2 write it into the block above, their own, and the one below.
+    const int block = MANY ? rank - 1 + g : 0;
+    if (MANY ? g >= 3 || block < 0 || block >= blocks : g > 0) return;
+    T* const to = Cluster<MANY>::in(slots + slot.at({MANY ? 1 - g : row, warp}) * STRIDE + 2 * t, block);
+#pragma unroll
+    for (int n = 0; n < C / 8; n++) {
+      *reinterpret_cast<uint32_t*>(to + 8 * n) = pack<T>(sum[n][0] * (1.0f / P), sum[n][1] * (1.0f / P));
+    }
+  }
+
+  // q of the warp's cell, from its pixels and the super tokens in the slots.
   __device__ void associate(int row) {
-    const Place cell = {row, warp};
-    // Lanes 8 to 15 and 24 to 31 name tokens 8 to 15, the upper half of the lanes the second 8 of 16 channels.
-    const T* const token = slots + slot.neighbour_at(cell, lane % 16) * STRIDE + lane / 16 * 8;
-    uint32_t a[C / 16][4];
+    // Lanes 16 to 31 name tokens 8 to 15, every second eight of lanes the second 8 of 16 channels.
+    const T* const token =
+        slots + slot.neighbour_at({row, warp}, lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 8;
+    uint32_t b[C / 16][4];
 #pragma unroll
-    for (int k = 0; k < C / 16; k++) load_matrices(a[k], token + 16 * k);
+    for (int k = 0; k < C / 16; k++) load_matrices(b[k], token + 16 * k);
 
-    const T* const pixel = own_cell() + (lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 8;
-    const float scale = rsqrtf(static_cast<float>(C));
+    const T* const pixel = own_cell() + lane % 16 * STRIDE + lane / 16 * 8;
+    const float scale = LOG2_E * rsqrtf(static_cast<float>(C));
 #pragma unroll
-    for (int p = 0; p < P / 8; p += 2) {
+    for (int p = 0; p < P / 16; p++) {
       float logits[2][4] = {};
 #pragma unroll
       for (int k = 0; k < C / 16; k++) {
-        uint32_t b[4];
-        load_matrices(b, pixel + 8 * p * STRIDE + 16 * k);
-        mma<T>(logits[0], a[k], {b[0], b[1]});
-        mma<T>(logits[1], a[k], {b[2], b[3]});
+        uint32_t a[4];
+        load_matrices(a, pixel + 16 * p * STRIDE + 16 * k);
+        mma<T>(logits[0], a, {b[k][0], b[k][1]});
+        mma<T>(logits[1], a, {b[k][2], b[k][3]});
       }
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        // Of tokens 8 to 15 only the first exists: that of the lanes with g = 0.
-        float e[4];
+        // Of tokens 8 to 15 only the first exists: that of the lanes with t = 0.
+        float e[3] = {logits[0][2 * i], logits[0][2 * i + 1], t == 0 ? logits[1][2 * i] : -INFINITY};
+        const float largest = scale * max_quad(fmaxf(fmaxf(e[0], e[1]), e[2]));
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-          const float low = logits[i][j] * scale, high = g == 0 ? logits[i][j + 2] * scale : -INFINITY;
-          float largest = fmaxf(low, high);
-          for (int lanes = 4; lanes < 32; lanes *= 2) largest = fmaxf(largest, shuffle_xor(largest, lanes));
-          e[j] = __expf(low - largest), e[j + 2] = __expf(high - largest);
-          float sum = e[j] + e[j + 2];
-          for (int lanes = 4; lanes < 32; lanes *= 2) sum += shuffle_xor(sum, lanes);
-          e[j] *= reciprocal(sum), e[j + 2] *= reciprocal(sum);
-        }
-        q[p + i][0] = pack<T>(e[0], e[1]);
-        q[p + i][1] = pack<T>(e[2], e[3]);
+        for (int j = 0; j < 3; j++) e[j] = exp2_approx(e[j] * scale - largest);
+        const float factor = reciprocal(sum_quad(e[0] + e[1] + e[2]));
+        q[p][i] = pack<T>(e[0] * factor, e[1] * factor);
+        q[p][2 + i] = pack<T>(e[2] * factor, 0);
       }
     }
   }
@@ -246,165 +261,196 @@ struct SuperTokenAttention {
            k * P + 2 * t;
   }
 
-  __device__ void store_q(int row) const {
-#pragma unroll
-    for (int p = 0; p < P / 8; p++) {
-      *reinterpret_cast<uint32_t*>(q_of_cell(row, g) + 8 * p) = q[p][0];
-      if (g == 0) *reinterpret_cast<uint32_t*>(q_of_cell(row, 8) + 8 * p) = q[p][1];
-    }
-  }
-
   __device__ void load_q(int row) {
+    const T *const low = q_of_cell(row, g), *const high = q_of_cell(row, 8);
 #pragma unroll
-    for (int p = 0; p < P / 8; p++) {
-      q[p][0] = *reinterpret_cast<const uint32_t*>(q_of_cell(row, g) + 8 * p);
-      q[p][1] = g == 0 ? *reinterpret_cast<const uint32_t*>(q_of_cell(row, 8) + 8 * p) : 0;
-    }
-  }
-
-  // Adds what a row of cells has for its super tokens and for those above and below. Three cells add to one token: they
-  // take turns, in the same order at each run.
-  __device__ void aggregate(int row) {
-    const T* const pixel = own_cell() + lane % 16 * STRIDE + lane / 16 * 8;
-    float total[C / 8][4] = {}, mass[2] = {};
+    for (int p = 0; p < P / 16; p++)
 #pragma unroll
-    for (int p = 0; p < P / 16; p++) {
-      const uint32_t a[4] = {q[2 * p][0], q[2 * p][1], q[2 * p + 1][0], q[2 * p + 1][1]};
-#pragma unroll
-      for (int n = 0; n < C / 8; n += 2) {
-        uint32_t b[4];
-        load_matrices_transposed(b, pixel + 16 * p * STRIDE + 8 * n);
-        mma<T>(total[n], a, {b[0], b[1]});
-        mma<T>(total[n + 1], a, {b[2], b[3]});
+      for (int i = 0; i < 2; i++) {
+        q[p][i] = transpose(*reinterpret_cast<const uint32_t*>(low + 16 * p + 8 * i));
+        q[p][2 + i] = transpose(g == 0 ? *reinterpret_cast<const uint32_t*>(high + 16 * p + 8 * i) : 0);
       }
-#pragma unroll
-      for (int i = 0; i < 4; i++) mass[i % 2] += unpack<T>(a[i]).x + unpack<T>(a[i]).y;
-    }
-    mass[0] = sum_quad(mass[0]), mass[1] = sum_quad(mass[1]);
-    for (int turn = 0; turn < 3; turn++) {
-      sync_block();
-      if (g % 3 == turn) add_to_sums(neighbour({row, warp}, g), total, mass[0], 0);
-      if (g == 0 && turn == 2) add_to_sums(neighbour({row, warp}, 8), total, mass[1], 2);
-    }
   }
 
-  __device__ void add_to_sums(Place token, const float (&total)[C / 8][4], float mass, int half) {
-    if (token.column < 0 || token.column >= grid.columns) return;
-    float* const to = sums + ((token.row + 1) * grid.columns + token.column) * SUM_STRIDE;
+  // The shares of the warp's cell in its 9 super tokens take the place of its pixels. Stores q.
+  __device__ void aggregate(int row) {
+    T *const low = q_of_cell(row, g), *const high = q_of_cell(row, 8);
+    float share[C / 8][4] = {}, mass[4] = {};
+    const uint32_t ones = pack<T>(1, 1);
+    add_products(share, [&](int p, uint32_t(&a)[4]) {
+      a[0] = transpose(q[p][0]), a[1] = transpose(q[p][2]), a[2] = transpose(q[p][1]), a[3] = transpose(q[p][3]);
+      mma<T>(mass, a, {ones, ones});
+      if (arg.q) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          *reinterpret_cast<uint32_t*>(low + 16 * p + 8 * i) = a[2 * i];
+          if (g == 0) *reinterpret_cast<uint32_t*>(high + 16 * p + 8 * i) = a[2 * i + 1];
+        }
+      }
+    });
+    sync_warp();  // all lanes have read the pixels
+    float* const to = reinterpret_cast<float*>(own_cell()) + g * SUM_STRIDE;
 #pragma unroll
     for (int n = 0; n < C / 8; n++) {
-      to[8 * n + 2 * t] += half ? total[n][2] : total[n][0];
-      to[8 * n + 2 * t + 1] += half ? total[n][3] : total[n][1];
+      *reinterpret_cast<float2*>(to + 8 * n + 2 * t) = {share[n][0], share[n][1]};
+      if (g == 0) *reinterpret_cast<float2*>(to + 8 * SUM_STRIDE + 8 * n + 2 * t) = {share[n][2], share[n][3]};
     }
-    if (t == 0) to[C] += mass;
+    if (t == 0) to[C] = mass[0];
+    if (lane == 0) to[8 * SUM_STRIDE + C] = mass[2];
   }
 
-  // Sums for super tokens that other blocks own.
-  __device__ void send_sums() {
-    const int vectors = grid.columns * SUM_STRIDE / 4;
-    float4* const from = reinterpret_cast<float4*>(sums);
-    for (int i = threadIdx.x; i < vectors; i += threads) {
-      float4* const to = reinterpret_cast<float4*>(inbox) + i;
-      if (rank > 0) Cluster<MANY>::in(to, rank - 1)[vectors] = from[i];
-      if (rank < blocks - 1) Cluster<MANY>::in(to, rank + 1)[0] = from[i + (rows + 1) * vectors];
+  // The sum of a super token's shares, of which a lane has two of each 64 channels.
+  struct Sum {
+    float2 channels[PAIRS];
+    float mass;
+
+    __device__ void add(const float* from, int lane) {
+#pragma unroll
+      for (int i = 0; i < PAIRS; i++) {
+        const int c = 64 * i + 2 * lane;
+        if (C % 64 && c >= C) continue;
+        const float2 v = *reinterpret_cast<const float2*>(from + c);
+        channels[i].x += v.x, channels[i].y += v.y;
+      }
+      mass += from[C];
+    }
+  };
+
+  // Adds the share of the cell whose k-th neighbour a super token is.
+  __device__ void add_share(Sum& sum, Place token, int k) const {
+    const Place cell = source(token, k);
+    if (!grid.holds(cell)) return;
+    float* const shares = reinterpret_cast<float*>(map + cell.column * CELL);
+    sum.add(Cluster<MANY>::in(shares + k * SUM_STRIDE, cell.row), lane);
+  }
+
+  __device__ float* sum_of(int row) const { return sums + (row * grid.columns + warp) * SUM_STRIDE; }
+
+  // Without clusters: adds the shares of a row of cells to the super tokens of the warp's column.
+  __device__ void add_row(int row) {
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+      const Place token = {row + i - 1, warp};
+      if (!grid.holds(token)) continue;
+      float* const to = sum_of(token.row);
+      Sum sum = {};
+      if (row > 0 && i < 2) sum.add(to, lane);  // a row before has begun it
+#pragma unroll
+      for (int k = 3 * i; k < 3 * i + 3; k++) add_share(sum, token, k);
+#pragma unroll
+      for (int j = 0; j < PAIRS; j++) {
+        const int c = 64 * j + 2 * lane;
+        if (C % 64 == 0 || c < C) *reinterpret_cast<float2*>(to + c) = sum.channels[j];
+      }
+      sync_warp();  // all lanes have read the mass
+      if (lane == 0) to[C] = sum.mass;
     }
   }
 
-  // The super tokens, in all blocks.
+  // The super tokens of the warp's column, in all blocks.
   __device__ void make_tokens() {
-    constexpr int VECTORS = C / 8;
-    const int own = rows * grid.columns;
-    for (int i = threadIdx.x; i < own * VECTORS; i += threads) {
-      const int c = i % VECTORS * 8, token = i / VECTORS;
-      const Place at = {token / grid.columns, token % grid.columns};
-      const float* const sum = sums + (token + grid.columns) * SUM_STRIDE;
-      const float* const above = inbox + at.column * SUM_STRIDE;
-      const float* const below = above + grid.columns * SUM_STRIDE;
-      const bool has_above = rank > 0 && at.row == 0, has_below = rank < blocks - 1 && at.row == rows - 1;
-      const float mass = sum[C] + (has_above ? above[C] : 0) + (has_below ? below[C] : 0);
-      float s[8];
+    for (int row = 0; row < rows; row++) {
+      const Place token = {first + row, warp};
+      Sum sum = {};
+      if (MANY) {
 #pragma unroll
-      for (int e = 0; e < 8; e++) {
-        const float total = sum[c + e] + (has_above ? above[c + e] : 0) + (has_below ? below[c + e] : 0);
-        s[e] = total / (mass + 1e-12f);
+        for (int k = 0; k < NEIGHBOURS; k++) add_share(sum, token, k);
+      } else {
+        sum.add(sum_of(row), lane);
       }
-      const uint4 v = pack8(s);
-      const int number = grid.token({first, 0}) + token;
-      for (int block = 0; block < blocks; block++) {
-        *reinterpret_cast<uint4*>(Cluster<MANY>::in(tokens + number * STRIDE + c, block)) = v;
-      }
+      const float factor = reciprocal(sum.mass + 1e-12f);
+      const int number = grid.token(token);
       const int64_t in_batch = static_cast<int64_t>(image) * grid.rows * grid.columns + number;
-      if (arg.s) *reinterpret_cast<uint4*>(arg.s + in_batch * C + c) = v;
-      if (arg.mass && c == 0) arg.mass[in_batch] = mass;
+#pragma unroll
+      for (int i = 0; i < PAIRS; i++) {
+        const int c = 64 * i + 2 * lane;
+        if (C % 64 && c >= C) continue;
+        const uint32_t v = pack<T>(sum.channels[i].x * factor, sum.channels[i].y * factor);
+        T* const to = tokens + number * STRIDE + permuted(c);
+        for (int block = 0; block < blocks; block++) *reinterpret_cast<uint32_t*>(Cluster<MANY>::in(to, block)) = v;
+        if (arg.s) *reinterpret_cast<uint32_t*>(arg.s + in_batch * C + c) = v;
+      }
+      if (arg.mass && lane == 0) arg.mass[in_batch] = sum.mass;
     }
-    clear_beyond(tokens);
   }
 
-  // Zero to the rows of a tile that stand for no token.
-  __device__ void clear_beyond(T* rows_of) const {
-    const int beyond = grid.rows * grid.columns * STRIDE / 8;
-    for (int i = beyond + threadIdx.x; i < MOST_TOKENS * STRIDE / 8; i += threads) {
-      reinterpret_cast<uint4*>(rows_of)[i] = make_uint4(0, 0, 0, 0);
-    }
-  }
-
-  // 8 outputs of a linear layer for all super tokens in `tokens`: f(token, their value, their neighbour's). A lane takes
-  // 8 channels in a row from weights and tokens alike, which permutes the products' sum over channels.
-  template <typename F>
-  __device__ void linear(const T* weight, int output, F f) const {
+  // A linear layer for all super tokens, shared out among the warps of the cluster, 32 outputs of 16 tokens at a time:
+  // f(the first of 32 outputs, token, 8 of them). These are neighbours if NEIGHBOURING, else as in rows of super tokens.
+  template <bool NEIGHBOURING, typename F>
+  __device__ void linear(const T* weight, Parameters<T> bias, int outputs, const float* scale, F f) const {
+    constexpr int TILES = MOST_TOKENS / 16;
     const int count = grid.rows * grid.columns;
-    float result[MOST_TOKENS / 16][4] = {};
+    // The tokens vary first: warps of a block have weights in common.
+    for (int task = rank * grid.columns + warp; task < outputs / 32 * TILES; task += blocks * grid.columns) {
+      const int output = task / TILES * 32, token = task % TILES * 16;
+      if (token >= count) continue;
+      const auto place = [&](int n, int column) {
+        return output + (NEIGHBOURING ? column / 2 * 8 + 2 * n + column % 2 : 8 * n + column);
+      };
+      float result[4][4];
 #pragma unroll
-    for (int k = 0; k < C / 32; k++) {
-      const int c = 32 * k + 8 * t;
-      const uint4 b = *reinterpret_cast<const uint4*>(weight + (output + g) * C + c);
+      for (int n = 0; n < 4; n++) {
+        const float2 b = bias.pair(place(n, 2 * t));
+        result[n][0] = result[n][2] = b.x, result[n][1] = result[n][3] = b.y;
+      }
+      const T* const row = tokens + min(token + lane % 16, count - 1) * STRIDE + lane / 16 * 8;
 #pragma unroll
-      for (int m = 0; m < MOST_TOKENS / 16; m++) {
-        if (16 * m < count) {
-          const uint4 low = *reinterpret_cast<const uint4*>(tokens + (16 * m + g) * STRIDE + c);
-          const uint4 high = *reinterpret_cast<const uint4*>(tokens + (16 * m + 8 + g) * STRIDE + c);
-          mma<T>(result[m], {low.x, high.x, low.y, high.y}, {b.x, b.y});
-          mma<T>(result[m], {low.z, high.z, low.w, high.w}, {b.z, b.w});
+      for (int k = 0; k < C / 32; k++) {
+        uint32_t a[2][4];
+        load_matrices(a[0], row + 32 * k);
+        load_matrices(a[1], row + 32 * k + 16);
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          const uint4 b = *reinterpret_cast<const uint4*>(weight + place(n, g) * C + 32 * k + 8 * t);
+          mma<T>(result[n], a[0], {b.x, b.y});
+          mma<T>(result[n], a[1], {b.z, b.w});
         }
       }
-    }
+      if (scale) {
 #pragma unroll
-    for (int m = 0; m < MOST_TOKENS / 16; m++) {
-      const int token = 16 * m + g;
-      if (token < count) f(token, result[m][0], result[m][1]);
-      if (token + 8 < count) f(token + 8, result[m][2], result[m][3]);
+        for (int n = 0; n < 4; n++) {
+          const float2 s = *reinterpret_cast<const float2*>(scale + place(n, 2 * t));
+          result[n][0] *= s.x, result[n][1] *= s.y, result[n][2] *= s.x, result[n][3] *= s.y;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if (token + 8 * i + g >= count) continue;
+        const auto both = [&](int n) { return pack<T>(result[n][2 * i], result[n][2 * i + 1]); };
+        f(output, token + 8 * i + g, make_uint4(both(0), both(1), both(2), both(3)));
+      }
     }
   }
 
-  // Queries, to the block that owns the super token; keys and values, to all. The warps of the cluster share the work.
+  // Queries, to the block that owns the super token; keys and values, to all.
   __device__ void make_queries_keys_values() {
-    clear_beyond(values);
-    const int own = rows * grid.columns;
-    for (int tile = rank * grid.columns + warp; tile < 3 * C / 8; tile += blocks * grid.columns) {
+    const int own = rows * grid.columns, count = grid.rows * grid.columns;
+    clear(values + count * STRIDE, MOST_TOKENS - count);
+    linear<true>(arg.qkv_weight, arg.qkv_bias, 3 * C, nullptr, [&](int output, int token, uint4 v) {
       // Outputs come head by head, in each the queries, then the keys, then the values.
-      const int output = 8 * tile, head = output / (3 * D), part = output % (3 * D) / D;
-      const int c = head * D + output % D + 2 * t;
-      const float bias[2] = {arg.qkv_bias[output + 2 * t], arg.qkv_bias[output + 2 * t + 1]};
-      linear(arg.qkv_weight, output, [&](int token, float first, float second) {
-        const uint32_t v = pack<T>(first + bias[0], second + bias[1]);
-        if (part == 0) {
-          *reinterpret_cast<uint32_t*>(Cluster<MANY>::in(queries + token % own * STRIDE + c, token / own)) = v;
-        } else {
-          T* const to = (part == 1 ? keys : values) + token * STRIDE + c;
-          for (int block = 0; block < blocks; block++) *reinterpret_cast<uint32_t*>(Cluster<MANY>::in(to, block)) = v;
-        }
-      });
-    }
+      output += 8 * t;
+      const int part = output % (3 * D) / D, c = output / (3 * D) * D + output % D;
+      const bool query = part == 0;
+      const int owner = MANY ? grid.cell(token).row : 0;
+      T* const to = (query ? queries - owner * own * STRIDE : part == 1 ? keys : values) + token * STRIDE + c;
+      for (int block = query ? owner : 0; block < (query ? owner + 1 : blocks); block++) {
+        *reinterpret_cast<uint4*>(Cluster<MANY>::in(to, block)) = v;
+      }
+    });
   }
 
   // Attention of the super tokens that the block owns to all; the result replaces the super tokens, in all blocks.
   __device__ void attend() {
+    // A block of a cluster owns at most 8, half a tile. Its warps share the output channels of each head; each computes
+    // the weights anew, which takes less time than to pass them on.
+    constexpr int HALVES = MANY ? 1 : 2, SPLITS = !MANY ? 1 : HEADS == 1 ? 4 : D == 48 ? 3 : 2, N = D / SPLITS / 8;
+    static_assert(!MANY || MOST_COLUMNS <= 8);
     const int own = rows * grid.columns, count = grid.rows * grid.columns, tiles = (own + 15) / 16;
-    for (int task = warp; task < HEADS * tiles; task += grid.columns) {
-      const int head = task % HEADS, m = task / HEADS;
+    for (int task = warp; task < HEADS * SPLITS * tiles; task += grid.columns) {
+      const int head = task / SPLITS % HEADS, m = task / (HEADS * SPLITS), c = head * D + task % SPLITS * (8 * N);
       const T* const query = queries + (16 * m + lane % 16) * STRIDE + head * D + lane / 16 * 8;
       const T* const key = keys + (lane / 16 * 8 + lane % 8) * STRIDE + head * D + lane / 8 % 2 * 8;
-      const T* const value = values + lane % 16 * STRIDE + head * D + lane / 16 * 8;
+      const T* const value = values + lane % 16 * STRIDE + c + lane / 16 * 8;
       float weight[MOST_TOKENS / 8][4] = {};
 #pragma unroll
       for (int k = 0; k < D / 16; k++) {
@@ -418,36 +464,40 @@ struct SuperTokenAttention {
           mma<T>(weight[n + 1], a, {b[2], b[3]});
         }
       }
-      float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-      const float scale = rsqrtf(static_cast<float>(D));
+      const float scale = LOG2_E * rsqrtf(static_cast<float>(D));
+      float factor[HALVES];
 #pragma unroll
-      for (int n = 0; n < MOST_TOKENS / 8; n++)
+      for (int i = 0; i < HALVES; i++) {
+        float largest = -INFINITY, sum = 0;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          weight[n][i] = 8 * n + 2 * t + i % 2 < count ? weight[n][i] * scale : -INFINITY;
-          largest[i / 2] = fmaxf(largest[i / 2], weight[n][i]);
-        }
+        for (int n = 0; n < MOST_TOKENS / 8; n++)
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        for (int lanes = 1; lanes < 4; lanes *= 2) largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], lanes));
+          for (int j = 2 * i; j < 2 * i + 2; j++) {
+            if (8 * n + 2 * t + j % 2 >= count) weight[n][j] = -INFINITY;
+            largest = fmaxf(largest, weight[n][j]);
+          }
+        largest = scale * max_quad(largest);
+#pragma unroll
+        for (int n = 0; n < MOST_TOKENS / 8; n++)
+#pragma unroll
+          for (int j = 2 * i; j < 2 * i + 2; j++) {
+            weight[n][j] = exp2_approx(weight[n][j] * scale - largest);
+            sum += weight[n][j];
+          }
+        factor[i] = reciprocal(sum_quad(sum));
       }
-#pragma unroll
-      for (int n = 0; n < MOST_TOKENS / 8; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          weight[n][i] = __expf(weight[n][i] - largest[i / 2]);
-          sum[i / 2] += weight[n][i];
-        }
-      sum[0] = sum_quad(sum[0]), sum[1] = sum_quad(sum[1]);
 
-      float result[D / 8][4] = {};
+      float result[N][4] = {};
 #pragma unroll
       for (int k = 0; k < MOST_TOKENS / 16; k++) {
-        const float(&low)[4] = weight[2 * k], (&high)[4] = weight[2 * k + 1];
-        const uint32_t a[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
-                               pack<T>(high[2], high[3])};
+        uint32_t a[4] = {};
 #pragma unroll
-        for (int n = 0; n < D / 8; n += 2) {
+        for (int i = 0; i < HALVES; i++) {
+          a[i] = pack<T>(weight[2 * k][2 * i], weight[2 * k][2 * i + 1]);
+          a[2 + i] = pack<T>(weight[2 * k + 1][2 * i], weight[2 * k + 1][2 * i + 1]);
+        }
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
           uint32_t b[4];
           load_matrices_transposed(b, value + 16 * k * STRIDE + 8 * n);
           mma<T>(result[n], a, {b[0], b[1]});
@@ -455,124 +505,128 @@ struct SuperTokenAttention {
         }
       }
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
+      for (int i = 0; i < HALVES; i++) {
         const int token = 16 * m + 8 * i + g;
         if (token >= own) continue;
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-          const uint32_t v = pack<T>(result[n][2 * i] / sum[i], result[n][2 * i + 1] / sum[i]);
-          T* const to = tokens + (grid.token({first, 0}) + token) * STRIDE + head * D + 8 * n + 2 * t;
-          for (int block = 0; block < blocks; block++) *reinterpret_cast<uint32_t*>(Cluster<MANY>::in(to, block)) = v;
+        for (int n = 0; n < N; n += 2) {
+          const float *const a = result[n] + 2 * i, *const b = result[n + 1] + 2 * i;
+          const float f = factor[i];
+          const uint2 v = make_uint2(pack<T>(a[0] * f, a[1] * f), pack<T>(b[0] * f, b[1] * f));
+          T* const to = tokens + (first * grid.columns + token) * STRIDE + permuted(c + 8 * n + 2 * t);
+          for (int block = 0; block < blocks; block++) *reinterpret_cast<uint2*>(Cluster<MANY>::in(to, block)) = v;
         }
       }
     }
   }
 
-  // The output projection, into the slots.
+  // The output projection, into the slots of all blocks that see a super token.
   __device__ void project() {
-    for (int tile = rank * grid.columns + warp; tile < C / 8; tile += blocks * grid.columns) {
-      const int c = 8 * tile + 2 * t;
-      float bias[2] = {arg.proj_bias[c], arg.proj_bias[c + 1]}, scale[2] = {1, 1};
-      if (arg.scale) {
-        const float* const factors = arg.scale + static_cast<int64_t>(image) * C + c;
-        scale[0] = factors[0], scale[1] = factors[1];
+    const float* const scale = arg.scale ? arg.scale + static_cast<int64_t>(image) * C : nullptr;
+    linear<false>(arg.proj_weight, arg.proj_bias, C, scale, [&](int output, int token, uint4 v) {
+      const auto [row, column] = grid.cell(token);
+      T* const to = slots + output + 8 * t;
+      if (!MANY) *reinterpret_cast<uint4*>(to + slot.at({row, column}) * STRIDE) = v;
+#pragma unroll
+      for (int i = -1; MANY && i <= 1; i++) {
+        if (row + i < 0 || row + i >= blocks) continue;
+        *reinterpret_cast<uint4*>(Cluster<MANY>::in(to + slot.at({-i, column}) * STRIDE, row + i)) = v;
       }
-      linear(arg.proj_weight, 8 * tile, [&](int token, float first, float second) {
-        const uint32_t v = pack<T>((first + bias[0]) * scale[0], (second + bias[1]) * scale[1]);
-        put_into_slots(grid.cell(token), c, v);
-      });
-    }
-  }
-
-  // What the pixels of the warp's cell get from their super tokens, in the place of the pixels.
-  __device__ void spread(int row) {
-    const T* const token = slots + slot.neighbour_at({row, warp}, lane % 16) * STRIDE + lane / 16 * 8;
-#pragma unroll
-    for (int p = 0; p < P / 16; p++) {
-      const uint32_t a[4] = {transpose(q[2 * p][0]), transpose(q[2 * p + 1][0]), transpose(q[2 * p][1]),
-                             transpose(q[2 * p + 1][1])};
-      T* const pixel = own_cell() + (16 * p + g) * STRIDE + 2 * t;
-#pragma unroll
-      for (int n = 0; n < C / 8; n += 2) {
-        uint32_t b[4];
-        load_matrices_transposed(b, token + 8 * n);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          float y[4] = {};
-          mma<T>(y, a, {b[2 * i], b[2 * i + 1]});
-          *reinterpret_cast<uint32_t*>(pixel + 8 * (n + i)) = pack<T>(y[0], y[1]);
-          *reinterpret_cast<uint32_t*>(pixel + 8 * STRIDE + 8 * (n + i)) = pack<T>(y[2], y[3]);
-        }
-      }
-    }
-  }
-
-  __device__ void add_to_map(int row) {
-    const T* const x = row_of_map(row);
-    T* const y = arg.y + (x - arg.x);
-    each_vector([&](int global, int shared) {
-      float a[8], b[8];
-      unpack8(*reinterpret_cast<const uint4*>(x + global), a);
-      unpack8(*reinterpret_cast<const uint4*>(map + shared), b);
-#pragma unroll
-      for (int e = 0; e < 8; e++) a[e] += b[e];
-      *reinterpret_cast<uint4*>(y + global) = pack8(a);
     });
   }
 
+  // Adds to the pixels of the warp's cell what they get from their super tokens.
+  __device__ void spread(Pixels& pixels, int row) {
+    const T* const token = slots + slot.neighbour_at({row, warp}, lane % 16) * STRIDE + lane / 16 * 8;
+    uint32_t b[C / 16][4];
+#pragma unroll
+    for (int n = 0; n < C / 16; n++) load_matrices_transposed(b[n], token + 16 * n);
+    const T* const x = arg.x + own_pixel(row);
+    T* const y = arg.y + own_pixel(row);
+#pragma unroll
+    for (int p = 0; p < P / 16; p++)
+#pragma unroll
+      for (int v = 0; v < VECTORS; v++) {
+        float sum[2][8];  // of pixels g and g + 8
+#pragma unroll
+        for (int i = 0; i < 2; i++) unpack8(pixels.x[(2 * p + i) % AHEAD][v], sum[i]);
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          float d[4] = {sum[0][2 * n], sum[0][2 * n + 1], sum[1][2 * n], sum[1][2 * n + 1]};
+          mma<T>(d, q[p], {b[2 * v + n / 2][n % 2 * 2], b[2 * v + n / 2][n % 2 * 2 + 1]});
+          sum[0][2 * n] = d[0], sum[0][2 * n + 1] = d[1], sum[1][2 * n] = d[2], sum[1][2 * n + 1] = d[3];
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          *reinterpret_cast<uint4*>(y + static_cast<int64_t>(2 * p + i) * step() + 32 * v) = pack8(sum[i]);
+          if (v == VECTORS - 1 && 2 * p + i + AHEAD < P / 8) load(pixels, x, 2 * p + i + AHEAD);
+        }
+      }
+  }
+
   __device__ void run() {
-    begin();
-    if (MANY) {
-      start_loading(0);
-      Cluster<MANY>::sync();  // no block may reach into one that has not begun
-      finish_loading();
-      normalise<true>(0);
-      Cluster<MANY>::sync();  // the slots hold the first super tokens
-      associate(0);
-      if (arg.q) store_q(0);
-      aggregate(0);
-    } else {
-      for (int row = 0; row < rows; row++) {
-        start_loading(row);
-        finish_loading();
-        normalise<true>(row);
-        sync_block();
-      }
-      for (int row = 0; row < rows; row++) {
-        start_loading(row);
-        finish_loading();
-        normalise<false>(row);
-        associate(row);
-        store_q(row);
-        aggregate(row);
-        sync_block();
-      }
+    Pixels pixels;
+    start_loading(pixels, 0);
+    clear(slots, slot.count());
+    for (int c = threadIdx.x; c < C; c += threads) {
+      norm[c] = arg.norm_weight[c];
+      norm[C + c] = arg.norm_bias[c];
     }
     sync_block();
     if (MANY) {
-      send_sums();
-      Cluster<MANY>::sync();  // all sums have arrived
+      normalise(pixels, 0);
+      Cluster<MANY>::sync();  // all blocks have begun, and cleared their slots
+      put_mean(0);
+      Cluster<MANY>::sync();  // the slots hold the first super tokens
+      associate(0);
+      aggregate(0);
+      Cluster<MANY>::sync();  // all shares are there
+    } else {
+      for (int row = 0; row < rows; row++) {
+        if (row > 0) start_loading(pixels, row);
+        normalise(pixels, row);
+        sync_warp();
+        put_mean(row);
+        sync_warp();
+      }
+      sync_block();  // the slots hold the first super tokens
+      for (int row = 0; row < rows; row++) {
+        start_loading(pixels, row);
+        normalise(pixels, row);
+        sync_warp();
+        associate(row);
+        aggregate(row);
+        sync_block();  // the shares of the row are there
+        add_row(row);
+        sync_block();  // and of no use
+      }
     }
     make_tokens();
-    Cluster<MANY>::sync();  // the super tokens are everywhere, and the sums of no use
+    Cluster<MANY>::sync();  // the super tokens are everywhere, and the shares and sums of no use
     make_queries_keys_values();
     Cluster<MANY>::sync();  // they are everywhere, and the super tokens of no use
     attend();
     Cluster<MANY>::sync();  // its results are everywhere
     project();
+    int row = opaque(0);
+    start_loading(pixels, row);
     Cluster<MANY>::sync();  // the slots hold the super tokens for spreading; from here on each block is alone
-    for (int row = 0; row < rows; row++) {
+    while (true) {
       if (!MANY) load_q(row);
-      spread(row);
-      sync_block();
-      add_to_map(row);
-      if (!MANY) sync_block();
+      spread(pixels, row);
+      if (MANY || ++row == rows) break;
+      start_loading(pixels, row);
     }
   }
 
   static __device__ float sum_quad(float v) {
     v += shuffle_xor(v, 1);
     return v + shuffle_xor(v, 2);
+  }
+
+  static __device__ float max_quad(float v) {
+    v = fmaxf(v, shuffle_xor(v, 1));
+    return fmaxf(v, shuffle_xor(v, 2));
   }
 
   static __device__ void unpack8(uint4 v, float (&x)[8]) {
@@ -590,7 +644,8 @@ struct SuperTokenAttention {
 };
 
 template <typename T, int C, int HEIGHT, int WIDTH, bool MANY>
-__global__ void __launch_bounds__(32 * MOST_COLUMNS, 1) super_token_attention(const AttentionArguments<T> arg) {
+__global__ void __launch_bounds__(32 * MOST_COLUMNS, MANY ? 2 : 1)
+    super_token_attention(const AttentionArguments<T> arg) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool EXISTS = true;
 #else

@@ -207,6 +207,10 @@ struct Parameters {
   __device__ __forceinline__ float operator[](int i) const {
     return wide ? static_cast<const float*>(values)[i] : to_float(static_cast<const T*>(values)[i]);
   }
+  // Two from an even i on.
+  __device__ __forceinline__ float2 pair(int i) const {
+    return wide ? static_cast<const float2*>(values)[i / 2] : unpack<T>(static_cast<const uint32_t*>(values)[i / 2]);
+  }
 };
 
 }  // namespace svit

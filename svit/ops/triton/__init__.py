@@ -1,9 +1,9 @@
 """The Triton backend: any GPU that Triton serves; with TRITON_INTERPRET=1 in the environment the CPU too, for tests."""
 
+import functools
 import hashlib
 import marshal
 import os
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -89,7 +89,7 @@ def has_old_gpu(x: torch.Tensor) -> bool:
     return torch.cuda.get_device_capability(x.device) < (8, 0)
 
 
-@lru_cache(maxsize=1)
+@functools.cache
 def build() -> str:
     """Triton's version and a digest of what is launched: the kernels as they stand in memory, and their launches."""
     digest = hashlib.sha256(Path(__file__).with_name("launch.py").read_bytes())

@@ -38,9 +38,6 @@ int slot_count(int rows, int columns) { return Slots{rows, columns}.count(); }
 int slot_of_neighbour(int rows, int columns, int row, int column, int k) {
   return Slots{rows, columns}.neighbour_at({row, column}, k);
 }
-int slot_outside(int rows, int columns, int slot, int above, int below) {
-  return Slots{rows, columns}.outside(slot, above, below);
-}
 
 int tiles(int H, int W) { return Tile<7>::down(H) * Tile<7>::across(W); }
 int place_in_tile(int number, int H, int W, int row, int column, int* pixel) {

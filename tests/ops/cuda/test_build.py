@@ -48,6 +48,10 @@ def total(counts: Counter, start: str) -> int:
     return sum(n for name, n in counts.items() if name == start or name.startswith(f"{start}."))
 
 
+def needs_clusters(kernel: str) -> bool:
+    return "super_token" in kernel and kernel.split("Lb")[1][0] == "1"
+
+
 def test_nothing_spills(built):
     lines = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built[1])
     assert len(lines) == KERNELS * len(ARCHITECTURES)
@@ -56,6 +60,14 @@ def test_nothing_spills(built):
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", built[1])]
     assert len(registers) == len(lines)
     assert max(registers) <= 255
+
+
+def test_two_blocks_of_a_cluster_share_a_multiprocessor(built):
+    """Of 7 warps each; a block of 8 warps is compiled for the same number of registers."""
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+)", cuobjdump("-res-usage", built[0]))
+    registers = [int(n) for name, n in usage if needs_clusters(name)]
+    assert len(registers) == 8 * len(ARCHITECTURES)
+    assert max(registers) <= 128
 
 
 def test_it_is_compiled_for_each_architecture(built, machine_code):
@@ -69,8 +81,7 @@ def test_it_is_compiled_for_each_architecture(built, machine_code):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_machine_code(machine_code, architecture):
     for (_, name), counts in ((key, c) for key, c in machine_code.items() if key[0] == architecture):
-        needs_clusters = "super_token" in name and name.split("Lb")[1][0] == "1"
-        if needs_clusters and architecture != "sm_90":
+        if needs_clusters(name) and architecture != "sm_90":
             assert total(counts, "HMMA") == 0, name  # empty: it is never launched there
             continue
         assert total(counts, "HMMA") >= 16, name
@@ -82,13 +93,14 @@ def test_machine_code(machine_code, architecture):
         assert counts["STG.E.128"] > 0, name
         for forbidden in ("LDL", "STL", "ATOM", "ATOMG", "RED", "ATOMS"):
             assert total(counts, forbidden) == 0, (name, forbidden)
-        if needs_clusters:
+        if needs_clusters(name):
             assert total(counts, "UCGABAR_ARV") + total(counts, "UCGABAR_WAIT") >= 12, name
 
 
 def test_only_the_stable_abi_is_used(built):
     symbols = subprocess.run(["nm", "-DC", built[0]], check=True, capture_output=True, text=True).stdout
     assert "svit_attention_bytes" in symbols
+    assert "svit_attention_max_active_clusters" in symbols
     assert "aoti_torch_get_current_cuda_stream" in symbols
     assert "c10::" not in symbols
     assert "at::" not in symbols.replace("std::float", "")
@@ -100,11 +112,13 @@ def test_only_the_stable_abi_is_used(built):
 
 def test_it_loads_without_a_gpu(built):
     program = f"""
+from pathlib import Path
 import torch
 from svit.ops import cuda
-torch.ops.load_library({str(built[0])!r})
+compiled, version = cuda.load(Path({str(built[0])!r}))
 for op in cuda.OPS:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("svit_cuda::" + op, "CUDA"), op
+assert compiled.library.svit_attention_max_active_clusters(64, 8, 8, 7, 7, 0) == 0
 """
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
@@ -118,10 +132,9 @@ def test_shared_memory_fits(built):
             assert 0 < library.svit_attention_bytes(C, h, w, rows, columns, True) <= 227 * 1024
         assert library.svit_attention_bytes(C, h, w, 7, 7, False) <= 163 * 1024
         assert 0 < library.svit_conv_ffn_bytes(C) <= 99 * 1024
+        assert library.svit_attention_bytes(C, h, w, 7, 7, True) <= 113 * 1024  # two share an H100's multiprocessor
     for C, cell in ((64, 8), (128, 4)):
         assert library.svit_attention_bytes(C, cell, cell, 7, 7, False) <= 99 * 1024
-        # So that two blocks of SViT-S share a multiprocessor of an H100.
-        assert library.svit_attention_bytes(C, cell, cell, 7, 7, True) <= 113 * 1024
     assert library.svit_has_clusters() == 1
     assert library.svit_attention_bytes(64, 4, 4, 7, 7, True) == library.svit_conv_ffn_bytes(80) == 0
 

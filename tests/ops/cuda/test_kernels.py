@@ -112,7 +112,7 @@ def test_attention_that_keeps_nothing(kernels, clusters):
 
 
 @pytest.mark.parametrize("clusters", [True, False], ids=["cluster", "alone"])
-@pytest.mark.parametrize("C", [64, 192])
+@pytest.mark.parametrize("C", list(cuda.CELLS))
 def test_attention_is_the_same_in_any_order_of_lanes(kernels, C, clusters):
     """What lacks a barrier, or is added up as lanes come, would differ."""
     runs = [attention(kernels, C, (3, 2), torch.float16, clusters, order=order)[0] for order in (0, 1, 2, 3)]
@@ -172,20 +172,14 @@ def test_conv_ffn_is_the_same_in_any_order_of_lanes(kernels, C):
 SOURCES = Path(cuda.__file__).parent / "csrc"
 BARRIER = re.compile(r"\b(sync_warp|sync_block|sync|wait_for_copies<\d+>)\(\)")
 
-# Barriers that order nothing, by the line before them, and why.
-REDUNDANT = {
-    "aggregate(row);": "the map is read before aggregate's barriers, and finish_loading's lies between two rows' sums",
-}
 
-
-def barriers(redundant: bool) -> list[str]:
+def barriers() -> list[str]:
     """Where the kernels' sources have a barrier, as the emulator names it."""
     found = []
     for source in ("conv_ffn.cuh", "super_token_attention.cuh"):
-        lines = [line.partition("//")[0].strip() for line in (SOURCES / source).read_text().splitlines()]
-        for i, line in enumerate(lines):
-            if BARRIER.search(line) and (lines[i - 1] in REDUNDANT) == redundant:
-                found.append(f"{source}:{i + 1}")
+        for i, line in enumerate((SOURCES / source).read_text().splitlines(), start=1):
+            if BARRIER.search(line.partition("//")[0]):
+                found.append(f"{source}:{i}")
     return found
 
 
@@ -218,21 +212,15 @@ def test_no_race(watched, source, C):
     run_watched(watched, source, [C])
 
 
-@pytest.mark.parametrize("without", barriers(redundant=False), indirect=True)
+@pytest.mark.parametrize("without", barriers(), indirect=True)
 def test_a_race_without_a_barrier(without):
     library, source = without
     with pytest.raises(RuntimeError, match="race at byte|may not have begun|may have ended"):
         run_watched(library, source)
 
 
-@pytest.mark.parametrize("without", barriers(redundant=True), indirect=True)
-def test_no_race_without_a_redundant_barrier(without):
-    library, source = without
-    run_watched(library, source)
-
-
 def test_every_barrier_is_found(watched):
     """Those in the sources are those that the kernels come to."""
     for source in ("conv_ffn.cuh", "super_token_attention.cuh"):
         run_watched(watched, source)
-    assert set(watched.barriers().decode().split()) == {*barriers(redundant=False), *barriers(redundant=True)}
+    assert set(watched.barriers().decode().split()) == set(barriers())

@@ -386,6 +386,7 @@ struct Parameters {
   float operator[](int i) const {
     return wide ? static_cast<const float*>(values)[i] : static_cast<float>(static_cast<const T*>(values)[i]);
   }
+  float2 pair(int i) const { return {(*this)[i], (*this)[i + 1]}; }
 };
 
 }  // namespace svit
