@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from svit.ops import choose, conv_ffn, depthwise3x3, onednn
 
 from .checks import check_map
-from .fusing import default_backend, drops_nothing, untouched
+from .fusing import default_backend, drops_nothing, pointwise, untouched
 
 torch.fx.wrap("check_map")
 torch.fx.wrap("depthwise3x3")
@@ -78,8 +78,10 @@ class ConvFFN(nn.Module):
             if onednn.usable(x)[0] and self.is_untouched():
                 fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
                 return onednn.conv_ffn(x, fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias)
-        x = self.dwconv_of_act(self.fc1(x))
-        return self.drop2(self.fc2(x))
+        x = self.fc1(x) if torch.jit.is_scripting() else pointwise(self.fc1, x)
+        x = self.dwconv_of_act(x)
+        x = self.fc2(x) if torch.jit.is_scripting() else pointwise(self.fc2, x)
+        return self.drop2(x)
 
     @torch.jit.ignore
     def fuses(self, x: torch.Tensor) -> bool:
@@ -233,7 +235,8 @@ class FinalConv(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.norm(self.conv(x)))
+        x = self.conv(x) if torch.jit.is_scripting() else pointwise(self.conv, x)
+        return self.act(self.norm(x))
 
     def fuse(self) -> "FinalConv":
         if isinstance(self.conv, nn.Conv2d):
