@@ -8,7 +8,16 @@ docs/ops.md explains them.
 
 from . import cuda, library, onednn, triton
 from .backends import choose, info
-from .functional import aggregate, associate, conv_ffn, depthwise3x3, sample, spread, super_token_attention
+from .functional import (
+    aggregate,
+    associate,
+    bias_gelu_affine,
+    conv_ffn,
+    depthwise3x3,
+    sample,
+    spread,
+    super_token_attention,
+)
 
 if triton.triton is not None:  # else no fused op will run, and PyTorch would warn that it misses Triton
     from . import flops  # noqa: F401
@@ -16,6 +25,7 @@ if triton.triton is not None:  # else no fused op will run, and PyTorch would wa
 __all__ = [
     "aggregate",
     "associate",
+    "bias_gelu_affine",
     "choose",
     "conv_ffn",
     "cuda",
