@@ -45,8 +45,8 @@ def probability(drop: nn.Module) -> float:
 def pointwise(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """conv(x) of a 1x1 convolution, on a GPU in 16 bit as a product of matrices: (B, C, H, W) to (B, C', H, W).
 
-    cuDNN adds a bias in a pass of its own over the result, cuBLAS inside the product. The result is channels-last. Under
-    TorchScript, which passes no modules, callers write conv(x).
+    cuDNN adds a bias in a pass of its own over the result, cuBLAS inside the product. The result is channels-last.
+    Under TorchScript, which passes no modules to functions, callers write conv(x).
     """
     if not runs_as_product(conv, x):
         return conv(x)
@@ -62,7 +62,7 @@ def runs_as_product(conv: nn.Module, x: torch.Tensor) -> bool:
     Not in float32, where PyTorch lets convolutions round to TF32 unless told otherwise, and products only if told to.
     Not in a trace or an export, which other programs read.
     """
-    if not (isinstance(x, torch.Tensor) and x.is_cuda) or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if not (isinstance(x, torch.Tensor) and x.is_cuda) or for_other_programs():
         return False
     if x.dtype != torch.float16 and x.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cuda"):
         return False
@@ -74,3 +74,9 @@ def is_plain_pointwise(conv: nn.Module) -> bool:
     if not untouched({conv: nn.Conv2d}) or conv.padding != (0, 0) or conv.groups != 1:
         return False
     return conv.kernel_size == conv.stride == (1, 1)
+
+
+def for_other_programs() -> bool:
+    """Whether what runs is written down by torch.jit.trace or torch.export."""
+    # Not torch.compiler.is_exporting(), which is true under torch.compile too (PyTorch 2.11).
+    return torch.jit.is_tracing() or getattr(torch.compiler, "_is_exporting_flag", False)

@@ -182,7 +182,9 @@ def test_on_a_gpu_the_bias_is_part_of_the_product(dtype):
         x = torch.empty(2, 8, 5, 6, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
         recorder.names.clear()
         y = pointwise(conv, x)
-    computes = [name for name in recorder.names if not name.startswith(("prim", "aten.view", "aten.permute", "aten.t."))]
+    computes = [
+        name for name in recorder.names if not name.startswith(("prim", "aten.view", "aten.permute", "aten.t."))
+    ]
     assert computes == (["aten.addmm.default"] if dtype.itemsize == 2 else ["aten.convolution.default"])
     assert y.shape == (2, 16, 5, 6)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -217,3 +219,19 @@ def test_compiled_to_one_graph(as_products):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for actual, eager in zip(outputs_and_gradients(compiled, x), expected, strict=True):
         torch.testing.assert_close(actual, eager, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_compiler_sees_the_product(dtype):
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        module = FinalConv(8, 16, device="cuda", dtype=dtype).eval()
+        x = torch.randn(2, 8, 5, 6, device="cuda", dtype=dtype)
+        torch.compile(module, backend=keep, fullgraph=True)(x)
+    (code,) = graphs
+    assert ("linear(" in code, "conv2d(" in code) == ((True, False) if dtype == torch.bfloat16 else (False, True))
