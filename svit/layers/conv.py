@@ -220,7 +220,8 @@ class Stem(nn.Module):
     @torch.jit.ignore
     def forward_fused(self, x: torch.Tensor) -> torch.Tensor:
         """The same in two passes a layer: the convolution without its bias, then bias, GELU and BatchNorm."""
-        convs, norms = self.layers[0::3], self.layers[2::3]
+        layers = [*self.layers]
+        convs, norms = layers[0::3], layers[2::3]
         for conv, scale, shift in zip(convs, *affine(norms), strict=True):
             x = conv._conv_forward(x, conv.weight, None).permute(0, 2, 3, 1)
             x = bias_gelu_affine(x, conv.bias, scale, shift, self.backend).permute(0, 3, 1, 2)

@@ -182,9 +182,8 @@ def test_on_a_gpu_the_bias_is_part_of_the_product(dtype):
         x = torch.empty(2, 8, 5, 6, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
         recorder.names.clear()
         y = pointwise(conv, x)
-    computes = [
-        name for name in recorder.names if not name.startswith(("prim", "aten.view", "aten.permute", "aten.t."))
-    ]
+    views = ("prim.", "aten.view.", "aten.permute.", "aten.t.")
+    computes = [name for name in recorder.names if not name.startswith(views)]
     assert computes == (["aten.addmm.default"] if dtype.itemsize == 2 else ["aten.convolution.default"])
     assert y.shape == (2, 16, 5, 6)
     assert y.is_contiguous(memory_format=torch.channels_last)
