@@ -10,6 +10,7 @@ try:
     from .launch import (
         aggregate,
         associate,
+        bias_gelu_affine,
         depthwise3x3,
         depthwise3x3_backward,
         sample,
@@ -25,6 +26,7 @@ except ImportError as error:  # no Triton for macOS, Windows, and PyTorch builds
 __all__ = [
     "aggregate",
     "associate",
+    "bias_gelu_affine",
     "depthwise3x3",
     "depthwise3x3_backward",
     "sample",
@@ -42,12 +44,15 @@ OPS = (
     "sample_backward",
     "depthwise3x3",
     "depthwise3x3_backward",
+    "bias_gelu_affine",
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# A program holds all channels of 16 pixels and 16 super tokens: these fill its registers and shared memory.
+# A program of a super-token op holds all channels of 16 pixels and 16 super tokens: these fill its registers and shared
+# memory.
 MAX_BYTES = 2048
+ANY_CHANNELS = ("depthwise3x3", "depthwise3x3_backward", "bias_gelu_affine")
 
 
 def usable(op: str, x: torch.Tensor) -> tuple[bool, str]:
@@ -64,7 +69,7 @@ def usable(op: str, x: torch.Tensor) -> tuple[bool, str]:
     C = x.shape[-1]
     if C % 8 or C == 0:
         return False, f"it needs a multiple of 8 channels, not {C}"
-    if C * x.element_size() > MAX_BYTES and not op.startswith("depthwise3x3"):
+    if C * x.element_size() > MAX_BYTES and op not in ANY_CHANNELS:
         return False, f"it serves up to {MAX_BYTES // x.element_size()} channels in {x.dtype}, not {C}"
     if not INTERPRETED and has_old_gpu(x):
         return False, "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher"

@@ -4,6 +4,7 @@ Launch parameters stand in the table below: no autotuning, which would stall the
 """
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -17,12 +18,21 @@ WARPS = {(64, 8, 8): 4, (96, 8, 8): 8, (128, 4, 4): 2, (192, 4, 4): 4}
 # Bytes of a program's tile in a super-token kernel, of at least 16 pixels.
 CELL_TILE = 2**14
 
-# Bytes and channels of a row in a depthwise kernel: 16 bytes for each of 128 threads.
-ROW_TILE, ROW_CHANNELS = 128 * 16, 64
+# Settings of a depthwise kernel that a measurement found better than the rule of `strip_settings`:
+# (kernel, C, bytes of an element) -> (columns, warps, rows at most) of a strip.
+STRIP_SETTINGS: dict[tuple[str, int, int], tuple[int, int, int]] = {}
 
-# Rows of a strip in the depthwise kernels: the last that the map fills, or the first. More of them mean fewer rows read
-# twice, and fewer programs; each number is a kernel to compile.
-ROWS_FORWARD, ROWS_TAPS = (7, 14), (7, 14, 28, 56)
+# Columns and warps of a strip, where the map and its channels are wide enough: 168 registers a thread leave room for 12
+# warps a multiprocessor. Rows, at least and at most: more of them mean fewer rows read twice, more results for each
+# load of the taps (or, in their gradient, for each sum over the strip), and fewer programs.
+COLUMNS, STRIP_WARPS = 16, {"depthwise": 2, "depthwise_taps": 4}
+ROWS = {"depthwise": (4, 28), "depthwise_taps": (16, 128)}
+
+# Programs that fill a large GPU a few times over: strips get shorter when they would be fewer.
+PROGRAMS = 2048
+
+# Bytes and channels of a program's tile in `bias_gelu_affine`: four times 16 bytes for each of 128 threads.
+PIXEL_TILE, PIXEL_CHANNELS = 4 * 128 * 16, 128
 
 
 def launch(kernel, programs: int, like: Tensor, *args, **constants) -> None:
@@ -148,24 +158,43 @@ def launch_spread(
     return y
 
 
-def strip_launch(x: Tensor, choices: tuple[int, ...], halo: int) -> tuple[int, int, dict[str, int]]:
-    """Strips of all channels, programs, and the parameters of a depthwise kernel that writes all but `halo` columns."""
+def strip_launch(kernel: str, x: Tensor) -> tuple[int, int, int, dict[str, int]]:
+    """Strips of all channels, programs, rows of a strip, and the constants of a depthwise kernel for a map x."""
     B, H, W, C = x.shape
-    block_c = min(triton.next_power_of_2(C), ROW_CHANNELS)
-    block_w = max(min(ROW_TILE // x.element_size() // block_c, triton.next_power_of_2(W + halo)), 4)
-    rows = max((n for n in choices if n <= H), default=choices[0])
-    strips = B * triton.cdiv(H, rows) * triton.cdiv(W, block_w - halo)
-    programs = strips * triton.cdiv(C, block_c)
-    return strips, programs, dict(C=C, ROWS=rows, BLOCK_W=block_w, BLOCK_C=block_c, num_warps=4)
+    setting = STRIP_SETTINGS.get((kernel, C, x.element_size()))
+    if kernel == "depthwise_taps":
+        B, H = min(B, 1), B * H  # for which the images are one map
+    return strip_constants(kernel, B, H, W, C, x.element_size(), setting)
+
+
+@functools.lru_cache(maxsize=4096)
+def strip_constants(
+    kernel: str, B: int, H: int, W: int, C: int, itemsize: int, setting: tuple[int, int, int] | None
+) -> tuple[int, int, int, dict[str, int]]:
+    # A thread has 16 bytes of channels, in two columns if the kernel shifts them; it then needs no more columns on each
+    # side if the strip is wider than the map.
+    pairs = kernel == "depthwise"
+    columns, warps, most = setting or (COLUMNS, STRIP_WARPS[kernel], ROWS[kernel][1])
+    columns = min(columns, max(8, triton.next_power_of_2(W + pairs)))
+    width = columns - 2 if pairs and W >= columns else columns
+    lane = (1 + pairs) * 32 // columns * 16 // itemsize  # channels of a warp
+    while warps > 1 and C % (lane * warps):
+        warps //= 2
+    tiles = B * -(-W // width) * -(-C // (lane * warps))
+    rows = min(max(H * tiles // PROGRAMS, ROWS[kernel][0]), most, H)
+    strips = -(-H // max(rows, 1))
+    rows = -(-H // max(strips, 1))  # of about the same height
+    constants = dict(C=C, BLOCK_W=columns, BLOCK_C=lane * warps, num_warps=warps)
+    return B * strips * -(-W // width), tiles * strips, rows, constants
 
 
 def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
-    B, H, W, C = x.shape
+    _, H, W, _ = x.shape
     y = torch.empty_like(x)
-    _, programs, parameters = strip_launch(x, ROWS_FORWARD, halo=2)
+    _, programs, rows, constants = strip_launch("depthwise", x)
     launch(
         kernels.depthwise, programs, x,
-        x, weight, bias, None, y, H, W, GELU=gelu, BACKWARD=False, SLOPE=False, **parameters,
+        x, weight, bias, None, y, H, W, rows, GELU=gelu, BACKWARD=False, SLOPE=False, **constants,
     )  # fmt: skip
     return y
 
@@ -173,13 +202,28 @@ def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
 def depthwise3x3_backward(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
     B, H, W, C = x.shape
     dx = torch.empty_like(x)
-    _, programs, parameters = strip_launch(x, ROWS_FORWARD, halo=2)
+    _, programs, rows, constants = strip_launch("depthwise", x)
     launch(
         kernels.depthwise, programs, x,
-        grad, weight, None, x, dx, H, W, GELU=False, BACKWARD=True, SLOPE=gelu, **parameters,
+        grad, weight, None, x, dx, H, W, rows, GELU=False, BACKWARD=True, SLOPE=gelu, **constants,
     )  # fmt: skip
-    strips, programs, parameters = strip_launch(x, ROWS_TAPS, halo=0)
+    strips, programs, rows, constants = strip_launch("depthwise_taps", x)
     partial = x.new_empty(strips, 10, C, dtype=torch.float32)
-    launch(kernels.depthwise_taps, programs, x, grad, x, partial, H, W, GELU=gelu, **parameters)
+    launch(kernels.depthwise_taps, programs, x, grad, x, partial, H, W, B * H, rows, GELU=gelu, **constants)
     taps = partial.sum(0)
     return dx, taps[:9].t().reshape(C, 1, 3, 3).contiguous(), taps[9].clone()
+
+
+def bias_gelu_affine(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    B, H, W, C = x.shape
+    y = torch.empty_like(x)
+    programs, constants = pixel_constants(B * H * W, C, x.element_size())
+    launch(kernels.bias_gelu_affine, programs, x, x, bias, scale, shift, y, B * H * W, **constants)
+    return y
+
+
+@functools.lru_cache(maxsize=4096)
+def pixel_constants(pixels: int, C: int, itemsize: int) -> tuple[int, dict[str, int]]:
+    block_c = min(triton.next_power_of_2(C), PIXEL_CHANNELS)
+    block_p = PIXEL_TILE // itemsize // block_c
+    return -(-pixels // block_p) * -(-C // block_c), dict(C=C, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4)
