@@ -1,8 +1,8 @@
-"""The models with fused kernels on a GPU; beside the kernels (tests/ops/triton/test_kernels.py) what `make gpu-check` runs.
+"""The models with fused kernels on a GPU: what `make gpu-check` runs beside tests/ops/triton/test_kernels.py.
 
-Without a GPU exact kernels run in their place on the CPU (exact.py): what is asserted here holds for kernels that are
-right, and `test_a_wrong_kernel_shows` that it does not for others. Only what is marked `needs_gpu` is left out there:
-streams, CUDA graphs, GPU memory, Inductor's code, a second device.
+Without a GPU exact kernels run in their place, on the CPU (exact.py): what is asserted here holds for kernels that are
+right, and for others, as `TestAWrongKernelShows` shows, it does not. Only what is marked `needs_gpu` or `needs_two` is
+left out there: streams, CUDA graphs, the memory of a GPU, a second device.
 """
 
 import copy
@@ -207,11 +207,11 @@ def test_maps_of_more_than_2_to_the_31_elements():
     assert (grad[-1:, -64:, -64:].double() - expected).abs().max() < allowed * expected.abs().max()
 
 
-# CUDA graphs (docs/performance.md).
+# CUDA graphs (docs/ops.md).
 
 
 def capture(run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-    """A CUDA graph of `run`, and the result that each replay writes. A call before it compiles and checks the kernels."""
+    """A CUDA graph of `run`, and the result that each replay writes; a call before compiles and checks the kernels."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
