@@ -176,7 +176,7 @@ def strip_constants(
     pairs = kernel == "depthwise"
     columns, warps, most = setting or (COLUMNS, STRIP_WARPS[kernel], ROWS[kernel][1])
     columns = min(columns, max(8, triton.next_power_of_2(W + pairs)))
-    width = columns - 2 if pairs and W >= columns else columns
+    width = columns - 2 if pairs and columns <= W else columns
     lane = (1 + pairs) * 32 // columns * 16 // itemsize  # channels of a warp
     while warps > 1 and C % (lane * warps):
         warps //= 2
