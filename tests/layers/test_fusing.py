@@ -120,6 +120,9 @@ CHANGES = {
     "subclass": lambda conv: Doubled(conv.in_channels, conv.out_channels, 1),
     "patched forward": patched,
     "3 x 3": lambda conv: nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1),
+    "3 x 3, no padding": lambda conv: nn.Conv2d(conv.in_channels, conv.out_channels, 3),
+    "padding": lambda conv: nn.Conv2d(conv.in_channels, conv.out_channels, 1, padding=1),
+    "stride": lambda conv: nn.Conv2d(conv.in_channels, conv.out_channels, 1, stride=2),
     "groups": lambda conv: nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=2),
     "no convolution": lambda conv: nn.Identity(),
 }
