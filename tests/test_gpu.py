@@ -2,7 +2,7 @@
 
 Without a GPU exact kernels run in their place, on the CPU (exact.py): what is asserted here holds for kernels that are
 right, and for others, as `TestAWrongKernelShows` shows, it does not. Only what is marked `needs_gpu` or `needs_two` is
-left out there: streams, CUDA graphs, the memory of a GPU, a second device.
+left out there: the choice of the backend, streams, the memory of a GPU, Inductor's CUDA graphs, a second device.
 """
 
 import copy
@@ -159,12 +159,22 @@ def test_gradients(train, dtype, exact_gradients):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_step(dtype, exact_gradients):
+@pytest.mark.parametrize("mode", ["default", pytest.param("reduce-overhead", marks=needs_gpu)])
+def test_compiled(mode, dtype, exact_gradients):
+    """With 'reduce-overhead' the first calls run without a CUDA graph, the next capture it and replay it."""
     model = shallow().train()
-    compiled = torch.compile(model, fullgraph=True, backend="inductor" if GPU else "aot_eager")
-    with autocast(dtype):
-        logits = backward(compiled, images())
-    assert_near({"logits": logits, **gradients(model)}, exact_gradients[True], tolerance(dtype, GRADIENTS))
+    compiled = torch.compile(model, fullgraph=True, **({"mode": mode} if GPU else {"backend": "aot_eager"}))
+    calls = 3 if mode == "reduce-overhead" else 1
+    for _ in range(calls):
+        with autocast(dtype):
+            logits = backward(compiled, images())
+        assert_near({"logits": logits, **gradients(model)}, exact_gradients[True], tolerance(dtype, GRADIENTS))
+    model.load_state_dict(shallow().state_dict())
+    model.eval()
+    for _ in range(calls):
+        with torch.no_grad(), autocast(dtype):
+            logits = compiled(images()).clone()
+        assert difference(logits, exact_gradients[False]["logits"]) < tolerance(dtype, LOGITS)
 
 
 @needs_gpu
@@ -207,11 +217,21 @@ def test_maps_of_more_than_2_to_the_31_elements():
     assert (grad[-1:, -64:, -64:].double() - expected).abs().max() < allowed * expected.abs().max()
 
 
-# CUDA graphs (docs/ops.md).
+# CUDA graphs (docs/ops.md). On the CPU calls stand in for replays, so that the assertions run there too.
 
 
-def capture(run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+class Calls:
+    def __init__(self, run: Callable[[], torch.Tensor], y: torch.Tensor) -> None:
+        self.run, self.y = run, y
+
+    def replay(self) -> None:
+        self.y.copy_(self.run())
+
+
+def capture(run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph | Calls, torch.Tensor]:
     """A CUDA graph of `run`, and the result that each replay writes; a call before compiles and checks the kernels."""
+    if not GPU:
+        return Calls(run, y := run().clone()), y
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -228,61 +248,45 @@ def check_replay(run: Callable[[], torch.Tensor], x: torch.Tensor, allowed: floa
     graph, y = capture(run)
     graph.replay()
     before = y.clone()
-    x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(2)))
+    x.copy_(5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)))
     graph.replay()
     assert difference(y, run()) <= allowed
-    assert difference(before, y) > 4 * allowed
+    assert difference(before, y) > allowed
 
 
-@needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.inference_mode()
 def test_inference_in_a_graph(dtype):
     model, x = shallow().eval(), images()
     with autocast(dtype, cache_enabled=False):
-        check_replay(lambda: model(x), x, tolerance(dtype, 1))
+        check_replay(lambda: model(x), x, tolerance(dtype, HALF_BLOCK))
 
 
-@needs_gpu
+def graphed(model: nn.Module) -> nn.Module:
+    return torch.cuda.make_graphed_callables(model, (images(),)) if GPU else model
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_training_in_a_graph(dtype):
     with autocast(dtype, cache_enabled=False):
-        model = shallow().train()
-        graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), (images(),))
-        model.load_state_dict(graphed.state_dict())  # the calls before the capture moved BatchNorm's statistics
-        optimizers = [torch.optim.SGD(m.parameters(), lr=1e-5) for m in (graphed, model)]
+        ours, eager = graphed(shallow().train()), shallow().train()
+        eager.load_state_dict(ours.state_dict())  # the calls before the capture moved BatchNorm's statistics
+        start = copy.deepcopy(eager.state_dict())
+        optimizers = [torch.optim.SGD(model.parameters(), lr=1e-5) for model in (ours, eager)]
         for step in range(3):
-            logits = [backward(m, images(seed=step)) for m in (graphed, model)]
-            assert difference(*logits) < tolerance(dtype, GRADIENTS)
-            assert_near(gradients(graphed), gradients(model), tolerance(dtype, GRADIENTS))
-            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            logits, expected = (backward(model, images(seed=step)) for model in (ours, eager))
+            assert difference(logits, expected) < tolerance(dtype, GRADIENTS)
+            assert_near(gradients(ours), gradients(eager), tolerance(dtype, GRADIENTS))
             for optimizer in optimizers:
                 optimizer.step()
-            assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert_near(dict(graphed.named_buffers()), dict(model.named_buffers()), tolerance(dtype, GRADIENTS))
+    statistics = {name: t for name, t in eager.named_buffers() if name.endswith("running_var")}
+    assert_near(dict(ours.named_buffers()), statistics, tolerance(dtype, HALF_BLOCK))
+    assert all(difference(t, start[name]) > tolerance(dtype, HALF_BLOCK) for name, t in statistics.items())
 
 
-@needs_gpu
 def test_each_replay_drops_other_paths():
-    model = shallow(drop_path_rate=0.5).train()
-    graphed = torch.cuda.make_graphed_callables(model, (images(),))
-    assert not torch.equal(graphed(images()).clone(), graphed(images()).clone())
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_into_graphs(dtype, exact_gradients):
-    model = shallow().train()
-    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
-    for _ in range(3):  # the first calls run without a graph, then it is captured and replayed
-        with autocast(dtype):
-            logits = backward(compiled, images()).clone()
-        assert_near({"logits": logits, **gradients(model)}, exact_gradients[True], tolerance(dtype, GRADIENTS))
-    model = shallow(torch.float32).eval()
-    with torch.inference_mode(), autocast(dtype):
-        for _ in range(3):
-            logits = compiled(images()).clone()
-    assert difference(logits, exact_gradients[False]["logits"]) < tolerance(dtype, LOGITS)
+    model = graphed(shallow(drop_path_rate=0.5).train())
+    assert not torch.equal(model(images()).clone(), model(images()).clone())
 
 
 # The CUDA backend: half blocks in one kernel.
@@ -345,7 +349,6 @@ def test_cuda_backend_gives_the_same_bits(C):
         assert all(torch.equal(block(x), first) for _ in range(20 if GPU else 1))
 
 
-@needs_gpu
 @needs_cuda_backend
 @torch.inference_mode()
 def test_cuda_backend_in_a_graph():
