@@ -56,6 +56,7 @@ def on_meta(t: torch.Tensor) -> torch.Tensor:
         (lambda: bias_gelu_affine(X, BIAS[:4], BIAS, BIAS), r"bias: expected \[16\], got \[4\]"),
         (lambda: bias_gelu_affine(X, BIAS, BIAS[None], BIAS), r"scale: expected \[16\], got \[1, 16\]"),
         (lambda: bias_gelu_affine(X, BIAS, BIAS, on_meta(BIAS)), "shift: expected it on cpu"),
+        (lambda: bias_gelu_affine(X, BIAS, BIAS, BIAS, "triton"), "backend: 'triton' cannot run bias_gelu_affine here"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -19,7 +19,7 @@ WARPS = {(64, 8, 8): 4, (96, 8, 8): 8, (128, 4, 4): 2, (192, 4, 4): 4}
 CELL_TILE = 2**14
 
 # Settings of a depthwise kernel that a measurement found better than the rule of `strip_settings`:
-# (kernel, C, bytes of an element) -> (columns, warps, rows at most) of a strip.
+# (kernel, C, bytes of an element) -> (columns, warps, rows) of a strip, on maps that have as many.
 STRIP_SETTINGS: dict[tuple[str, int, int], tuple[int, int, int]] = {}
 
 # Columns and warps of a strip, where the map and its channels are wide enough: 168 registers a thread leave room for 12
@@ -29,7 +29,7 @@ COLUMNS, STRIP_WARPS = 16, {"depthwise": 2, "depthwise_taps": 4}
 ROWS = {"depthwise": (4, 28), "depthwise_taps": (16, 128)}
 
 # Programs that fill a large GPU a few times over: strips get shorter when they would be fewer.
-PROGRAMS = 2048
+PROGRAMS = 1280
 
 # Bytes and channels of a program's tile in `bias_gelu_affine`: four times 16 bytes for each of 128 threads.
 PIXEL_TILE, PIXEL_CHANNELS = 4 * 128 * 16, 128
@@ -174,16 +174,17 @@ def strip_constants(
     # A thread has 16 bytes of channels, in two columns if the kernel shifts them; it then needs no more columns on each
     # side if the strip is wider than the map.
     pairs = kernel == "depthwise"
-    columns, warps, most = setting or (COLUMNS, STRIP_WARPS[kernel], ROWS[kernel][1])
+    columns, warps, rows = setting or (COLUMNS, STRIP_WARPS[kernel], None)
     columns = min(columns, max(8, triton.next_power_of_2(W + pairs)))
     width = columns - 2 if pairs and columns <= W else columns
     lane = (1 + pairs) * 32 // columns * 16 // itemsize  # channels of a warp
     while warps > 1 and C % (lane * warps):
         warps //= 2
     tiles = B * -(-W // width) * -(-C // (lane * warps))
-    rows = min(max(H * tiles // PROGRAMS, ROWS[kernel][0]), most, H)
-    strips = -(-H // max(rows, 1))
-    rows = -(-H // max(strips, 1))  # of about the same height
+    least, most = ROWS[kernel]
+    rows = rows or min(max(H * tiles // PROGRAMS, least), most)
+    strips = max(-(-H // rows), 1)
+    rows = -(-H // strips)  # about the same for all
     constants = dict(C=C, BLOCK_W=columns, BLOCK_C=lane * warps, num_warps=warps)
     return B * strips * -(-W // width), tiles * strips, rows, constants
 

@@ -112,11 +112,49 @@ def test_super_token_kernels(architecture, C, cell, H, dtype, compiled):
     check(kernels, ["norm_sample_backward"], dots)
 
 
+def row_loop(sass: str) -> list[str]:
+    """Opcodes of a kernel's longest loop, from the label to the branch back."""
+    loops = []
+    for label in re.findall(r"^(\.?L\w+):", sass, re.MULTILINE):
+        body = sass.split(f"{label}:\n", 1)[1]
+        if back := re.search(rf"^.*\bBRA\b.*{re.escape(label)}\b.*$", body, re.MULTILINE):
+            loops.append(instructions(body[: back.end()]))
+    return max(loops, key=len)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("C", "gelu"), [(64, False), (96, False), (320, False), (256, True), (2560, True)])
+@pytest.mark.parametrize(
+    ("C", "H", "gelu"), [(64, 56, False), (96, 56, False), (320, 14, False), (256, 56, True), (2560, 7, True)]
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_depthwise_kernels(architecture, C, gelu, dtype, compiled):
-    x, weight, bias = ((128, 14, 14, C), dtype), ((C, 1, 3, 3), torch.float32), ((C,), torch.float32)
-    check(compiled(architecture, launch.depthwise3x3, x, weight, bias, gelu), ["depthwise"], set())
-    kernels = compiled(architecture, launch.depthwise3x3_backward, x, x, weight, gelu)
-    check(kernels, ["depthwise", "depthwise_taps"], set())
+def test_depthwise_kernels(architecture, C, H, gelu, dtype, compiled):
+    x, weight, bias = ((128, H, H, C), dtype), ((C, 1, 3, 3), torch.float32), ((C,), torch.float32)
+    kernels = compiled(architecture, launch.depthwise3x3, x, weight, bias, gelu)
+    check(kernels, ["depthwise"], set())
+    backward = compiled(architecture, launch.depthwise3x3_backward, x, x, weight, gelu)
+    check(backward, ["depthwise", "depthwise_taps"], set())
+    for _, sass in kernels + backward:
+        loop = row_loop(sass)
+        assert sum(c.startswith("LDG") for c in loop) >= 2, "this is not the loop over the rows"
+        assert not any(c.startswith("BAR") for c in loop), "a barrier a row"
+        assert not any(c.startswith(("STS", "LDS")) for c in loop), "shared memory in the loop"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("C", "H"), [(64, 56), (96, 56), (128, 28), (192, 28), (256, 56), (320, 14), (512, 7), (768, 28), (1280, 14)]
+)
+def test_instructions_of_a_row(C, H, dtype, compiled):
+    """For 16 bytes, of which a thread has two: what issuing them takes stays near the time of memory (docs/ops.md)."""
+    x, weight, bias = ((128, H, H, C), dtype), ((C, 1, 3, 3), torch.float32), ((C,), torch.float32)
+    for gelu, most in ((False, 120), (True, 200)):
+        [(_, sass)] = compiled(90, launch.depthwise3x3, x, weight, bias, gelu)
+        assert 72 < len(row_loop(sass)) / 2 <= most
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("C", "H"), [(32, 112), (48, 112), (64, 56), (96, 56)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bias_gelu_affine(architecture, C, H, dtype, compiled):
+    x, parameter = ((128, H, H, C), dtype), ((C,), torch.float32)
+    check(compiled(architecture, launch.bias_gelu_affine, x, *[parameter] * 3), ["bias_gelu_affine"], set())
