@@ -203,9 +203,9 @@ class Stem(nn.Module):
         """Whether `forward_fused` serves x: inference, a backend that has the op, and layers as they were built."""
         if torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or for_other_programs():
             return False
-        layers = [*self.layers]
-        if len(layers) != 12 or not untouched({self.layers: nn.Sequential}):
+        if not untouched({self.layers: nn.Sequential}) or len(self.layers) != 12:
             return False
+        layers = [*self.layers]
         convs, acts, norms = layers[0::3], layers[1::3], layers[2::3]
         if not untouched({**dict.fromkeys(convs, nn.Conv2d), **dict.fromkeys(acts, nn.GELU)}):
             return False

@@ -88,6 +88,7 @@ CHANGES = {
     "norm without statistics": lambda stem: replaced(stem, 2, nn.BatchNorm2d(8, track_running_stats=False).eval()),
     "another eps": lambda stem: setattr(stem.layers[5], "eps", 0.1),
     "one norm trains": lambda stem: stem.layers[5].train(),
+    "no sequence": lambda stem: setattr(stem, "layers", nn.Conv2d(3, 8, 3).double()),
     "one layer more": lambda stem: stem.layers.append(nn.Identity()),
     "asked for": lambda stem: setattr(stem, "backend", "reference"),
 }
