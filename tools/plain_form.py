@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from svit.layers import ConvFFN, ResidualDepthwiseConv, Stem, SuperTokenAttention
+from svit.layers import ConvFFN, FinalConv, ResidualDepthwiseConv, Stem, SuperTokenAttention
 from svit.models import SViT
 
 
@@ -56,6 +56,11 @@ class PlainConvFFN(ConvFFN):
 class PlainStem(Stem):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
+
+
+class PlainFinalConv(FinalConv):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.norm(self.conv(x)))
 
 
 class PlainSuperTokenAttention(SuperTokenAttention):
@@ -115,6 +120,7 @@ class PlainSuperTokenAttention(SuperTokenAttention):
 
 PLAIN = {
     Stem: PlainStem,
+    FinalConv: PlainFinalConv,
     SuperTokenAttention: PlainSuperTokenAttention,
     ResidualDepthwiseConv: PlainDepthwise,
     ConvFFN: PlainConvFFN,

@@ -9,7 +9,7 @@ from torch import nn
 from svit.ops import choose, sample, spread, super_token_attention
 
 from .checks import check_map, pair
-from .fusing import default_backend, drops_nothing, untouched
+from .fusing import default_backend, drops_nothing, pointwise, untouched
 
 torch.fx.wrap("check_map")
 # In one step each, so that the softmax in a graph is that of the attention, which timm's AttentionExtract looks for.
@@ -143,7 +143,8 @@ class SuperTokenAttention(nn.Module):
         B, C, H, W = x.shape
         d = self.dim // self.num_heads
         # Channels must lie together, else the fused attention falls back to one that holds the N x N map.
-        qkv = self.qkv(x).permute(0, 2, 3, 1).contiguous().reshape(B, H * W, self.num_heads, 3, d)
+        qkv = self.qkv(x) if torch.jit.is_scripting() else pointwise(self.qkv, x)
+        qkv = qkv.permute(0, 2, 3, 1).contiguous().reshape(B, H * W, self.num_heads, 3, d)
         q, k, v = qkv.transpose(1, 2).unbind(3)  # (B, heads, N, d) each
         if self.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
@@ -151,4 +152,5 @@ class SuperTokenAttention(nn.Module):
             attn = torch.matmul(q * d**-0.5, k.transpose(-1, -2)).softmax(-1)
             x = torch.matmul(self.attn_drop(attn), v)
         x = x.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
-        return self.proj_drop(self.proj(x))
+        x = self.proj(x) if torch.jit.is_scripting() else pointwise(self.proj, x)
+        return self.proj_drop(x)

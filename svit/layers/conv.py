@@ -5,15 +5,18 @@
 and a zero-padded convolution, where a folded shift would be wrong at the borders.
 """
 
+from collections.abc import Sequence
+
 import torch
 from timm.layers import get_act_layer, get_norm_layer
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from svit.ops import choose, conv_ffn, depthwise3x3, onednn
+from svit.ops import bias_gelu_affine, choose, conv_ffn, depthwise3x3, onednn
+from svit.ops.reference import widen
 
 from .checks import check_map
-from .fusing import default_backend, drops_nothing, untouched
+from .fusing import default_backend, drops_nothing, for_other_programs, pointwise, untouched
 
 torch.fx.wrap("check_map")
 torch.fx.wrap("depthwise3x3")
@@ -78,8 +81,10 @@ class ConvFFN(nn.Module):
             if onednn.usable(x)[0] and self.is_untouched():
                 fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
                 return onednn.conv_ffn(x, fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias)
-        x = self.dwconv_of_act(self.fc1(x))
-        return self.drop2(self.fc2(x))
+        x = self.fc1(x) if torch.jit.is_scripting() else pointwise(self.fc1, x)
+        x = self.dwconv_of_act(x)
+        x = self.fc2(x) if torch.jit.is_scripting() else pointwise(self.fc2, x)
+        return self.drop2(x)
 
     @torch.jit.ignore
     def fuses(self, x: torch.Tensor) -> bool:
@@ -149,6 +154,7 @@ class Stem(nn.Module):
             the first.
         norm_layer: layer class, or timm's name of one.
         act_layer: the same of the activation.
+        backend: of what follows each convolution at inference, as in `SuperTokenAttention`.
 
     Shape: (B, in_chans, H, W) to (B, dim, ceil(H / stride), ceil(W / stride)), channels-last.
 
@@ -165,6 +171,7 @@ class Stem(nn.Module):
         stride: int = 4,
         norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
         act_layer: str | type[nn.Module] = nn.GELU,
+        backend: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -172,6 +179,7 @@ class Stem(nn.Module):
         if stride not in self.STRIDES:
             raise ValueError(f"stem_stride: expected one of {sorted(self.STRIDES)}, got {stride!r}")
         self.in_chans = in_chans
+        self.backend = default_backend(backend)
         layers = []
         chans = in_chans
         for out_chans, s in zip((dim // 2, dim // 2, dim, dim), self.STRIDES[stride], strict=True):
@@ -184,8 +192,62 @@ class Stem(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = check_map(x, self.in_chans)
-        return self.layers(x.contiguous(memory_format=torch.channels_last))
+        x = check_map(x, self.in_chans).contiguous(memory_format=torch.channels_last)
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if self.fuses(x):
+                return self.forward_fused(x)
+        return self.layers(x)
+
+    @torch.jit.ignore
+    def fuses(self, x: torch.Tensor) -> bool:
+        """Whether `forward_fused` serves x: inference, a backend that has the op, and layers as they were built."""
+        if torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or for_other_programs():
+            return False
+        if not untouched({self.layers: nn.Sequential}) or len(self.layers) != 12:
+            return False
+        layers = [*self.layers]
+        convs, acts, norms = layers[0::3], layers[1::3], layers[2::3]
+        if not untouched({**dict.fromkeys(convs, nn.Conv2d), **dict.fromkeys(acts, nn.GELU)}):
+            return False
+        if any(conv.bias is None for conv in convs) or any(act.approximate != "none" for act in acts):
+            return False
+        if not is_affine(norms):
+            return False
+        C = convs[0].out_channels  # half of the channels of the last two, which a backend then serves too
+        like = x.new_empty(0, 1, 1, C, dtype=onednn.compute_dtype(x))
+        return choose("bias_gelu_affine", like, self.backend, must=False) != "reference"
+
+    @torch.jit.ignore
+    def forward_fused(self, x: torch.Tensor) -> torch.Tensor:
+        """The same in two passes a layer: the convolution without its bias, then bias, GELU and BatchNorm."""
+        layers = [*self.layers]
+        convs, norms = layers[0::3], layers[2::3]
+        for conv, scale, shift in zip(convs, *affine(norms), strict=True):
+            x = conv._conv_forward(x, conv.weight, None).permute(0, 2, 3, 1)
+            x = bias_gelu_affine(x, conv.bias, scale, shift, self.backend).permute(0, 3, 1, 2)
+        return x
+
+
+def is_affine(norms: Sequence[nn.Module]) -> bool:
+    """Whether these are BatchNorms that only scale and shift, by running statistics, and share an eps."""
+    return untouched(dict.fromkeys(norms, nn.BatchNorm2d)) and all(
+        not norm.training and norm.running_var is not None and norm.weight is not None and norm.eps == norms[0].eps
+        for norm in norms
+    )
+
+
+def affine(norms: Sequence[nn.BatchNorm2d]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """The factors of each norm and what it adds, float32 at least: in five small kernels for all of them.
+
+    At each call, since weights may change in ways that nothing tells (`.data`, the replay of a CUDA graph).
+    """
+    names = ("running_mean", "running_var", "weight", "bias")
+    vectors = widen(torch.cat([getattr(norm, name) for name in names for norm in norms]))
+    mean, var, weight, bias = vectors.view(4, -1)
+    scale = weight * (var + norms[0].eps).rsqrt()
+    shift = torch.addcmul(bias, mean, scale, value=-1)
+    sizes = [norm.num_features for norm in norms]
+    return scale.split(sizes), shift.split(sizes)
 
 
 class Downsample(nn.Module):
@@ -233,7 +295,8 @@ class FinalConv(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.norm(self.conv(x)))
+        x = self.conv(x) if torch.jit.is_scripting() else pointwise(self.conv, x)
+        return self.act(self.norm(x))
 
     def fuse(self) -> "FinalConv":
         if isinstance(self.conv, nn.Conv2d):

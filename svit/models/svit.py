@@ -178,8 +178,8 @@ class SViT(nn.Module):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 in the first.
         norm_layer: the norm of stem, conv-FFN, downsampling and final convolution (that of the attention is LayerNorm).
         act_layer: the activation of stem and conv-FFN.
-        backend: of super-token attention and depthwise convolutions: a name that `svit.ops` knows, None for the best
-            that serves the input.
+        backend: of super-token attention, depthwise convolutions and the stem: a name that `svit.ops` knows, None for
+            the best that serves the input.
 
     Shape: (B, in_chans, H, W), any H and W of at least 1, to (B, num_classes).
 
@@ -230,7 +230,7 @@ class SViT(nn.Module):
         self.in_chans = in_chans
         self.num_classes = num_classes
 
-        self.stem = Stem(in_chans, embed_dims[0], stem_stride, norm_layer, act_layer, **dd)
+        self.stem = Stem(in_chans, embed_dims[0], stem_stride, norm_layer, act_layer, backend, **dd)
         self.stem_drop = nn.Dropout(proj_drop_rate)
 
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)

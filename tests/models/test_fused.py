@@ -63,11 +63,21 @@ def test_inference():
 
 def test_feature_maps_have_the_shapes_and_strides_of_the_reference():
     maps, recorder = run("svit_small", features_only=True, size=(100, 130))
+    assert recorder.ours[:4] == ["bias_gelu_affine"] * 4
     assert recorder.ours.count("sample") == 8
     model = timm.create_model("svit_small", features_only=True, device="meta")
     for actual, expected in zip(maps, model(torch.empty(2, 3, 100, 130, device="meta")), strict=True):
         assert actual.shape == expected.shape
         assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_1x1_convolutions_are_products_in_16_bit(dtype):
+    _, recorder = run("test_svit", dtype=dtype)
+    pointwise = 4 * 4 + 1  # of the blocks, and the final one
+    products = pointwise if dtype == torch.bfloat16 else 0
+    assert recorder.names.count("aten.addmm") == products + 1  # the classifier
+    assert recorder.names.count("aten.convolution") == 4 + 3 + pointwise - products
 
 
 @pytest.mark.parametrize("switch", ["fused_attn", "exportable", "scriptable", "backend", "differentiable"])
