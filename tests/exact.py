@@ -11,7 +11,7 @@ import torch
 
 from svit.ops import backends, cuda, library, reference, triton
 
-PARTS = tuple(dict.fromkeys((*triton.OPS, "bias_gelu_affine")))
+PARTS = triton.OPS
 WHOLES = cuda.OPS
 
 

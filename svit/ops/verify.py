@@ -68,6 +68,7 @@ FORWARD = {"sample_backward": "sample", "depthwise3x3_backward": "depthwise3x3"}
 # Of SViT-S, B and L: super tokens of stages 1 and 2; depthwise convolutions of all stages, and of their conv-FFN with
 # the GELU; the stem.
 PUBLISHED_CELLS = {64: (8, 8), 96: (8, 8), 128: (4, 4), 192: (4, 4)}
+PUBLISHED_HEADS = {64: 1, 96: 2, 128: 2, 192: 3}
 PUBLISHED_DIMS = (64, 96, 128, 192, 320, 384, 448, 512, 640)
 PUBLISHED_STEMS = (32, 48, 64, 96)
 
@@ -212,7 +213,7 @@ def check_super_token_attention(kernels: ModuleType, given: Inputs) -> Compariso
         given.parameter(11, C, scale=0.3),
         given.map(12, 2, C, scale=0.3, plus=1),
     ]
-    heads = C // kernels.CELLS[C][1]
+    heads = PUBLISHED_HEADS[C]
 
     def run(function: Callable, x: Tensor, which: int) -> tuple[Tensor, ...]:
         weight, bias, qkv, qkv_bias, proj, proj_bias, scale = (p[which] for p in parameters)
@@ -434,7 +435,7 @@ def serves(kernels: ModuleType, case: Case, device: torch.device) -> bool:
     x = torch.empty(0, 56, 56, case.channels, device=device, dtype=case.dtype)
     sizes = {}
     if case.op == "super_token_attention":
-        sizes = {"cell": case.cell, "num_heads": case.channels // kernels.CELLS[case.channels][1]}
+        sizes = {"cell": case.cell, "num_heads": PUBLISHED_HEADS[case.channels]}
     elif case.op == "conv_ffn":
         sizes = {"hidden": 4 * case.channels}
     return kernels.usable(case.op, x, **sizes)[0]
