@@ -396,6 +396,7 @@ def depthwise(
     width = BLOCK_W - 2 * halo
     b, first, left = strip_of(program // blocks_c, H, W, rows, width)
     right, end = tl.minimum(left + width, W), tl.minimum(first + rows, H)
+    last = tl.minimum(end, H - 1)  # of the rows that are read
 
     pair = tl.arange(0, PAIRS)
     even = left - halo + 2 * pair
@@ -424,7 +425,7 @@ def depthwise(
     while r <= end:
         in_even, in_odd = next_even.to(tl.float32), next_odd.to(tl.float32)
         # The next row is on its way while this one is computed.
-        next_even, next_odd = load_pair(x, row + W, (r < end) & (r + 1 < H), even, c, W, C)
+        next_even, next_odd = load_pair(x, row + W, r < last, even, c, W, C)
         if SLOPE:
             hidden_even, hidden_odd = load_pair(hidden, row - W, r > first, even, c, W, C)
         if GELU:

@@ -27,18 +27,19 @@ CELL_TILE, WARP_TILE = 2**14, 2**12
 # asynchronous instructions of the tensor cores (wgmma of sm_90, tcgen05 of sm_100), which some assemblers get wrong.
 PIXELS_AS_ROWS = ("spread", "norm_sample_backward")
 
-# Settings of a depthwise kernel that a measurement found better than the rule of `strip_settings`:
+# Settings of a depthwise kernel that a measurement found better than the rule of `strip_constants`:
 # (kernel, C, bytes of an element) -> (columns, warps, rows) of a strip, on maps that have as many.
 STRIP_SETTINGS: dict[tuple[str, int, int], tuple[int, int, int]] = {}
 
 # Columns and warps of a strip, where the map and its channels are wide enough: 168 registers a thread leave room for 12
 # warps a multiprocessor. Rows, at least and at most: more of them mean fewer rows read twice, more results for each
 # load of the taps (or, in their gradient, for each sum over the strip), and fewer programs.
-COLUMNS, STRIP_WARPS = 16, {"depthwise": 2, "depthwise_taps": 4}
+# Several warps of `depthwise` would exchange columns through shared memory with Triton 3.8.
+COLUMNS, STRIP_WARPS = 16, {"depthwise": 1, "depthwise_taps": 4}
 ROWS = {"depthwise": (4, 28), "depthwise_taps": (16, 128)}
 
-# Programs that fill a large GPU a few times over: strips get shorter when they would be fewer.
-PROGRAMS = 1280
+# Warps of all programs: more than a large GPU holds. Strips get shorter when they would be fewer.
+LAUNCHED_WARPS = 2560
 
 # Bytes and channels of a program's tile in `bias_gelu_affine`: four times 16 bytes for each of 128 threads.
 PIXEL_TILE, PIXEL_CHANNELS = 4 * 128 * 16, 128
@@ -214,7 +215,7 @@ def strip_constants(
         warps //= 2
     tiles = B * -(-W // width) * -(-C // (lane * warps))
     least, most = ROWS[kernel]
-    rows = rows or min(max(H * tiles // PROGRAMS, least), most)
+    rows = rows or min(max(H * tiles * warps // LAUNCHED_WARPS, least), most)
     strips = max(-(-H // rows), 1)
     rows = -(-H // strips)  # about the same for all
     constants = dict(C=C, BLOCK_W=columns, BLOCK_C=lane * warps, num_warps=warps)

@@ -363,7 +363,7 @@ def test_golden_gradients(mode, seed, batch, device, launches, monkeypatch):
     if triton.INTERPRETED:  # a program takes as long for many pixels as for few
         monkeypatch.setattr(launch, "COLUMNS", 32)
         monkeypatch.setattr(launch, "STRIP_WARPS", {"depthwise": 256, "depthwise_taps": 256})
-        monkeypatch.setattr(launch, "PROGRAMS", 1)
+        monkeypatch.setattr(launch, "LAUNCHED_WARPS", 1)
     golden = goldens.load(f"stvit_small_grads_{mode}_96")
     model = timm.create_model("svit_small", backend="triton")
     model.load_state_dict(goldens.state_dict("small"))
