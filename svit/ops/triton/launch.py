@@ -38,6 +38,9 @@ STRIP_SETTINGS: dict[tuple[str, int, int], tuple[int, int, int]] = {}
 COLUMNS, STRIP_WARPS = 16, {"depthwise": 1, "depthwise_taps": 4}
 ROWS = {"depthwise": (4, 28), "depthwise_taps": (16, 128)}
 
+# At most. Left to itself, NVIDIA's assembler stops at 168, where some versions spill one.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 192}
+
 # Warps of all programs: more than a large GPU holds. Strips get shorter when they would be fewer.
 LAUNCHED_WARPS = 2560
 
@@ -218,7 +221,7 @@ def strip_constants(
     rows = rows or min(max(H * tiles * warps // LAUNCHED_WARPS, least), most)
     strips = max(-(-H // rows), 1)
     rows = -(-H // strips)  # about the same for all
-    constants = dict(C=C, BLOCK_W=columns, BLOCK_C=lane * warps, num_warps=warps)
+    constants = dict(C=C, BLOCK_W=columns, BLOCK_C=lane * warps, num_warps=warps, **REGISTERS)
     return B * strips * -(-W // width), tiles * strips, rows, constants
 
 

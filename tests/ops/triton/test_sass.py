@@ -188,7 +188,7 @@ def test_depthwise_kernels(architecture, C, H, gelu, dtype, compiled):
 def test_instructions_of_a_row(C, H, dtype, compiled):
     """For 16 bytes, of which a thread has two: what issuing them takes stays near the time of memory (docs/ops.md)."""
     x, weight, bias = ((128, H, H, C), dtype), ((C, 1, 3, 3), torch.float32), ((C,), torch.float32)
-    for gelu, most in ((False, 120), (True, 200)):
+    for gelu, most in ((False, 125), (True, 205)):
         [(_, sass)] = compiled(90, launch.depthwise3x3, x, weight, bias, gelu)
         assert 72 < len(row_loop(sass)) / 2 <= most  # 72 multiplications with taps
 
