@@ -28,7 +28,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +40,8 @@ from gpu import machine, worker  # noqa: E402
 from gpu.items import START, Batch, Item, Setup, Stage  # noqa: E402
 from gpu.report import CRASHED, CUT, FAILED, HUNG, OK, Report, ReportError  # noqa: E402
 
-STEPS = ("build", "smoke", "kernels", "models", "tests", "sanitizer", "sweep")
+# In the order in which they run -> their modules.
+STEPS = {name: f"gpu.{name}" for name in ("build", "smoke", "kernels", "models", "tests", "sanitizer", "sweep")}
 
 
 class Run:
@@ -59,9 +62,18 @@ class Run:
         for each in list(self.workers):
             each.kill()
 
+    @contextmanager
+    def stopped_by(self, *numbers: signal.Signals) -> Iterator[None]:
+        before = {number: signal.signal(number, lambda *_: self.stop()) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def step(self, name: str) -> None:
         try:
-            module = importlib.import_module(f"gpu.{name}")
+            module = importlib.import_module(STEPS[name])
             stages = module.stages(self.setup)
         except Exception as error:
             traceback.print_exc()
@@ -73,8 +85,9 @@ class Run:
         self.report.describe(name, module.DESCRIPTION, stages if isinstance(stages, str) else None)
         for stage in [] if isinstance(stages, str) else stages:
             with ThreadPoolExecutor(stage.parallel) as pool:
-                # list: an error of this program's is raised here
-                list(pool.map(lambda batch: self.batch(name, stage, batch), stage.batches))
+                done = [pool.submit(self.batch, name, stage, batch) for batch in stage.batches]
+            for each in done:
+                each.result()  # raises what was raised
 
     def batch(self, step: str, stage: Stage, batch: Batch) -> None:
         """Does the items that are not done yet, in one process as long as it lives."""
@@ -91,7 +104,7 @@ class Run:
                 continue
             startup = 0.0
             if process is None:
-                process, startup = worker.Worker(step, self.setup, batch, stage.environment), 60.0
+                process, startup = worker.Worker(STEPS[step], self.setup, batch, stage.environment), 60.0
                 self.workers.add(process)
             if self.item(step, item, process, item.limit + startup):
                 last = item
@@ -99,7 +112,7 @@ class Run:
                 self.end(process)
                 process, last = None, None
         if process is not None:
-            status = process.finish(30.0)
+            status = process.finish(60.0)
             self.workers.discard(process)
             # A checker that runs the process has its say at the end.
             if status != 0 and last is not None and not self.stopped.is_set():
@@ -157,7 +170,9 @@ def path_of_report(folder: Path, about: dict[str, str], rehearsal: bool) -> Path
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="some of them, in this order")
+    parser.add_argument(
+        "--steps", nargs="+", choices=tuple(STEPS), default=tuple(STEPS), help="some of them, in this order"
+    )
     parser.add_argument("--out", type=Path, help="folder of the report; default: $OUT if set, else docs/benchmarks")
     parser.add_argument("--minutes", type=float, metavar="N", help="leave out what would not end in N minutes")
     parser.add_argument("--resume", type=Path, metavar="REPORT", help="the .json of a report to go on from")
@@ -187,11 +202,10 @@ def main() -> int:
     print(f"{report.path}.md\n" + "\n".join(f"{name} is missing: {effect}" for name, effect in missing.items()))
 
     run = Run(report, Setup(args.rehearse, str(report.path), len(os.sched_getaffinity(0))), args.minutes)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: run.stop())
-    for name in STEPS:
-        if name in args.steps and not run.stopped.is_set():
-            run.step(name)
+    with run.stopped_by(signal.SIGINT, signal.SIGTERM):
+        for name in STEPS:
+            if name in args.steps and not run.stopped.is_set():
+                run.step(name)
 
     print(f"\nwritten to {report.path}.json and .md" + (": a rehearsal, no figure counts" if args.rehearse else ""))
     if bad := report.bad():

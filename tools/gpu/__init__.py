@@ -1,4 +1,4 @@
-"""The steps of tools/gpu_check.py, one module each, and what they share: items, the processes that run them, the report.
+"""The steps of tools/gpu_check.py, one module each, and what they share: items, their processes, the report.
 
 A step module has
 
@@ -9,3 +9,7 @@ A step module has
 gpu_check.py owns the report and decides what still fits into the time; `run` is called in a process of its own
 (worker.py).
 """
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]

@@ -8,8 +8,9 @@ from importlib.util import find_spec
 
 import torch
 
+from . import ROOT
 from .items import Batch, Item, Setup, Stage
-from .machine import ROOT, find_tool
+from .machine import find_tool
 
 DESCRIPTION = "the CUDA C++ kernels, compiled in place for this GPU"
 LIBRARY = ROOT / "svit" / "ops" / "_cuda.so"

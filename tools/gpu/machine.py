@@ -7,15 +7,15 @@ import platform
 import shutil
 import subprocess
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+from . import ROOT
 
 # Packages and tools that the check can do without -> what is left out then.
 OPTIONAL_PACKAGES = {
     "pytest": "the step tests",
+    "hypothesis": "tests that draw their cases are skipped",
     "xdist": "the tests run in one process",
     "setuptools": "the CUDA C++ kernels are not built",
 }

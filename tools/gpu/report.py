@@ -118,7 +118,8 @@ class Report:
         with self.lock:
             self.items(step)
             self.data["steps"][step] |= {"description": description, "skipped": skipped}
-            print(f"\n== {step}: {f'left out: {skipped}' if skipped else description}", flush=True)
+            clock = datetime.datetime.now().strftime("%H:%M:%S")
+            print(f"\n== {clock} {step}: {f'left out: {skipped}' if skipped else description}", flush=True)
             self.write()
 
     def begin(self, step: str, item: Item) -> None:

@@ -21,18 +21,18 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
+from . import ROOT
 from .items import Batch, Item, Setup
-from .machine import ROOT
 
 SEPARATOR = "\x1e"
 LAST_LINES = 25
 
 
 class Worker:
-    """The process of a batch, seen from gpu_check.py."""
+    """The process of a batch, seen from gpu_check.py; `module` is that of the step."""
 
-    def __init__(self, step: str, setup: Setup, batch: Batch, environment: dict[str, str]) -> None:
-        command = [*batch.prefix, sys.executable, "-m", "gpu.worker", step, json.dumps(asdict(setup))]
+    def __init__(self, module: str, setup: Setup, batch: Batch, environment: dict[str, str]) -> None:
+        command = [*batch.prefix, sys.executable, "-m", "gpu.worker", module, json.dumps(asdict(setup))]
         paths = [str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
         # The check does its own checking: no kernel is to be replaced by another without being seen.
         fixed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "SVIT_SELF_CHECK": "0", "PYTHONUNBUFFERED": "1"}
@@ -137,5 +137,5 @@ def work(run: Callable[..., Iterator[dict]], setup: Setup) -> None:
 
 
 if __name__ == "__main__":
-    step, setup = sys.argv[1:]
-    work(importlib.import_module(f"gpu.{step}").run, Setup(**json.loads(setup)))
+    module, setup = sys.argv[1:]
+    work(importlib.import_module(module).run, Setup(**json.loads(setup)))
