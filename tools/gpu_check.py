@@ -43,6 +43,9 @@ from gpu.report import CRASHED, CUT, FAILED, HUNG, OK, Report, ReportError  # no
 # In the order in which they run -> their modules.
 STEPS = {name: f"gpu.{name}" for name in ("build", "smoke", "kernels", "models", "tests", "sanitizer", "sweep")}
 
+# Seconds that the first item of a process gets beyond its limit, for imports and the GPU's context.
+START_LIMIT = 60.0
+
 
 class Run:
     """One call of the check: what still fits into its time, and the processes that are at work."""
@@ -104,7 +107,7 @@ class Run:
                 continue
             startup = 0.0
             if process is None:
-                process, startup = worker.Worker(STEPS[step], self.setup, batch, stage.environment), 60.0
+                process, startup = worker.Worker(STEPS[step], self.setup, batch, stage.environment), START_LIMIT
                 self.workers.add(process)
             if self.item(step, item, process, item.limit + startup):
                 last = item

@@ -198,8 +198,10 @@ class Runner:
         loss.backward()
 
     def prepare(self) -> dict:
-        """Compiles; and once eagerly, so that no kernel is left to compile."""
+        """Compiles; and once eagerly, so that no kernel is left to compile. A rehearsal compiles nothing."""
         errors = {}
+        if not self.on_gpu:
+            return {}
         for way, model in (("eager", self.model), ("compiled", self.compiled)):
             try:
                 self.step(model)
