@@ -2,12 +2,13 @@
 and the halves of a block as wholes.
 
 `functional.py` is for users, `reference.py` computes everything in PyTorch, `triton/` the parts in fused kernels,
-`cuda.py` with `csrc/` the wholes, `backends.py` chooses, `library.py` registers the ops as `torch.ops.svit`.
+`cuda.py` with `csrc/` the wholes, `backends.py` chooses, `verify.py` checks a backend before its first call,
+`library.py` registers the ops as `torch.ops.svit`.
 docs/ops.md explains them.
 """
 
 from . import cuda, library, onednn, triton
-from .backends import choose, info
+from .backends import choose, info, self_check
 from .functional import aggregate, associate, conv_ffn, depthwise3x3, sample, spread, super_token_attention
 
 if triton.triton is not None:  # else no fused op will run, and PyTorch would warn that it misses Triton
@@ -24,6 +25,7 @@ __all__ = [
     "library",
     "onednn",
     "sample",
+    "self_check",
     "spread",
     "super_token_attention",
 ]

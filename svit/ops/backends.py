@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch.autograd import forward_ad
 
-from . import cuda, reference, triton
+from . import cuda, reference, triton, verify
 
 # The first usable one is taken. `reference` serves everything.
 MODULES: dict[str, ModuleType] = {"cuda": cuda, "triton": triton}
@@ -86,13 +86,28 @@ def choose(op: str, x: torch.Tensor, backend: str | None = None, must: bool = Tr
 
 
 def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
-    """Runs `op` of a backend. One that was chosen, not asked for, may fail: then the next one runs, now and hereafter.
+    """Runs `op` of a backend, after its self-check (verify.py) at the first call.
 
-    The failures meant here are those of compiling and launching kernels. Lack of memory is not one of them; a caller's
-    error has been found before.
+    A backend that was chosen, not asked for, may fail: then the next one runs, now and hereafter. The failures meant
+    here are those of the self-check, and of compiling and launching kernels. Lack of memory is not one of them; a
+    caller's error has been found before.
+
+    Raises:
+        ValueError: the backend that was asked for does not serve x, or fails its self-check.
     """
     while True:
         name = choose(op, x, backend, **sizes)
+        if name != "reference":
+            case = verify.case_of(name, op, args)
+            problem_found = verify.problem(case, MODULES[name], x.device)
+            if problem_found is None:
+                name = "reference"
+            elif problem_found:
+                reason = f"it failed its self-check: {problem_found}"
+                if backend is not None:
+                    raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
+                leave_out(name, case, reason)
+                continue
         if name == "reference":
             results = getattr(reference, op)(*args)
             return results.contiguous() if torch.is_tensor(results) else tuple(t.contiguous() for t in results)
@@ -103,10 +118,46 @@ def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
         except Exception as error:
             if backend is not None or "out of memory" in str(error).lower():
                 raise
-            reason = f"it failed before: {type(error).__name__}: {error}"
-            failures[problem(name, op, x)] = reason
-            what = f"{op} of {x.shape[-1]} channels in {x.dtype}"
-            warnings.warn(f"svit.ops: the {name} backend is left out for {what} from now on, {reason}", stacklevel=2)
+            leave_out(name, case._replace(op=op), f"it failed before: {type(error).__name__}: {error}")
+
+
+def leave_out(name: str, case: verify.Case, reason: str) -> None:
+    """Keeps a backend from being chosen again for an op, its channels and dtype, and warns."""
+    for op in (case.op, f"{case.op}_backward"):
+        failures[name, op, case.channels, case.dtype] = reason
+    what = f"{case.op} of {case.channels} channels in {case.dtype}"
+    warnings.warn(f"svit.ops: the {name} backend is left out for {what} from now on, {reason}", stacklevel=3)
+
+
+def self_check(device: str | torch.device | None = None) -> list[verify.Row]:
+    """Runs every fused op on `device` against the reference, forward and backward, at the shapes of SViT-S, B and L.
+
+    One small padded map a shape, in float32, bfloat16 and float16. The verdicts are kept, and replace those of an
+    earlier check (see verify.py). Nothing is drawn from PyTorch's random state.
+
+    Args:
+        device: the current GPU if None, or the CPU where there is none, on which only an interpreted backend runs.
+
+    Returns:
+        rows (op, channels, cell, dtype, backend, ok, error, form, reason), `error` relative to the largest value; none
+        where no fused backend serves the device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.empty(0, device=device).device  # with its index
+    cases = checkable(device)
+    return [verify.check_and_keep(case, MODULES[name], device) for name in cases for case in cases[name]]
+
+
+def checkable(device: torch.device) -> dict[str, list[verify.Case]]:
+    """The published cases of each backend that serves `device`, asked for by name or not."""
+    found = {}
+    for name, kernels in MODULES.items():
+        cases = verify.published_cases(name, kernels.OPS, (torch.float32, torch.bfloat16, torch.float16))
+        served = [case for case in cases if verify.serves(kernels, case, device)]
+        if served and hasattr(kernels, "fingerprint"):
+            found[name] = served
+    return found
 
 
 def info() -> None:
@@ -119,6 +170,8 @@ def info() -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             print(f"{device:8} {str(dtype).removeprefix('torch.'):8} -> {choice('sample', device, dtype)}")
         print(f"{device:8} half a block in one kernel -> {choice('conv_ffn', device, torch.bfloat16, hidden=256)}")
+        for name in checkable(torch.device(device)):
+            print(f"{device:8} self-check of {name}: {verify.summary(name, MODULES[name], torch.device(device))}")
 
 
 def choice(op: str, device: str, dtype: torch.dtype, **sizes) -> str:

@@ -4,8 +4,10 @@ It has the two halves of a block as wholes, for the sizes of the published model
 """
 
 import ctypes
+import hashlib
 import itertools
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -60,7 +62,20 @@ def load(path: Path) -> tuple[Compiled | None, str]:
     return found, f"cuda kernels of {path.name}"
 
 
-compiled, version = load(Path(__file__).with_name("_cuda.so"))
+PATH = Path(__file__).with_name("_cuda.so")
+compiled, version = load(PATH)
+
+
+@lru_cache(maxsize=1)
+def build() -> str:
+    """A digest of the compiled library."""
+    return hashlib.sha256(PATH.read_bytes()).hexdigest()[:16]
+
+
+def fingerprint(device: torch.device) -> str:
+    """What a verdict of the self-check on `device` holds for."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda kernels {build()}, sm_{major}{minor}"
 
 
 def usable(op: str, x: Tensor, cell: tuple[int, int] = (1, 1), num_heads: int = 1, hidden: int = 0) -> tuple[bool, str]:

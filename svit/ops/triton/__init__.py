@@ -1,12 +1,17 @@
 """The Triton backend: any GPU that Triton serves; with TRITON_INTERPRET=1 in the environment the CPU too, for tests."""
 
+import hashlib
+import marshal
 import os
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
 try:
     import triton
 
+    from . import kernels
     from .launch import (
         aggregate,
         associate,
@@ -27,6 +32,7 @@ __all__ = [
     "associate",
     "depthwise3x3",
     "depthwise3x3_backward",
+    "fingerprint",
     "sample",
     "sample_backward",
     "spread",
@@ -76,3 +82,22 @@ def has_old_gpu(x: torch.Tensor) -> bool:
     if torch.version.hip is not None or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability(x.device) < (8, 0)
+
+
+@lru_cache(maxsize=1)
+def build() -> str:
+    """Triton's version and a digest of what is launched: the kernels as they stand in memory, and their launches."""
+    digest = hashlib.sha256(Path(__file__).with_name("launch.py").read_bytes())
+    for name, kernel in sorted(vars(kernels).items()):
+        if hasattr(kernel, "fn"):
+            digest.update(name.encode() + marshal.dumps(kernel.fn.__code__))
+    return f"{version}, kernels {digest.hexdigest()[:16]}"
+
+
+def fingerprint(device: torch.device) -> str:
+    """What a verdict of the self-check on `device` holds for."""
+    if device.type != "cuda":
+        return f"{build()}, interpreted"
+    properties = torch.cuda.get_device_properties(device)
+    architecture = getattr(properties, "gcnArchName", None) or f"sm_{properties.major}{properties.minor}"
+    return f"{build()}, {architecture}"

@@ -1,5 +1,5 @@
 """The kernels run on a GPU, or on the CPU in Triton's interpreter, which must be asked for before Triton is imported:
-test_interpreter.py starts a process of its own for test_kernels.py."""
+test_interpreter.py starts a process of its own for test_kernels.py and test_self_check.py."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from svit.ops import triton
 if triton.triton is None:
     collect_ignore_glob = ["test_*.py"]
 elif not (torch.cuda.is_available() or triton.INTERPRETED):
-    collect_ignore = ["test_kernels.py"]
+    collect_ignore = ["test_kernels.py", "test_self_check.py"]
 
 
 @pytest.fixture
@@ -21,6 +21,12 @@ def device() -> str:
 def float32_is_float32(monkeypatch):
     """Nor do PyTorch's convolutions round to TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
+def no_self_check(monkeypatch):
+    """Kernels run where a test calls them, and nowhere else."""
+    monkeypatch.setenv("SVIT_SELF_CHECK", "0")
 
 
 @pytest.fixture(autouse=True)

@@ -8,14 +8,14 @@ import pytest
 
 from svit.ops import triton
 
-TESTS = Path(__file__).with_name("test_kernels.py")
+TESTS = [Path(__file__).with_name(name) for name in ("test_kernels.py", "test_self_check.py")]
 
 
 @pytest.mark.skipif(triton.INTERPRETED, reason="this is the interpreter's process")
 def test_kernels_in_the_interpreter():
-    """Runs test_kernels.py on the CPU. Triton decides when it is imported, so in a process of its own."""
+    """Runs `TESTS` on the CPU. Triton decides when it is imported, so in a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", str(TESTS), "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *map(str, TESTS), "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
