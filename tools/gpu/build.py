@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-import torch
-
 from . import ROOT
 from .items import Batch, Item, Setup, Stage
 from .machine import find_tool
@@ -39,6 +37,8 @@ def run(setup: Setup) -> Iterator[dict]:
     if setup.rehearsal:
         command.append("--help")
     else:
+        import torch
+
         major, minor = torch.cuda.get_device_capability()
         environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
     status = subprocess.run(command, cwd=ROOT, env=environment).returncode
