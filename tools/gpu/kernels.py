@@ -7,7 +7,7 @@ import torch
 from svit.ops.verify import TOLERANCE
 
 from .items import Batch, Item, Setup, Stage, chunks
-from .ops import SHAPES, TINY, Call, Shape, call_of, largest_error, launches, ops_of
+from .ops import SHAPES, TINY, Call, Shape, call_of, largest_error, launches
 from .timing import compiler, copy_rate, launch_microseconds, microseconds
 
 DESCRIPTION = (
@@ -21,8 +21,8 @@ def stages(setup: Setup) -> list[Stage]:
     def items(action: str, **options) -> list[Item]:
         return [
             Item(f"{action} {name}, {shape}", {"action": action, "op": name, "shape": shape}, **options)
-            for shape in (TINY if setup.rehearsal else SHAPES)
-            for name in ops_of(shape)
+            for shape, ops in (TINY if setup.rehearsal else SHAPES).items()
+            for name in ops
         ]
 
     compiling = chunks(items("compile", estimate=15, limit=90), setup.cores)

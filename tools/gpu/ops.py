@@ -27,19 +27,6 @@ class Shape(NamedTuple):
         return f"{self.batch}x{self.height}x{self.width}x{self.channels}{cell}"
 
 
-# Stages 1 and 2 of SViT-S, then of B and L, at 224; then of S at 800 x 1280. Stages 3 and 4 have no super tokens.
-SHAPES = [
-    Shape(128, 56, 56, 64, (8, 8), 1),
-    Shape(128, 28, 28, 128, (4, 4), 2),
-    Shape(128, 56, 56, 96, (8, 8), 2),
-    Shape(128, 28, 28, 192, (4, 4), 3),
-    Shape(128, 14, 14, 320),
-    Shape(128, 7, 7, 512),
-    Shape(2, 200, 320, 64, (8, 8), 1),
-    Shape(2, 100, 160, 128, (4, 4), 2),
-]
-TINY = [Shape(1, 4, 6, 8, (4, 4), 1)]
-
 SUPER_TOKEN_OPS = ("sample", "sample_backward", "aggregate", "spread", "super_token_attention")
 # "gelu": on the hidden channels of the conv-FFN, of which there are four times as many.
 OTHER_OPS = (
@@ -51,13 +38,22 @@ OTHER_OPS = (
 )
 
 
+STEM_OPS = ("bias_gelu_affine",)
 REHEARSED_OPS = ("super_token_attention", "depthwise3x3_backward gelu", "conv_ffn")
 
-
-def ops_of(shape: Shape) -> tuple[str, ...]:
-    if shape in TINY:
-        return REHEARSED_OPS
-    return OTHER_OPS if shape.cell is None else (*SUPER_TOKEN_OPS, *OTHER_OPS)
+# Stages 1 and 2 of SViT-S, then of B and L, at 224; then of S at 800 x 1280. Stages 3 and 4 have no super tokens.
+SHAPES = {
+    Shape(128, 56, 56, 64, (8, 8), 1): SUPER_TOKEN_OPS + OTHER_OPS,
+    Shape(128, 28, 28, 128, (4, 4), 2): SUPER_TOKEN_OPS + OTHER_OPS,
+    Shape(128, 56, 56, 96, (8, 8), 2): SUPER_TOKEN_OPS + OTHER_OPS,
+    Shape(128, 28, 28, 192, (4, 4), 3): SUPER_TOKEN_OPS + OTHER_OPS,
+    Shape(128, 14, 14, 320): OTHER_OPS,
+    Shape(128, 7, 7, 512): OTHER_OPS,
+    Shape(128, 112, 112, 32): STEM_OPS,
+    Shape(2, 200, 320, 64, (8, 8), 1): SUPER_TOKEN_OPS + OTHER_OPS,
+    Shape(2, 100, 160, 128, (4, 4), 2): SUPER_TOKEN_OPS + OTHER_OPS,
+}
+TINY = {Shape(1, 4, 6, 8, (4, 4), 1): REHEARSED_OPS}
 
 
 @dataclass
@@ -105,7 +101,7 @@ class Call:
 
 
 def call_of(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Call:
-    """A call of op `name`, one of `ops_of(shape)`, on maps of that shape; parameters are float32 as in training."""
+    """A call of op `name`, one of those of `SHAPES`, on maps of that shape; parameters are float32 as in training."""
     B, H, W, C = shape[:4]
     op, _, gelu = name.partition(" ")
     generator = torch.Generator(device).manual_seed(0)
@@ -117,6 +113,8 @@ def call_of(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Call:
         weights = noise(4 * C, C, scale=C**-0.5), noise(4 * C), noise(4 * C, 1, 3, 3, scale=0.3), noise(4 * C)
         maps = (noise(B, H, W, C, dtype=dtype) for _ in range(2))
         return Call(op, (*maps, *weights, noise(C, 4 * C, scale=0.5 * C**-0.5), noise(C)))
+    if op == "bias_gelu_affine":
+        return Call(op, (noise(B, H, W, C, dtype=dtype), noise(C), noise(C), noise(C)))
     if op.startswith("depthwise3x3"):
         C = 4 * C if gelu else C
         x, taps = noise(B, H, W, C, dtype=dtype), noise(C, 1, 3, 3, scale=0.3)
@@ -155,8 +153,9 @@ class Launch(NamedTuple):
         """Least traffic: each tensor is read or written once."""
         return sum(t.nbytes for t in self.args if isinstance(t, Tensor))
 
-    def run(self) -> None:
-        self.kernel[(self.programs,)](*self.args, **self.constants)
+    def run(self) -> object:
+        """The compiled kernel; None in the interpreter."""
+        return self.kernel[(self.programs,)](*self.args, **self.constants)
 
 
 def launches(call: Call) -> list[Launch]:

@@ -6,7 +6,8 @@ instructions come of it, which some assemblers translate wrongly (docs/ops.md).
 
 import itertools
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -21,8 +22,9 @@ from .ops import SHAPES, TINY, Call, Launch, Shape, call_of, largest_error, laun
 from .timing import microseconds
 
 DESCRIPTION = (
-    "the fastest right launch parameters, bfloat16; `line` stands so in a table of svit/ops/triton/launch.py; `now`: "
-    "with the parameters that it has"
+    "the fastest right launch parameters, bfloat16; `now`: time with the parameters that the kernel has; at the end "
+    "entries for the tables of svit/ops/triton/launch.py, each right and fastest over all sweeps that it serves, and "
+    "`x now`: their mean time over that of now"
 )
 
 # Op -> the kernels whose parameters are swept in it; `aggregate` shares those of `sample`.
@@ -35,65 +37,58 @@ KERNELS = {
     "depthwise3x3 gelu": ("depthwise",),
     "depthwise3x3_backward gelu": ("depthwise", "depthwise_taps"),
 }
+REHEARSED = ("spread", "depthwise3x3")
 BANNED = ("wgmma", "tcgen05")
+
+# (table, key) -> setting -> times over those of the rule, of each sweep; for the items of one process.
+Key = tuple[str, tuple]
+ratios: dict[Key, dict[tuple[int, ...], list[float]]] = {}
 
 
 def stages(setup: Setup) -> list[Stage]:
+    square = {shape: ops for shape, ops in SHAPES.items() if shape.height == shape.width}
+    shapes = dict.fromkeys(TINY, REHEARSED) if setup.rehearsal else square
+
     def items(action: str, **options) -> list[Item]:
         return [
             Item(f"{action} {op}, {shape}", {"action": action, "op": op, "shape": shape}, **options)
-            for shape in (TINY if setup.rehearsal else SHAPES)
-            for op in (("spread", "depthwise3x3") if setup.rehearsal else KERNELS)
-            if shape.cell is not None or op.startswith("depthwise")
+            for shape, ops in shapes.items()
+            for op in KERNELS
+            if op in ops
         ]
 
-    timing = Stage([Batch(items("sweep", estimate=10, limit=90))])
+    timing = Stage([Batch([*items("sweep", estimate=10, limit=90), Item("tables", {"action": "tables"})])])
     if setup.rehearsal:
         return [timing]
     return [Stage(chunks(items("compile", estimate=30, limit=120), setup.cores), parallel=setup.cores), timing]
 
 
-def candidates(launch: Launch, shape: Shape, rehearsal: bool) -> list[dict[str, int]]:
-    """Constants to try in place of those of a launch."""
-    if "ROWS" in launch.constants:  # depthwise
-        rows = [n for n in (4, 7, 14, 28, 56) if n <= max(shape.height, 4)]
-        choices = {"ROWS": rows, "BLOCK_W": [8, 16, 32], "num_warps": [2, 4, 8]}
-    else:
-        pixels = max(triton.next_power_of_2(math.prod(shape.cell)), 16)
-        choices = {"BLOCK_P": [n for n in (16, 32, 64) if n <= pixels], "num_warps": [1, 2, 4, 8]}
-    found = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-    return found[:2] if rehearsal else found
+class Table:
+    """A table of launch.py: from what a launch is, to settings that replace those of its rule."""
 
+    def __init__(self, kernel: str, call: Call, shape: Shape) -> None:
+        x = call.args[1] if call.op.endswith("backward") else call.args[0]
+        if kernel.startswith("depthwise"):
+            self.name, self.key = "STRIP_SETTINGS", (kernel, x.shape[-1], x.element_size())
+            # columns, warps, rows at most
+            self.choices = (8, 16, 32), (1, 2, 4, 8), [n for n in (14, 28, 56) if n < 2 * shape.height]
+        else:
+            self.name, self.key = "SETTINGS", (kernel, shape.channels, *shape.cell, x.element_size())
+            # pixels at a time, warps
+            pixels = max(triton.next_power_of_2(math.prod(shape.cell)), 16)
+            self.choices = [n for n in (16, 32, 64) if n <= pixels], (1, 2, 4, 8)
 
-def strip_launch(x: torch.Tensor, halo: int, constants: dict[str, int]) -> tuple[int, int, dict[str, int]]:
-    """As launch.py's, with these constants."""
-    B, H, W, C = x.shape
-    rows, columns = -(-H // constants["ROWS"]), -(-W // (constants["BLOCK_W"] - halo))
-    strips = B * rows * columns
-    return strips, strips * -(-C // constants["BLOCK_C"]), constants
+    def settings(self) -> list[tuple[int, ...]]:
+        return list(itertools.product(*self.choices))
 
-
-@contextmanager
-def override(kernel: str, constants: dict[str, int]) -> Iterator[None]:
-    """Other constants for the launches of a kernel."""
-    launch, strips = launching.launch, launching.strip_launch
-
-    def launch_with(function, programs, like, *args, **given):
-        given |= constants if function.__name__ == kernel else {}
-        launch(function, programs, like, *args, **given)
-
-    def strips_with(x, choices, halo):
-        found = strips(x, choices, halo)
-        if kernel == ("depthwise" if halo else "depthwise_taps"):
-            return strip_launch(x, halo, found[2] | constants)
-        return found
-
-    with mock.patch.multiple(launching, launch=launch_with, strip_launch=strips_with):
-        yield
+    @contextmanager
+    def holding(self, setting: tuple[int, ...]) -> Iterator[None]:
+        with mock.patch.dict(getattr(launching, self.name), {self.key: setting}):
+            yield
 
 
 def is_banned(launch: Launch) -> bool:
-    compiled = launch.kernel[(launch.programs,)](*launch.args, **launch.constants)
+    compiled = launch.run()
     code = "" if compiled is None else compiled.asm["ptx"]  # None: in the interpreter
     return any(name in code for name in BANNED)
 
@@ -102,62 +97,90 @@ def find(found: list[Launch], kernel: str) -> Launch:
     return next(launch for launch in found if launch.name == kernel)
 
 
-def line(kernel: str, shape: Shape, itemsize: int, gelu: bool, setting: dict[str, int]) -> str:
-    """An entry of launch.py's table."""
-    if "ROWS" in setting:
-        channels = 4 * shape.channels if gelu else shape.channels
-        key = kernel, channels, shape.height, shape.width, itemsize
-    else:
-        key = kernel, shape.channels, *shape.cell, itemsize
-    return f"{key!r}: {tuple(setting.values())!r},".replace("'", '"')
-
-
 @torch.no_grad()
-def run(setup: Setup, action: str, op: str, shape: list) -> Iterator[dict]:
+def run(setup: Setup, action: str, op: str = "", shape: list | None = None) -> Iterator[dict]:
+    if action == "tables":
+        yield from entries()
+        return
     dtype = torch.float32 if setup.rehearsal else torch.bfloat16
     size = Shape(*shape[:4], shape[4] and tuple(shape[4]), shape[5])
     call = call_of(op, size, dtype, setup.device)
-    before = launches(call)
-    expected = call.reference()()
     for kernel in KERNELS[op]:
-        now = find(before, kernel)
-        settings = candidates(now, size, setup.rehearsal)
+        table = Table(kernel, call, size)
+        settings = table.settings()[:2] if setup.rehearsal else table.settings()
         if action == "compile":
             for setting in settings:
-                with override(kernel, setting):
-                    launches(call)
-            continue
-        yield best(call, expected, now, settings, size, op.endswith("gelu"), setup.device)
+                attempt(table, setting, call, lambda launch: None)
+        else:
+            yield best(table, settings, call, size, setup.device)
 
 
-def best(call: Call, expected, now: Launch, settings: list[dict], shape: Shape, gelu: bool, device: str) -> dict:
-    tolerance = TOLERANCE[call.args[0].dtype]
-    current = microseconds(now.run, device)
-    times, banned, wrong, failed = [], 0, 0, 0
-    for setting in settings:
-        try:
-            with override(now.name, setting):
-                launch = find(launches(call), now.name)
-                if is_banned(launch):
-                    banned += 1
-                elif not largest_error(call.fused("triton")(), expected) <= tolerance:
-                    wrong += 1
-                else:
-                    times.append((microseconds(launch.run, device), settings.index(setting)))
-        except triton.runtime.errors.OutOfResources:  # registers or shared memory
-            failed += 1
-    us, index = min(times, default=(math.nan, 0))
+def attempt(table: Table, setting: tuple[int, ...], call: Call, use: Callable[[Launch], None]) -> str:
+    """Has `use` do something with a launch of the kernel under a setting; why it cannot be used, or ""."""
+    try:
+        with table.holding(setting):
+            launch = find(launches(call), table.key[0])
+            if is_banned(launch):
+                return "banned"
+            use(launch)
+    except ValueError:  # launch.py knows that it is banned
+        return "banned"
+    except triton.runtime.errors.OutOfResources:
+        return "too large"
+    except RuntimeError as error:  # the compiler's; a GPU that has met an error is of no more use to this process
+        if "PassManager" not in str(error):
+            raise
+        return "not compiled"
+    return ""
+
+
+def best(table: Table, settings: list[tuple[int, ...]], call: Call, shape: Shape, device: str) -> dict:
+    tolerance, expected = TOLERANCE[call.args[0].dtype], call.reference()()
+    times: dict[tuple[int, ...], float] = {}
+    wrong = []
+
+    def measure(launch: Launch) -> None:
+        if largest_error(call.fused("triton")(), expected) <= tolerance:
+            times[setting] = microseconds(launch.run, device, 25)
+        else:
+            wrong.append(setting)
+
+    now = microseconds(find(launches(call), table.key[0]).run, device, 25)
+    refused = []
+    for setting in settings:  # which `measure` sees
+        refused.append(attempt(table, setting, call, measure))
+    fastest = min(times, key=times.get, default=None)
+    sweeps = ratios.setdefault((table.name, table.key), {setting: [] for setting in settings})
+    for setting in list(sweeps):
+        if setting not in times:
+            del sweeps[setting]  # not right everywhere
+        else:
+            sweeps[setting].append(times[setting] / now)
     return {
-        "kernel": now.name,
+        "kernel": table.key[0],
         "in": call.op,
         "shape": str(shape),
-        "line": line(now.name, shape, call.args[0].element_size(), gelu, settings[index]) if times else "",
-        "us": us,
-        "now us": current,
-        "now": ", ".join(f"{key} {now.constants[key]}" for key in settings[0]),
+        "fastest": str(fastest),
+        "us": times.get(fastest),
+        "now us": now,
         "right": len(times),
-        "wrong": wrong,
-        "wgmma": banned,
-        "too large": failed,
-        "ok": wrong == 0,
+        "wrong": " ".join(map(str, wrong)),
+        "wgmma": refused.count("banned"),
+        "too large": refused.count("too large"),
+        "not compiled": refused.count("not compiled"),
+        "ok": not wrong,
     }
+
+
+def entries() -> Iterator[dict]:
+    """Entries of launch.py's tables, each with its mean time over that of the rule."""
+    for (table, key), sweeps in ratios.items():
+        means = {setting: math.exp(statistics.fmean(map(math.log, each))) for setting, each in sweeps.items()}
+        if means:
+            fastest = min(means, key=means.get)
+            yield {
+                "table": table,
+                "entry": f"{key!r}: {fastest!r},".replace("'", '"'),
+                "x now": means[fastest],
+                "sweeps": len(sweeps[fastest]),
+            }

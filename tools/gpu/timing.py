@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 
 
-def microseconds(call: Callable[[], object], device: str) -> float:
-    """Median time of a call on the GPU: CUDA events, the L2 cache emptied before each."""
+def microseconds(call: Callable[[], object], device: str, ms: int = 100) -> float:
+    """Median time of a call on the GPU, of those that take about `ms`: CUDA events, the L2 cache emptied before each."""
     if device == "cuda":
         from triton.testing import do_bench
 
-        return 1e3 * do_bench(call, warmup=25, rep=100, return_mode="median")
+        return 1e3 * do_bench(call, warmup=ms // 4, rep=ms, return_mode="median")
     start = time.perf_counter()
     call()
     return 1e6 * (time.perf_counter() - start)
