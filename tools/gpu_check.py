@@ -107,7 +107,9 @@ class Run:
                 continue
             startup = 0.0
             if process is None:
-                process, startup = worker.Worker(STEPS[step], self.setup, batch, stage.environment), START_LIMIT
+                threads = {"OMP_NUM_THREADS": "1"} if stage.parallel > 1 else {}
+                process = worker.Worker(STEPS[step], self.setup, batch, threads | stage.environment)
+                startup = START_LIMIT
                 self.workers.add(process)
             if self.item(step, item, process, item.limit + startup):
                 last = item

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ GPU = Setup(rehearsal=False, report="report", cores=16)
 STEP = """
 import os, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from gpu.items import Batch, Item, Stage
 
 DESCRIPTION = "does what it is told"
@@ -378,9 +380,53 @@ def test_largest_error():
     assert ops.largest_error((a, a * float("nan")), (a, a)) == float("inf")
 
 
-def test_entries_of_the_launch_table():
-    shape = ops.Shape(128, 56, 56, 64, (8, 8), 1)
-    assert sweep.line("spread", shape, 2, False, {"BLOCK_P": 16, "num_warps": 2}) == '("spread", 64, 8, 8, 2): (16, 2),'
+@pytest.fixture
+def swept(monkeypatch):
+    """A function: the error and the time of each setting of `spread` -> what a sweep of them finds."""
+    monkeypatch.setattr(sweep.launching, "SETTINGS", {}, raising=False)
+    monkeypatch.setattr(sweep, "ratios", {})
+    shape = ops.Shape(1, 8, 8, 64, (8, 8), 1)
+    call = ops.call_of("spread", shape, torch.float32, "cpu")
+    table = sweep.Table("spread", call, shape)
+
+    def run(errors: dict, seconds: dict, banned: tuple = ()) -> dict:
+        now = lambda: sweep.launching.SETTINGS.get(table.key, "now")  # noqa: E731
+        monkeypatch.setattr(call, "fused", lambda backend: lambda: call.reference()() * (1 + errors.get(now(), 0)))
+        monkeypatch.setattr(sweep, "launches", lambda call: [SimpleNamespace(name="spread", run=now)])
+        monkeypatch.setattr(sweep, "is_banned", lambda launch: now() in banned)
+        monkeypatch.setattr(sweep, "microseconds", lambda call, *_: seconds[call()])
+        return sweep.best(table, list(seconds)[1:], call, shape, "cpu")
+
+    return run
+
+
+def test_the_fastest_right_setting_is_found(swept):
+    seconds = {"now": 10.0, (16, 1): 8.0, (16, 2): 5.0, (64, 4): 3.0, (64, 8): 2.0}
+    found = swept({(64, 8): 0.5}, seconds, banned=((64, 4),))
+    assert found["fastest"] == "(16, 2)"
+    assert (found["us"], found["now us"], found["right"], found["wgmma"]) == (5.0, 10.0, 2, 1)
+    assert found["wrong"] == "(64, 8)"
+    assert found["ok"] is False
+    assert list(sweep.entries()) == [
+        {"table": "SETTINGS", "entry": '("spread", 64, 8, 8, 4): (16, 2),', "x now": 0.5, "sweeps": 1}
+    ]
+
+
+def test_an_entry_is_right_in_every_sweep_that_it_serves(swept):
+    swept({}, {"now": 10.0, (16, 1): 8.0, (16, 2): 5.0})
+    swept({(16, 2): 0.5}, {"now": 10.0, (16, 1): 2.0, (16, 2): 1.0})
+    (entry,) = sweep.entries()
+    assert entry["entry"] == '("spread", 64, 8, 8, 4): (16, 1),'
+    assert entry["x now"] == pytest.approx(0.4)  # the geometric mean of 0.8 and 0.2
+    assert entry["sweeps"] == 2
+
+
+def test_tables_have_the_keys_of_launch(monkeypatch):
+    shape = ops.Shape(128, 56, 56, 96, (8, 8), 2)
+    call = ops.Call("depthwise3x3_backward", (None, torch.empty(1, 1, 1, 384, dtype=torch.bfloat16), None, True))
+    table = sweep.Table("depthwise_taps", call, shape)
+    assert (table.name, table.key) == ("STRIP_SETTINGS", ("depthwise_taps", 384, 2))
+    assert (8, 4, 28) in table.settings()
 
 
 @pytest.mark.parametrize(

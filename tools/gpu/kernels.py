@@ -89,6 +89,7 @@ def times(call: Call, op: str, shape: Shape, device: str) -> Iterator[dict]:
 
 def comparison(call: Call, op: str, shape: Shape, device: str) -> dict:
     """The fused op beside torch.compile of the reference."""
+    torch.compiler.reset()  # one function is compiled for many shapes: at some number it would run eagerly
     compiled = call.reference(compiler(device))
     compiled()
     us, other = microseconds(call.fused(call.backends()[-1]), device), microseconds(compiled, device)

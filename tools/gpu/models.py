@@ -6,6 +6,7 @@ several rounds, so that a slow moment meets them all; after its turn a model giv
 
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ DESCRIPTION = (
 WAYS = ("eager", "compiled", "graph")
 PEERS = ("resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224", "caformer_s18", "mambaout_tiny")
 ROUNDS, RUNS = 4, 5
+LIMITS, LIMIT = {"prepare": 240}, 60  # seconds in which a model has to answer
 
 # Least ms of a forward pass at a copy rate of 4.3 TB/s, super-token attention, depthwise convolutions and attention
 # fused, each step moving its bytes once: (model, height, batch) -> ms.
@@ -86,7 +88,7 @@ def stages(setup: Setup) -> list[Stage]:
             item("svit_base", square, 128, True),
             item("svit_large", square, 128, True),
         ]
-    return [Stage([Batch(items)])]
+    return [Stage([Batch(items)], environment={"TORCHINDUCTOR_COMPILE_THREADS": "4"})]
 
 
 def run(setup: Setup, specs: list[str], size: list[int], batch: int, train: bool) -> Iterator[dict]:
@@ -155,13 +157,20 @@ class Model:
     def ask(self, way: str) -> None:
         if way in self.errors:
             return
+        limit = LIMITS.get(way, LIMIT)
         try:
             self.process.stdin.write(f"{way}\n")
             self.process.stdin.flush()
-            answer = self.process.stdout.readline()
+            answers = select.select([self.process.stdout], [], [], limit)[0]
+            line = self.process.stdout.readline() if answers else ""
         except BrokenPipeError:
-            answer = ""
-        answer = json.loads(answer) if answer else {"error": f"its process ended: {self.process.poll()}"}
+            answers, line = True, ""
+        if not answers:
+            self.process.kill()
+        if line:
+            answer = json.loads(line)
+        else:
+            answer = {"error": f"its process {'ended' if answers else f'gave no answer within {limit} s'}"}
         self.note = answer.get("note", self.note)
         if "error" in answer:
             for each in WAYS if way == "prepare" else (way,):

@@ -89,6 +89,8 @@ def run(setup: Setup, case: list | None = None, clusters: bool = False) -> Itera
         "error": row.error,
         "reason": row.reason,
     }
+    if setup.device == "cuda":
+        torch.cuda.synchronize()  # raises if a kernel has broken this context: the next case gets a new process
 
 
 def occupancy() -> Iterator[dict]:

@@ -9,7 +9,7 @@ import torch
 
 
 def microseconds(call: Callable[[], object], device: str, ms: int = 100) -> float:
-    """Median time of a call on the GPU, of those that take about `ms`: CUDA events, the L2 cache emptied before each."""
+    """Median time of a call on the GPU, of as many as take `ms`: CUDA events, the L2 cache emptied before each."""
     if device == "cuda":
         from triton.testing import do_bench
 
