@@ -94,7 +94,7 @@ class Run:
 
     def batch(self, step: str, stage: Stage, batch: Batch) -> None:
         """Does the items that are not done yet, in one process as long as it lives."""
-        process, last = None, None
+        process, last, left_out = None, None, []
         for item in batch.items:
             if self.stopped.is_set():
                 break
@@ -102,8 +102,7 @@ class Run:
                 continue
             needed = item.estimate + (START if process is None else 0)
             if needed > self.left():
-                reason = f"for lack of time: it takes up to {needed:.0f} s, {max(self.left(), 0):.0f} s were left"
-                self.report.leave_out(step, item, reason)
+                left_out.append(item)
                 continue
             startup = 0.0
             if process is None:
@@ -116,6 +115,8 @@ class Run:
             else:
                 self.end(process)
                 process, last = None, None
+        if left_out:
+            self.report.leave_out(step, left_out, f"for lack of time, with {max(self.left(), 0):.0f} s left")
         if process is not None:
             status = process.finish(60.0)
             self.workers.discard(process)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -175,14 +176,14 @@ def test_what_does_not_fit_into_the_time_is_left_out(told, tmp_path, monkeypatch
     monkeypatch.setattr(gpu_check, "START", 1.0)
     assert main(monkeypatch, "--out", out, "--minutes", 0.1) == 0
     assert {name: item["status"] for name, item in items(out).items()} == {"long": "left out", "short": "ok"}
-    assert "for lack of time: it takes up to 101 s, 6 s were left" in items(out)["long"]["reason"]
+    assert items(out)["long"]["reason"].startswith("for lack of time, with ")
     # It was to end in time, and did not.
     statuses = {name: item["status"] for name, item in items(out, "tests").items()}
     assert statuses == {"hang": "cut", "after": "left out"}
     assert calls(tmp_path) == ["short", "hang"]
-    assert "smoke: long: left out: for lack of time" in capsys.readouterr().out
+    assert re.search("^smoke: left out for lack of time, with . s left: long$", capsys.readouterr().out, re.MULTILINE)
     (page,) = out.glob("*.md")
-    assert "Left out, for lack of time: it takes up to 101 s, 6 s were left: long." in page.read_text()
+    assert re.search("^Left out for lack of time, with . s left: long.$", page.read_text(), re.MULTILINE)
 
 
 def test_a_process_that_ends_badly_after_its_last_item(told, tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ FLOOR_RATE = 4300.0  # GB/s
 def forms(name: str, train: bool, rehearsal: bool) -> list[str]:
     """Specs of tools/benchmark.py: the upstream form, which the ratios refer to, and ours."""
     if rehearsal:  # in the interpreter a backward of the kernels would take half a minute
-        return [f"upstream:{name}", f"reference:{name}" if train else name]
+        return [f"upstream:{name}", f"reference:{name}"] if train else [name]
     found = [f"upstream:{name}", name]
     if not train:
         found.append(f"folded:{name}")

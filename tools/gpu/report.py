@@ -146,10 +146,11 @@ class Report:
                 print(f"{step}: {item.name}: {status.upper()} {reason}\n{output}".rstrip(), flush=True)
             self.write()
 
-    def leave_out(self, step: str, item: Item, reason: str) -> None:
+    def leave_out(self, step: str, items: list[Item], reason: str) -> None:
         with self.lock:
-            self.items(step)[item.name] = {"status": LEFT_OUT, "reason": reason, "seconds": None, "findings": []}
-            print(f"{step}: {item.name}: left out: {reason}", flush=True)
+            for item in items:
+                self.items(step)[item.name] = {"status": LEFT_OUT, "reason": reason, "seconds": None, "findings": []}
+            print(f"{step}: left out {reason}: {'; '.join(item.name for item in items)}", flush=True)
             self.write()
 
     def bad(self) -> list[str]:
@@ -163,7 +164,7 @@ class Report:
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for suffix, text in ((".json", json.dumps(self.data, indent=1)), (".md", self.markdown())):
+        for suffix, text in ((".json", json.dumps(self.data)), (".md", self.markdown())):
             with replacing(Path(f"{self.path}{suffix}")) as part:
                 part.write_text(text + "\n", encoding="utf-8")
 
@@ -197,7 +198,7 @@ class Report:
         for name, item in items.items():
             if item["status"] == LEFT_OUT:
                 reasons.setdefault(item["reason"], []).append(name)
-        parts += [f"Left out, {reason}: {'; '.join(names)}." for reason, names in reasons.items()]
+        parts += [f"Left out {reason}: {'; '.join(names)}." for reason, names in reasons.items()]
         if rows := [finding for item in items.values() for finding in item["findings"]]:
             parts.append(tables(rows))
         return parts
