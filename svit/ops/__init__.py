@@ -9,7 +9,16 @@ docs/ops.md explains them.
 
 from . import cuda, library, onednn, triton
 from .backends import choose, info, self_check
-from .functional import aggregate, associate, conv_ffn, depthwise3x3, sample, spread, super_token_attention
+from .functional import (
+    aggregate,
+    associate,
+    bias_gelu_affine,
+    conv_ffn,
+    depthwise3x3,
+    sample,
+    spread,
+    super_token_attention,
+)
 
 if triton.triton is not None:  # else no fused op will run, and PyTorch would warn that it misses Triton
     from . import flops  # noqa: F401
@@ -17,6 +26,7 @@ if triton.triton is not None:  # else no fused op will run, and PyTorch would wa
 __all__ = [
     "aggregate",
     "associate",
+    "bias_gelu_affine",
     "choose",
     "conv_ffn",
     "cuda",

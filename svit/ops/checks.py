@@ -82,6 +82,12 @@ def check_depthwise(x, weight, bias, gelu):
     expect(bias, "bias", (x.shape[3],), x)
 
 
+def check_bias_gelu_affine(x, bias, scale, shift):
+    expect_map(x)
+    for name, t in (("bias", bias), ("scale", scale), ("shift", shift)):
+        expect(t, name, (x.shape[3],), x)
+
+
 def expect_linear(weight, bias, name, outputs: int, inputs: int, x) -> None:
     expect(weight, f"{name}_weight", (outputs, inputs), x)
     expect(bias, f"{name}_bias", (outputs,), x)

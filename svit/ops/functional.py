@@ -204,6 +204,34 @@ def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, ba
         return torch.ops.svit.depthwise3x3(x, weight, bias, gelu, backend)
 
 
+def bias_gelu_affine(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, backend: str | None = None) -> Tensor:
+    """GELU(x + bias) * scale + shift, channel by channel: what follows a convolution of the stem at inference.
+
+    The bias is the convolution's, scale and shift are the BatchNorm's: weight / sqrt(var + eps) and
+    bias - mean * scale. A fused backend does it in one pass; where gradients are wanted, the reference runs.
+
+    Args:
+        x: map (B, H, W, C), the result of a convolution without its bias.
+        bias, scale, shift: (C,).
+        backend: see above.
+
+    Returns:
+        map (B, H, W, C), in the dtype of x; computed in float32 at least.
+
+    Raises:
+        ValueError: an argument of another shape or device, or a backend that does not serve them.
+    """
+    if torch.jit.is_scripting():
+        return reference.bias_gelu_affine(x, bias, scale, shift)
+    else:
+        if checked():
+            checks.check_bias_gelu_affine(x, bias, scale, shift)
+        differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in (x, bias, scale, shift))
+        if choose("bias_gelu_affine", x, backend) == "reference" or differentiates:
+            return reference.bias_gelu_affine(x, bias, scale, shift)
+        return torch.ops.svit.bias_gelu_affine(x, bias, scale, shift, backend)
+
+
 def super_token_attention(
     x: Tensor,
     cell: tuple[int, int],

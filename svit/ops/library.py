@@ -213,6 +213,28 @@ def refuse_second_derivative(name: str):
 for _name in ("sample", "depthwise3x3"):
     register_autograd(f"svit::{_name}_backward", refuse_second_derivative(_name))
 
+# What follows a convolution of the stem, at inference: its bias, GELU, and BatchNorm as scale and shift.
+
+
+define(
+    "bias_gelu_affine(Tensor x, Tensor bias, Tensor scale, Tensor shift) -> Tensor",
+    checks.check_bias_gelu_affine,
+)
+
+
+@register_fake("svit::bias_gelu_affine")
+def _(x, bias, scale, shift, backend=None):
+    return x.new_empty(x.shape)
+
+
+def refuse_gradient(name: str):
+    def backward(ctx, *grads):
+        raise RuntimeError(f"svit::{name} is for inference and has no gradient")
+
+    return backward
+
+
+register_autograd("svit::bias_gelu_affine", refuse_gradient("bias_gelu_affine"))
 
 # A block's halves as wholes. Attention: y = x + scale * attention(norm(x)), and what its backward wants if `keep`.
 
@@ -280,8 +302,4 @@ def attention_gradients(ctx, grad, *_):
 register_autograd("svit::super_token_attention", attention_gradients, setup_context=attention_context)
 
 
-def no_gradient(ctx, grad):
-    raise RuntimeError("svit::conv_ffn is for inference and has no gradient")
-
-
-register_autograd("svit::conv_ffn", no_gradient)
+register_autograd("svit::conv_ffn", refuse_gradient("conv_ffn"))

@@ -201,6 +201,13 @@ def depthwise3x3_backward(
     return dx.permute(0, 2, 3, 1).to(grad.dtype), dweight, dbias
 
 
+def bias_gelu_affine(x: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """GELU(x + bias) * scale + shift, float32 at least, to the dtype of x."""
+    u = widen(x)
+    u = F.gelu(u + bias.to(u.dtype))
+    return (u * scale.to(u.dtype) + shift.to(u.dtype)).to(x.dtype)
+
+
 def attend(
     s: torch.Tensor,
     qkv_weight: torch.Tensor,

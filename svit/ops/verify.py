@@ -192,6 +192,14 @@ def check_depthwise3x3(kernels: ModuleType, given: Inputs) -> Comparisons:
     yield from zip(("dx", "dweight", "dbias"), gradients, expected, strict=True)
 
 
+def check_bias_gelu_affine(kernels: ModuleType, given: Inputs) -> Comparisons:
+    C = given.case.channels
+    x, x64 = given.map(1, 1, 15, 17, C)
+    vectors = [given.parameter(seed, C) for seed in (5, 4, 11)]
+    ours, exact = zip(*vectors, strict=True)
+    yield "y", kernels.bias_gelu_affine(x, *ours), reference.bias_gelu_affine(x64, *exact)
+
+
 def check_super_token_attention(kernels: ModuleType, given: Inputs) -> Comparisons:
     C, (h, w) = given.case.channels, given.case.cell
     x, x64 = given.map(1, 2, 3 * h, 2 * w, C)
@@ -237,6 +245,7 @@ CHECKS: dict[str, Callable[[ModuleType, Inputs], Comparisons]] = {
     "spread": check_spread,
     "sample": check_sample,
     "depthwise3x3": check_depthwise3x3,
+    "bias_gelu_affine": check_bias_gelu_affine,
     "super_token_attention": check_super_token_attention,
     "conv_ffn": check_conv_ffn,
 }

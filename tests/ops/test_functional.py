@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from svit import ops
-from svit.ops import aggregate, associate, depthwise3x3, sample, spread
+from svit.ops import aggregate, associate, bias_gelu_affine, depthwise3x3, sample, spread
 
 X = torch.randn(2, 7, 9, 16, generator=torch.Generator().manual_seed(0))
 CELL = (4, 4)
@@ -52,6 +52,11 @@ def on_meta(t: torch.Tensor) -> torch.Tensor:
         (lambda: depthwise3x3(X, WEIGHT.flatten(1), BIAS), r"weight: expected \[16, 1, 3, 3\], got \[16, 9\]"),
         (lambda: depthwise3x3(X, WEIGHT, BIAS[:4]), r"bias: expected \[16\], got \[4\]"),
         (lambda: depthwise3x3(X, on_meta(WEIGHT), BIAS), "weight: expected it on cpu"),
+        (lambda: bias_gelu_affine(X[0], BIAS, BIAS, BIAS), r"x: expected .* map \(B, H, W, C\), got \[7, 9, 16\]"),
+        (lambda: bias_gelu_affine(X, BIAS[:4], BIAS, BIAS), r"bias: expected \[16\], got \[4\]"),
+        (lambda: bias_gelu_affine(X, BIAS, BIAS[None], BIAS), r"scale: expected \[16\], got \[1, 16\]"),
+        (lambda: bias_gelu_affine(X, BIAS, BIAS, on_meta(BIAS)), "shift: expected it on cpu"),
+        (lambda: bias_gelu_affine(X, BIAS, BIAS, BIAS, "triton"), "backend: 'triton' cannot run bias_gelu_affine here"),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -119,6 +124,26 @@ def test_info(capsys):
     out = capsys.readouterr().out
     assert torch.__version__ in out
     assert "cpu      float32  -> reference, not triton: " in out
+
+
+def test_bias_gelu_affine_is_what_follows_a_convolution():
+    conv, norm = torch.nn.Conv2d(16, 24, 3, padding=1), torch.nn.BatchNorm2d(24)
+    for t in (norm.weight, norm.bias, norm.running_mean):
+        torch.nn.init.normal_(t)
+    norm.running_var.uniform_(0.5, 2)
+    norm.eval()
+    x = X.permute(0, 3, 1, 2)
+    expected = norm(torch.nn.functional.gelu(conv(x))).permute(0, 2, 3, 1)
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    plain = torch.nn.functional.conv2d(x, conv.weight, padding=1).permute(0, 2, 3, 1).detach()
+    parameters = conv.bias, scale, norm.bias - norm.running_mean * scale
+    y = bias_gelu_affine(plain, *parameters)
+    torch.testing.assert_close(y, expected)
+    grads = [torch.autograd.grad(t.sum(), [conv.bias, norm.weight, norm.bias]) for t in (y, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
+    y = bias_gelu_affine(plain.bfloat16(), *parameters)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), bias_gelu_affine(plain.bfloat16().float(), *parameters), rtol=2**-8, atol=0)
 
 
 def test_parameters_may_be_wider_than_the_map():

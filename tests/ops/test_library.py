@@ -40,6 +40,7 @@ CALLS = {
     "depthwise3x3 with gelu": (leaf(X), leaf(TAPS), leaf(BIAS), True),
     "depthwise3x3_backward": (X, X, TAPS, False),
     "depthwise3x3_backward with gelu": (X, X, TAPS, True),
+    "bias_gelu_affine": (X, BIAS, NORM_WEIGHT, NORM_BIAS),
 }
 
 
@@ -73,13 +74,14 @@ def test_fake_results_on_a_gpu_are_contiguous_and_of_the_true_shape(dtype, size)
                 (2, H, W, 8),
                 dtype,
             ),
+            "affine": (ops.bias_gelu_affine(x, parameter, parameter, parameter), (2, H, W, 8), dtype),
         }
     for name, (tensor, shape, expected) in found.items():
         assert (tuple(tensor.shape), tensor.dtype, tensor.device.type) == (shape, expected, "cuda"), name
         assert tensor.is_contiguous(), name
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if "backward" not in n and not n.startswith("associate")])
+@pytest.mark.parametrize("name", [n for n in CALLS if "backward" not in n and not n.startswith(("associate", "bias"))])
 def test_gradients_are_those_of_the_reference(name):
     """In float64; the reference's own are checked by gradcheck in test_reference.py, this one by autograd."""
     args = CALLS[name]
@@ -111,6 +113,12 @@ def test_double_backward_is_refused(name):
     (grad,) = torch.autograd.grad(y.square().sum(), args[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"svit::\w+ has no second derivative; use backend='reference'"):
         grad.sum().backward()
+
+
+def test_gradient_of_an_op_for_inference_is_refused():
+    y = ops.bias_gelu_affine(leaf(X), BIAS, NORM_WEIGHT, NORM_BIAS)
+    with pytest.raises(RuntimeError, match="svit::bias_gelu_affine is for inference and has no gradient"):
+        y.sum().backward()
 
 
 class Ops(nn.Module):

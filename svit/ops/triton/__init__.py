@@ -15,6 +15,7 @@ try:
     from .launch import (
         aggregate,
         associate,
+        bias_gelu_affine,
         depthwise3x3,
         depthwise3x3_backward,
         sample,
@@ -30,6 +31,7 @@ except ImportError as error:  # no Triton for macOS, Windows, and PyTorch builds
 __all__ = [
     "aggregate",
     "associate",
+    "bias_gelu_affine",
     "depthwise3x3",
     "depthwise3x3_backward",
     "fingerprint",
@@ -48,29 +50,32 @@ OPS = (
     "sample_backward",
     "depthwise3x3",
     "depthwise3x3_backward",
+    "bias_gelu_affine",
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# A program holds all channels of 16 pixels and 16 super tokens: these fill its registers and shared memory.
+# Triton's interpreter computes bfloat16 wrongly; the tests mend it, and add the dtype.
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+
+# A program of a super-token op holds all channels of 16 pixels and 16 super tokens: these fill its registers and shared
+# memory.
 MAX_BYTES = 2048
+ANY_CHANNELS = ("depthwise3x3", "depthwise3x3_backward", "bias_gelu_affine")
 
 
 def usable(op: str, x: torch.Tensor) -> tuple[bool, str]:
     """Whether this backend serves `op` on the map x (B, H, W, C), and if not, why."""
     if triton is None:
         return False, version
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    if INTERPRETED:
-        dtypes = (torch.float32, torch.float16)  # it computes bfloat16 wrongly
-    elif x.device.type != "cuda":
+    if not INTERPRETED and x.device.type != "cuda":
         return False, f"x is on {x.device.type}, it runs on GPUs"
-    if x.dtype not in dtypes:
-        return False, f"it computes in {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not in {x.dtype}"
+    if x.dtype not in DTYPES:
+        return False, f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not in {x.dtype}"
     C = x.shape[-1]
     if C % 8 or C == 0:
         return False, f"it needs a multiple of 8 channels, not {C}"
-    if C * x.element_size() > MAX_BYTES and not op.startswith("depthwise3x3"):
+    if C * x.element_size() > MAX_BYTES and op not in ANY_CHANNELS:
         return False, f"it serves up to {MAX_BYTES // x.element_size()} channels in {x.dtype}, not {C}"
     if not INTERPRETED and has_old_gpu(x):
         return False, "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher"

@@ -1,10 +1,21 @@
 """The kernels run on a GPU, or on the CPU in Triton's interpreter, which must be asked for before Triton is imported:
 test_interpreter.py starts a process of its own for test_kernels.py and test_self_check.py."""
 
+import os
+
 import pytest
 import torch
 
 from svit.ops import triton
+
+if triton.INTERPRETED:
+    try:
+        from triton_bfloat16 import install
+    except ImportError:  # ml_dtypes; then without bfloat16, but in CI nothing may be missing
+        if os.environ.get("CI"):
+            raise
+    else:
+        install()
 
 if triton.triton is None:
     collect_ignore_glob = ["test_*.py"]

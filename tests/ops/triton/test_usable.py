@@ -14,6 +14,8 @@ from svit.ops import triton
         ("sample", 64, torch.float32, ""),
         ("sample", 1024, torch.bfloat16, ""),
         ("depthwise3x3", 2560, torch.float32, ""),
+        ("bias_gelu_affine", 1280, torch.float32, ""),
+        ("bias_gelu_affine", 12, torch.float32, "it needs a multiple of 8 channels, not 12"),
         ("sample", 12, torch.float16, "it needs a multiple of 8 channels, not 12"),
         ("depthwise3x3", 4, torch.float32, "it needs a multiple of 8 channels, not 4"),
         ("sample", 1032, torch.float16, "it serves up to 1024 channels in torch.float16, not 1032"),
