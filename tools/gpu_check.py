@@ -110,6 +110,8 @@ class Run:
                 process = worker.Worker(STEPS[step], self.setup, batch, threads | stage.environment)
                 startup = START_LIMIT
                 self.workers.add(process)
+                if self.stopped.is_set():  # in the meantime
+                    break
             if self.item(step, item, process, item.limit + startup):
                 last = item
             else:
@@ -118,7 +120,7 @@ class Run:
         if left_out:
             self.report.leave_out(step, left_out, f"for lack of time, with {max(self.left(), 0):.0f} s left")
         if process is not None:
-            status = process.finish(60.0)
+            status = process.finish(min(60.0, max(self.left(), 5.0)))
             self.workers.discard(process)
             # A checker that runs the process has its say at the end.
             if status != 0 and last is not None and not self.stopped.is_set():
@@ -155,7 +157,7 @@ class Run:
         if self.stopped.is_set():
             end(CUT, "the run was stopped", process.output())
         else:
-            end(CRASHED, worker.ended_by(process.process.wait()), process.output())
+            end(CRASHED, worker.ended_by(process.status()), process.output())
         return False
 
     def end(self, process: worker.Worker) -> None:

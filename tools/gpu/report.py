@@ -149,7 +149,9 @@ class Report:
     def leave_out(self, step: str, items: list[Item], reason: str) -> None:
         with self.lock:
             for item in items:
-                self.items(step)[item.name] = {"status": LEFT_OUT, "reason": reason, "seconds": None, "findings": []}
+                entry = {"status": LEFT_OUT, "reason": reason, "seconds": None, "findings": []}
+                if self.items(step).setdefault(item.name, entry)["status"] != CUT:  # whose findings stay
+                    self.items(step)[item.name] = entry
             print(f"{step}: left out {reason}: {'; '.join(item.name for item in items)}", flush=True)
             self.write()
 

@@ -81,6 +81,11 @@ class Worker:
     def output(self) -> str:
         return "\n".join(self.lines)
 
+    def status(self) -> int | None:
+        """Its exit status, once its output has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(timeout=10)
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -100,7 +105,9 @@ class Worker:
             self.kill()
 
 
-def ended_by(status: int) -> str:
+def ended_by(status: int | None) -> str:
+    if status is None:
+        return "without an exit status"
     if status < 0:
         return f"by {signal.Signals(-status).name}"
     return f"with exit status {status}"
