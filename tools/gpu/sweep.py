@@ -70,8 +70,10 @@ class Table:
         x = call.args[1] if call.op.endswith("backward") else call.args[0]
         if kernel.startswith("depthwise"):
             self.name, self.key = "STRIP_SETTINGS", (kernel, x.shape[-1], x.element_size())
-            # columns, warps, rows at most
-            self.choices = (8, 16, 32), (1, 2, 4, 8), [n for n in (14, 28, 56) if n < 2 * shape.height]
+            # columns, warps, rows; for the taps all images are one map
+            columns = [n for n in (8, 16, 32) if n <= max(triton.next_power_of_2(shape.width + 1), 8)]
+            rows = [n for n in (7, 14, 28, 56) if n < 2 * shape.height]
+            self.choices = columns, (1, 2, 4, 8), (16, 32, 64, 128) if kernel == "depthwise_taps" else rows
         else:
             self.name, self.key = "SETTINGS", (kernel, shape.channels, *shape.cell, x.element_size())
             # pixels at a time, warps
@@ -168,7 +170,7 @@ def best(table: Table, settings: list[tuple[int, ...]], call: Call, shape: Shape
         "wgmma": refused.count("banned"),
         "too large": refused.count("too large"),
         "not compiled": refused.count("not compiled"),
-        "ok": not wrong,
+        "ok": bool(times) and not wrong,
     }
 
 
