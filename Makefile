@@ -3,7 +3,7 @@
 #   make test   lint and all tests; MM=onedl: those of detection and segmentation, with the maintained forks
 #   make docs   the documentation as pages of a website, into site/
 # On a machine with an NVIDIA GPU:
-#   make gpu-check   the fused ops: tests, sanitizer, benchmarks, into docs/benchmarks
+#   make gpu-check   checks and measures the fused ops, into docs/benchmarks; ARGS="--minutes 9" and other options
 PYTHON ?= python3
 TIMM := $(shell sed -n 's/^timm==//p' constraints.txt)
 DOCS := $(shell sed -n '/^docs =/,/^[^ ]/s/^    //p' setup.cfg)
@@ -30,7 +30,7 @@ endif
 SDIST := $(TESTENV)/timm-$(TIMM)
 
 JOBS ?= 2
-PARTS ?= tests sanitizer ops inference training compiled
+ARGS ?=
 
 .PHONY: demo test docs gpu-check lint format clean
 
@@ -44,10 +44,11 @@ docs: .venv-docs/installed
 	.venv-docs/bin/mkdocs build --strict
 	@echo "Open site/index.html; the search needs a server: .venv-docs/bin/mkdocs serve"
 
-gpu-check: $(TESTENV)/installed
-	if command -v nvcc; then SVIT_BUILD_CUDA=1 $(TESTENV)/bin/python setup.py build_ext --inplace; \
-	else echo "no nvcc: the cuda backend is left out"; fi
-	$(TESTENV)/bin/python tools/gpu_check.py --parts $(PARTS)
+# Without a network in the environment that $(PYTHON) is of, which needs torch, timm and numpy.
+gpu-check:
+	$(MAKE) .venv-gpu/installed || echo "No environment could be made; this is $(PYTHON)'s."
+	if test -e .venv-gpu/installed; then python=.venv-gpu/bin/python; else python=$(PYTHON); fi; \
+	$$python tools/gpu_check.py $(ARGS)
 
 lint: $(TESTENV)/installed
 	$(TESTENV)/bin/ruff check
@@ -58,12 +59,19 @@ format: $(TESTENV)/installed
 	$(TESTENV)/bin/ruff format
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-test-onedl .venv-docs site outputs/demo build dist *.egg-info
+	rm -rf .venv-demo .venv-test .venv-test-onedl .venv-docs .venv-gpu site outputs/demo build dist *.egg-info
 
 .venv-demo/installed: $(PROJECT)
 	@echo "Installing the demo's environment into .venv-demo; PyTorch is a large download."
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/pip install --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+# The project itself is not installed: the check runs from the checkout.
+.venv-gpu/installed: constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install --retries 1 --timeout 10 --constraint constraints.txt torch torchvision timm numpy \
+		pytest pytest-xdist hypothesis setuptools
 	touch $@
 
 # mkdocstrings reads the sources and imports nothing, so the extra's packages alone will do, without PyTorch.

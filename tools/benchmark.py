@@ -1,13 +1,13 @@
 """Times models against each other in one run: img/s, ratios, peak memory.
 
-    python tools/benchmark.py svit_small plain:svit_small convnext_tiny --batch-size 4
-    python tools/benchmark.py svit_small plain:svit_small --img-size 800 1280 --batch-size 1
+    python tools/benchmark.py svit_small upstream:svit_small convnext_tiny --batch-size 4
+    python tools/benchmark.py svit_small upstream:svit_small --img-size 800 1280 --batch-size 1
     python tools/benchmark.py svit_small swin_tiny_patch4_window7_224 --sweep 224 448 672 --plot time-per-pixel.png
     python tools/benchmark.py svit_small convnext_tiny --csv speed.csv    # the columns of timm's benchmark.py
 
 A model is any timm name. Before it may stand, and add up: `maps:` for its feature maps alone, without what follows the
-last one, as detectors and segmentors use it; `plain:` for an SViT made of the authors' operations
-(tools/plain_form.py), `reference:` or `cuda:` for one on that backend (svit.ops), `folded:` to fold what its `fuse()`
+last one, as detectors and segmentors use it; `upstream:` for an SViT made of the authors' operations
+(tools/upstream_form.py), `reference:` or `cuda:` for one on that backend (svit.ops), `folded:` to fold what `fuse()`
 folds, `compiled:` for torch.compile, `graph:` to replay a CUDA graph of it. The models take turns, run by run, so that
 a slow moment of the machine meets them all; each runs in the memory format in which it is faster. Peak memory is what
 the model adds: to a process of its own, or on a GPU to what the allocator gave out before.
@@ -29,16 +29,15 @@ from pathlib import Path
 
 import timm
 import torch
-from tabulate import tabulate
 from torch import nn
 
 import svit
 from classification.models import ModelError, create_model, has_fixed_size
-from plain_form import plain_form
 from svit.files import replacing
 from svit.models import SViT
 from svit.ops import triton
 from svit.profiling import count
+from upstream_form import upstream_form
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 
@@ -60,12 +59,15 @@ class Setting:
         return torch.autocast(self.device, dtype, enabled=self.amp is not None, cache_enabled=False)
 
 
-PREFIXES = ("plain", "reference", "cuda", "folded", "maps", "compiled", "graph")
+PREFIXES = ("upstream", "reference", "cuda", "folded", "maps", "compiled", "graph")
 
 
 def build(spec: str, setting: Setting) -> nn.Module:
     """The model that `spec` names: a timm name behind any of `PREFIXES`."""
     *prefixes, name = spec.split(":")
+    if "plain" in prefixes:
+        print(f"warning: {spec}: plain: is deprecated, it is called upstream: now", file=sys.stderr)
+        prefixes = ["upstream" if prefix == "plain" else prefix for prefix in prefixes]
     if unknown := set(prefixes) - set(PREFIXES):
         raise SystemExit(f"error: {spec}: expected {', '.join(PREFIXES)} before a model, got {unknown.pop()}")
     arguments = {}
@@ -77,11 +79,11 @@ def build(spec: str, setting: Setting) -> nn.Module:
         model = create_model(name, **arguments)
     except ModelError as error:
         raise SystemExit(f"error: {spec}: {error}") from error
-    if {"plain", "folded"} & set(prefixes) and not isinstance(model, SViT):
-        raise SystemExit(f"error: {spec}: plain: and folded: are for SViT")
+    if {"upstream", "folded"} & set(prefixes) and not isinstance(model, SViT):
+        raise SystemExit(f"error: {spec}: upstream: and folded: are for SViT")
     model.train(setting.train).to(setting.device, getattr(torch, setting.dtype))
-    if "plain" in prefixes:
-        model = plain_form(model)
+    if "upstream" in prefixes:
+        model = upstream_form(model)
     if "folded" in prefixes:
         model = model.fuse()
     if "maps" in prefixes:
@@ -306,6 +308,8 @@ def title(setting: Setting, runs: int) -> str:
 
 
 def table(rows: list[dict]) -> str:
+    from tabulate import tabulate  # here, since tools/gpu_check.py builds its models without it
+
     return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f")
 
 

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 next, from the environment of this demo (`source .venv-demo/bin/activate`):
   python tools/train.py cifar10   # hours on two cores; docs/cifar10.md
   python tools/flops.py svit_small convnext_tiny --img-size 800 1280
-  python tools/benchmark.py svit_small plain:svit_small convnext_tiny --runs 5
+  python tools/benchmark.py svit_small upstream:svit_small convnext_tiny --runs 5
   python tools/convert_checkpoint.py stvit-small-224.pth svit_small.safetensors   # the authors' weights""")
 
 

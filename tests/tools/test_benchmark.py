@@ -21,10 +21,10 @@ SETTING = benchmark.Setting((32, 48), 2, False, None, "cpu")
     "spec",
     [
         "test_svit",
-        "plain:test_svit",
+        "upstream:test_svit",
         "folded:test_svit",
         "maps:test_svit",
-        "maps:plain:test_svit",
+        "maps:upstream:test_svit",
         "maps:resnet10t",
         "reference:test_svit",
         "resnet10t",
@@ -50,8 +50,14 @@ def test_training_step_leaves_no_gradient(amp):
 
 
 def test_unknown_prefix():
-    with pytest.raises(SystemExit, match=r"fast:test_svit: expected plain, .*, got fast"):
+    with pytest.raises(SystemExit, match=r"fast:test_svit: expected upstream, .*, got fast"):
         benchmark.build("fast:test_svit", SETTING)
+
+
+def test_the_former_name_of_a_prefix(capsys):
+    model = benchmark.build("maps:plain:test_svit", SETTING)
+    assert type(model.model.stem).__name__ == "UpstreamStem"
+    assert "maps:plain:test_svit: plain: is deprecated, it is called upstream: now" in capsys.readouterr().err
 
 
 def test_graphs_are_for_gpus():
@@ -63,7 +69,7 @@ def test_graphs_are_for_gpus():
     ("spec", "message"),
     [
         ("svit_smal", "svit_smal: model: no model 'svit_smal' in timm; did you mean svit_small"),
-        ("plain:test_resnet", "plain:test_resnet: plain: and folded: are for SViT"),
+        ("upstream:test_resnet", "upstream:test_resnet: upstream: and folded: are for SViT"),
         ("reference:test_resnet", "reference:test_resnet: model: test_resnet cannot be made with {'backend'"),
     ],
 )
@@ -91,12 +97,11 @@ def test_reference_prefix_and_dtype():
 
 
 def test_compare_relates_rows_to_the_first(monkeypatch):
-    monkeypatch.setattr(benchmark.Candidate, "run", lambda self: 0.5 if "plain_form" in str(self.model.stem) else 0.2)
     monkeypatch.setattr(benchmark, "better_format", lambda spec, setting: "NCHW")
     monkeypatch.setattr(benchmark, "peak_memory_elsewhere", lambda spec, *_: 300.0 if spec == "test_svit" else 150.0)
     seconds = iter([1.0, 4.0, 0.2, 0.8, 0.3, 1.2])  # warm-up, then two runs, the models in turn
     monkeypatch.setattr(benchmark.Candidate, "run", lambda self: next(seconds))
-    rows = benchmark.compare(["test_svit", "plain:test_svit"], SETTING, runs=2)
+    rows = benchmark.compare(["test_svit", "upstream:test_svit"], SETTING, runs=2)
     assert [row["time ratio"] for row in rows] == [1.0, 4.0]
     assert [row["memory ratio"] for row in rows] == [1.0, 0.5]
     assert rows[0]["img/s"] == pytest.approx(2 / 0.25)
@@ -105,10 +110,10 @@ def test_compare_relates_rows_to_the_first(monkeypatch):
 
 def test_command_line(tmp_path):
     report, picture = tmp_path / "report.md", tmp_path / "picture.png"
-    command = [sys.executable, TOOL, "test_svit", "plain:test_svit", "--sweep", "32", "64", "--runs", "2"]
+    command = [sys.executable, TOOL, "test_svit", "upstream:test_svit", "--sweep", "32", "64", "--runs", "2"]
     done = subprocess.run([*command, "--report", report, "--plot", picture], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| plain:test_svit") == 2
+    assert done.stdout.count("| upstream:test_svit") == 2
     text = report.read_text()
     assert "inference, float32, 64 x 64, batch 4, median of 2 runs" in text
     assert f"torch {torch.__version__}" in text
@@ -154,21 +159,21 @@ def run(monkeypatch, tmp_path, capsys):
 
 
 def test_csv_row():
-    row = {"model": "plain:test_svit", "img/s": 123.4567, "ms/img": 8.1000049, "peak MiB": 45.678}
+    row = {"model": "upstream:test_svit", "img/s": 123.4567, "ms/img": 8.1000049, "peak MiB": 45.678}
     found = benchmark.csv_row(row, SETTING, 1_234_567, 89_012_345)
     assert list(found) == INFERENCE
-    assert list(found.values()) == ["plain:test_svit", 123.46, 16.2, 2, "32x48", 0.089012345, None, 1.234567, 45.68]
+    assert list(found.values()) == ["upstream:test_svit", 123.46, 16.2, 2, "32x48", 0.089012345, None, 1.234567, 45.68]
     found = benchmark.csv_row(row, replace(SETTING, train=True, size=(64, 64)), 1_234_567, None)
     assert list(found) == TRAINING
-    assert list(found.values()) == ["plain:test_svit", 123.46, 16.2, 2, 64, 1.234567, 45.68]
+    assert list(found.values()) == ["upstream:test_svit", 123.46, 16.2, 2, 64, 1.234567, 45.68]
 
 
 def test_csv_of_a_sweep(run):
     """A row for each size and model, in the order of the tables, with their figures and those of tools/flops.py."""
-    out = run("test_svit", "plain:test_svit", "--batch-size", "2", "--sweep", "32", "64", "--csv", "speed.csv")
+    out = run("test_svit", "upstream:test_svit", "--batch-size", "2", "--sweep", "32", "64", "--csv", "speed.csv")
     rows = read_csv(Path("speed.csv"))
     assert list(rows[0]) == INFERENCE
-    models = ["test_svit", "plain:test_svit"]
+    models = ["test_svit", "upstream:test_svit"]
     assert [(row["model"], row["infer_img_size"]) for row in rows] == [(m, n) for n in ("32", "64") for m in models]
     for row, printed in zip(rows, printed_rows(out), strict=True):
         assert row["model"] == printed["model"]
@@ -183,7 +188,7 @@ def test_csv_of_a_sweep(run):
     assert round(float(rows[2]["infer_gmacs"]) * 1e9) == counted["macs"]
     assert round(float(rows[2]["param_count"]) * 1e6) == counted["params"]
     assert float(rows[0]["infer_gmacs"]) < float(rows[2]["infer_gmacs"])
-    assert float(rows[1]["infer_gmacs"]) > float(rows[0]["infer_gmacs"])  # the plain form does more
+    assert float(rows[1]["infer_gmacs"]) > float(rows[0]["infer_gmacs"])  # the upstream form does more
 
 
 def test_csv_of_training(run):

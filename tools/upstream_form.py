@@ -1,4 +1,4 @@
-"""The plain form: SViT as the authors' code runs it, operation by operation. The baseline of every speed claim.
+"""The upstream form: SViT as the authors' code runs it, operation by operation. The baseline of every speed claim.
 
 It has the parameters and key names of `svit.models.SViT` and none of its shortcuts: NCHW throughout, super tokens
 gathered and scattered by one-hot 3x3 convolutions, attention maps in memory, every norm and residual a step of its own.
@@ -28,12 +28,12 @@ class SiLU(torch.autograd.Function):
         return grad * gate * (1 + x * (1 - gate))
 
 
-class PlainSiLU(nn.Module):
+class UpstreamSiLU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return SiLU.apply(x)
 
 
-class PlainLayerNorm(LayerNorm2d):
+class UpstreamLayerNorm(LayerNorm2d):
     """LayerNorm over the channels of an NCHW map, with a copy to NHWC and one back."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,28 +42,28 @@ class PlainLayerNorm(LayerNorm2d):
         return x.permute(0, 3, 1, 2).contiguous()
 
 
-class PlainDepthwise(ResidualDepthwiseConv):
+class UpstreamDepthwise(ResidualDepthwiseConv):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self._conv_forward(x, self.weight, self.bias)
 
 
-class PlainConvFFN(ConvFFN):
+class UpstreamConvFFN(ConvFFN):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.drop1(self.act(self.fc1(self.norm(x))))
         return self.drop2(self.fc2(self.dwconv(x)))
 
 
-class PlainStem(Stem):
+class UpstreamStem(Stem):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
 
 
-class PlainFinalConv(FinalConv):
+class UpstreamFinalConv(FinalConv):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.norm(self.conv(x)))
 
 
-class PlainSuperTokenAttention(SuperTokenAttention):
+class UpstreamSuperTokenAttention(SuperTokenAttention):
     one_hot: torch.Tensor  # (9, 1, 3, 3)
 
     def unfold(self, s: torch.Tensor) -> torch.Tensor:
@@ -118,22 +118,22 @@ class PlainSuperTokenAttention(SuperTokenAttention):
         return self.proj_drop(self.proj(x))
 
 
-PLAIN = {
-    Stem: PlainStem,
-    FinalConv: PlainFinalConv,
-    SuperTokenAttention: PlainSuperTokenAttention,
-    ResidualDepthwiseConv: PlainDepthwise,
-    ConvFFN: PlainConvFFN,
-    LayerNorm2d: PlainLayerNorm,
+UPSTREAM = {
+    Stem: UpstreamStem,
+    FinalConv: UpstreamFinalConv,
+    SuperTokenAttention: UpstreamSuperTokenAttention,
+    ResidualDepthwiseConv: UpstreamDepthwise,
+    ConvFFN: UpstreamConvFFN,
+    LayerNorm2d: UpstreamLayerNorm,
 }
 
 
-def plain_form(model: SViT) -> SViT:
-    """Turns `model`, in place, into its plain form. Parameters and key names stay; only what the layers run changes."""
+def upstream_form(model: SViT) -> SViT:
+    """Turns `model`, in place, into its upstream form: the same parameters and key names, other operations."""
     for module in model.modules():
-        module.__class__ = PLAIN.get(type(module), type(module))
-        if isinstance(module, PlainSuperTokenAttention):
+        module.__class__ = UPSTREAM.get(type(module), type(module))
+        if isinstance(module, UpstreamSuperTokenAttention):
             one_hot = torch.eye(9).to(module.qkv.weight).reshape(9, 1, 3, 3)
             module.register_buffer("one_hot", one_hot, persistent=False)
-    model.final_conv.act = PlainSiLU()
+    model.final_conv.act = UpstreamSiLU()
     return model

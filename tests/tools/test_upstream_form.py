@@ -6,13 +6,13 @@ import torch
 
 import goldens
 import svit  # noqa: F401
-from plain_form import PLAIN, plain_form
+from upstream_form import UPSTREAM, upstream_form
 
 
 def build(variant: str) -> torch.nn.Module:
     model = timm.create_model(f"svit_{variant}").double()
     model.load_state_dict(goldens.state_dict(variant))
-    return plain_form(model)
+    return upstream_form(model)
 
 
 def test_forward():
@@ -37,9 +37,9 @@ def test_several_iterations_equal_ours():
     model = timm.create_model("test_svit", n_iter=3).double().eval()
     x = torch.randn(2, 3, 45, 50, dtype=torch.float64)
     expected = model(x)
-    torch.testing.assert_close(plain_form(model)(x), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(upstream_form(model)(x), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_every_shortcut_is_replaced():
-    model = plain_form(timm.create_model("test_svit"))
-    assert not [name for name, m in model.named_modules() if type(m) in PLAIN]
+    model = upstream_form(timm.create_model("test_svit"))
+    assert not [name for name, m in model.named_modules() if type(m) in UPSTREAM]

@@ -1,0 +1,293 @@
+"""Whole models beside each other: SViT, its upstream form and other architectures, each in the same three ways.
+
+A model has a process of its own, so that all compile at a time. Then they take turns, one at a time on the GPU and
+several rounds, so that a slow moment meets them all; after its turn a model gives its memory back.
+"""
+
+import json
+import os
+import select
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from benchmark import Setting, build
+from svit.ops import backends
+
+from .build import LIBRARY
+from .items import Batch, Item, Setup, Stage
+from .timing import compiler, copy_rate
+
+DESCRIPTION = (
+    "img/s by the median run, models in turn, channels-last; forward: weights in bfloat16; training: forward and "
+    "backward under bfloat16 autocast; peak memory: of weights and one run; `x first`: img/s over the first model's "
+    "in the same way; `floor`: what fused ops must move, at this GPU's copy rate"
+)
+
+WAYS = ("eager", "compiled", "graph")
+PEERS = ("resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224", "caformer_s18", "mambaout_tiny")
+ROUNDS, RUNS = 4, 5
+LIMITS, LIMIT = {"prepare": 240}, 60  # seconds in which a model has to answer
+
+# Least ms of a forward pass at a copy rate of 4.3 TB/s, super-token attention, depthwise convolutions and attention
+# fused, each step moving its bytes once: (model, height, batch) -> ms.
+FLOORS = {
+    ("svit_small", 224, 128): 3.35,
+    ("svit_base", 224, 128): 6.5,
+    ("svit_large", 224, 128): 9.1,
+    ("svit_small", 800, 2): 1.5,
+}
+FLOOR_RATE = 4300.0  # GB/s
+
+
+def forms(name: str, train: bool, rehearsal: bool) -> list[str]:
+    """Specs of tools/benchmark.py: the upstream form, which the ratios refer to, and ours."""
+    if rehearsal:  # in the interpreter a backward of the kernels would take half a minute
+        return [f"upstream:{name}"] if train else [name]
+    found = [f"upstream:{name}", name]
+    if not train:
+        found.append(f"folded:{name}")
+        if LIBRARY.exists():
+            found.append(f"cuda:folded:{name}")
+    return found
+
+
+def stages(setup: Setup) -> list[Stage]:
+    def item(name: str, size: tuple[int, int], batch: int, train: bool, peers: tuple = (), estimate: float = 60):
+        arguments = {
+            "specs": [*forms(name, train, setup.rehearsal), *peers],
+            "size": size,
+            "batch": batch,
+            "train": train,
+        }
+        what = f"{name} {'training' if train else 'forward'} {size[0]}x{size[1]} batch {batch}"
+        return Item(what, arguments, estimate, limit=3 * estimate)
+
+    square, large = (224, 224), (800, 1280)
+    if setup.rehearsal:
+        items = [item("test_svit", (16, 16), 2, False), item("test_svit", (16, 16), 2, True, ("test_resnet",))]
+    else:
+        # Most telling first: what does not fit into the time is left out at the end.
+        items = [
+            item("svit_small", square, 128, False, PEERS, 90),
+            item("svit_small", square, 128, True, PEERS, 120),
+            item("svit_small", large, 2, False),
+            item("svit_small", square, 1, False, PEERS, 90),
+            item("svit_small", square, 64, False, PEERS, 90),
+            item("svit_small", large, 2, True),
+            item("svit_small", square, 64, True, PEERS, 120),
+            item("svit_small", square, 1, True, PEERS, 120),
+            item("svit_base", square, 128, False),
+            item("svit_large", square, 128, False),
+            item("svit_base", square, 128, True),
+            item("svit_large", square, 128, True),
+        ]
+    return [Stage([Batch(items)], environment={"TORCHINDUCTOR_COMPILE_THREADS": "4"})]
+
+
+def run(setup: Setup, specs: list[str], size: list[int], batch: int, train: bool) -> Iterator[dict]:
+    dtype = "float32" if train or setup.rehearsal else "bfloat16"
+    amp = "bfloat16" if train and not setup.rehearsal else None
+    setting = Setting(tuple(size), batch, train, amp, setup.device, dtype)
+    models = [Model(spec, setting) for spec in specs]
+    try:
+        yield from compare(models, setting, setup)
+    finally:
+        for model in models:
+            model.process.kill()
+
+
+def floor_of(spec: str, setting: Setting) -> float | None:
+    """Least ms of a forward pass at this GPU's copy rate, where it is known."""
+    least = None if setting.train else FLOORS.get((spec.split(":")[-1], setting.size[0], setting.batch_size))
+    return least and least * FLOOR_RATE / copy_rate(setting.device)
+
+
+def compare(models: list["Model"], setting: Setting, setup: Setup) -> Iterator[dict]:
+    first: dict[str, float] = {}
+    rounds = 1 if setup.rehearsal else ROUNDS
+    # A training step of each takes up to 25 GB; forward, all of them together take less.
+    with ThreadPoolExecutor(2 if setting.train else setup.cores) as pool:
+        list(pool.map(lambda model: model.ask("prepare"), models))
+    for way in WAYS:
+        if way == "graph" and setting.device != "cuda":
+            continue
+        for _ in range(rounds):
+            for model in models:
+                model.ask(way)
+        for model in models:
+            seconds = statistics.median(model.seconds[way]) if model.seconds[way] else None
+            rate = seconds and setting.batch_size / seconds
+            if rate:
+                first.setdefault(way, rate)
+            yield {
+                "setting": f"{'training' if setting.train else 'forward'} {setting.size[0]}x{setting.size[1]}, "
+                f"batch {setting.batch_size}",
+                "model": model.spec,
+                "way": way,
+                "img/s": rate,
+                "ms": seconds and 1e3 * seconds,
+                "floor ms": floor_of(model.spec, setting),
+                "peak MiB": model.memory.get(way),
+                "x first": rate and rate / first[way],
+                "ok": way not in model.errors,
+                "note": model.errors.get(way) or model.note,
+            }
+
+
+class Model:
+    """The process of a model, which answers a line for a line."""
+
+    def __init__(self, spec: str, setting: Setting) -> None:
+        self.spec = spec
+        self.seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        self.memory: dict[str, float] = {}
+        self.errors: dict[str, str] = {}
+        self.note = ""
+        command = [sys.executable, "-m", "gpu.models", spec, json.dumps(vars(setting))]
+        # In the group of this process: who ends that ends these too.
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, way: str) -> None:
+        if way in self.errors:
+            return
+        limit = LIMITS.get(way, LIMIT)
+        try:
+            self.process.stdin.write(f"{way}\n")
+            self.process.stdin.flush()
+            answers = select.select([self.process.stdout], [], [], limit)[0]
+            line = self.process.stdout.readline() if answers else ""
+        except BrokenPipeError:
+            answers, line = True, ""
+        if not answers:
+            self.process.kill()
+        if line:
+            answer = json.loads(line)
+        else:
+            answer = {"error": f"its process {'ended' if answers else f'gave no answer within {limit} s'}"}
+        self.note = answer.get("note", self.note)
+        if "error" in answer:
+            for each in WAYS if way == "prepare" else (way,):
+                self.errors.setdefault(each, answer["error"])
+        for each, error in answer.get("errors", {}).items():
+            self.errors[each] = error
+        if "seconds" in answer:
+            self.seconds[way] += answer["seconds"]
+            self.memory[way] = answer["memory"]
+
+
+# The other end.
+
+
+class Runner:
+    """A model with an input, run in the three ways."""
+
+    def __init__(self, spec: str, setting: Setting) -> None:
+        self.setting = setting
+        self.on_gpu = setting.device == "cuda"
+        self.model = build(spec, setting).to(memory_format=torch.channels_last)
+        self.compiled = torch.compile(self.model, backend=compiler(setting.device), dynamic=False)
+        x = torch.randn(
+            setting.batch_size, 3, *setting.size, device=setting.device, dtype=getattr(torch, setting.dtype)
+        )
+        self.x = x.contiguous(memory_format=torch.channels_last)
+
+    def step(self, model: nn.Module) -> None:
+        if not self.setting.train:
+            with torch.inference_mode(), self.setting.autocast():
+                model(self.x)
+            return
+        self.model.zero_grad(set_to_none=True)
+        with self.setting.autocast():
+            loss = model(self.x).float().mean()
+        loss.backward()
+
+    def prepare(self) -> dict:
+        """Compiles; and once eagerly, so that no kernel is left to compile. A rehearsal compiles nothing."""
+        errors = {}
+        if not self.on_gpu:
+            return {}
+        for way, model in (("eager", self.model), ("compiled", self.compiled)):
+            try:
+                self.step(model)
+            except Exception as error:
+                errors[way] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        self.release()
+        return {"errors": errors}
+
+    def way(self, name: str) -> dict:
+        step = (
+            self.graph() if name == "graph" else lambda: self.step(self.compiled if name == "compiled" else self.model)
+        )
+        for _ in range(2 if self.on_gpu else 0):
+            step()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = [self.seconds(step) for _ in range(RUNS if self.on_gpu else 1)]
+        # A graph holds its memory before it runs.
+        memory = torch.cuda.max_memory_allocated() / 2**20 if self.on_gpu and name != "graph" else None
+        del step
+        self.release()
+        # One that fell back to the reference is not what its name says.
+        return {"seconds": seconds, "memory": memory, "note": "; ".join(map(str, backends.failures.values()))}
+
+    def graph(self) -> Callable[[], None]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # libraries start up outside of the capture
+                self.step(self.model)
+        torch.cuda.current_stream().wait_stream(side)
+        self.model.zero_grad(set_to_none=True)  # the capture allocates its own
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step(self.model)
+        return graph.replay
+
+    def seconds(self, step: Callable[[], None]) -> float:
+        if not self.on_gpu:
+            start = time.perf_counter()
+            step()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def release(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+
+def answer(runner: Runner, request: str) -> dict:
+    try:
+        return runner.prepare() if request == "prepare" else runner.way(request)
+    except torch.OutOfMemoryError:
+        runner.release()
+        return {"error": "it needs more memory than there is"}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+
+
+def main() -> None:
+    out, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr  # what libraries print is no answer
+    os.dup2(2, 1)
+    spec, setting = sys.argv[1], json.loads(sys.argv[2])
+    runner = Runner(spec, Setting(**setting | {"size": tuple(setting["size"])}))
+    for line in sys.stdin:
+        print(json.dumps(answer(runner, line.strip())), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
