@@ -1,6 +1,7 @@
 # Commands that do everything on a fresh machine, in environments of their own:
 #   make demo   train, evaluate and look at a small SViT on real images
 #   make test   lint and all tests; MM=onedl: those of detection and segmentation, with the maintained forks
+#   make test-newest   what compilers decide, with the newest PyTorch and its Triton; a release needs it
 #   make docs   the documentation as pages of a website, into site/
 # On a machine with an NVIDIA GPU:
 #   make gpu-check   checks and measures the fused ops, into docs/benchmarks; ARGS="--minutes 9" and other options
@@ -29,16 +30,23 @@ $(error MM: expected upstream or onedl, got $(MM))
 endif
 SDIST := $(TESTENV)/timm-$(TIMM)
 
+# What `pip install torch` brings today, beside the versions of constraints.txt; Triton comes with it.
+NEWEST := torch==2.14.1 torchvision==0.29.1
+
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: demo test docs gpu-check lint format clean
+.PHONY: demo test test-newest docs gpu-check lint format clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/python tools/demo.py
 
 test: lint $(SDIST)
 	SVIT_TIMM_SDIST=$(abspath $(SDIST)) OMP_NUM_THREADS=1 $(TESTENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+
+test-newest: .venv-test-newest/installed
+	OMP_NUM_THREADS=1 .venv-test-newest/bin/python -m pytest -n $(JOBS) --dist loadfile tests/ops/triton tests/layers \
+		tests/test_gpu.py
 
 docs: .venv-docs/installed
 	.venv-docs/bin/mkdocs build --strict
@@ -59,12 +67,19 @@ format: $(TESTENV)/installed
 	$(TESTENV)/bin/ruff format
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-test-onedl .venv-docs .venv-gpu site outputs/demo build dist *.egg-info
+	rm -rf .venv-demo .venv-test .venv-test-onedl .venv-test-newest .venv-docs .venv-gpu site outputs/demo build dist *.egg-info
 
 .venv-demo/installed: $(PROJECT)
 	@echo "Installing the demo's environment into .venv-demo; PyTorch is a large download."
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/pip install --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+.venv-test-newest/installed: $(PROJECT) Makefile
+	@echo "Installing $(NEWEST) into .venv-test-newest: a large download."
+	$(PYTHON) -m venv .venv-test-newest
+	grep -vE '^(torch|torchvision)==' constraints.txt > .venv-test-newest/constraints.txt
+	.venv-test-newest/bin/pip install --constraint .venv-test-newest/constraints.txt $(NEWEST) --editable ".[dev]"
 	touch $@
 
 # The project itself is not installed: the check runs from the checkout.

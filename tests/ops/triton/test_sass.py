@@ -35,7 +35,7 @@ OTHERS = [
     (64, (16, 16), torch.float32),
     (128, (12, 12), torch.bfloat16),
     (1024, (1, 1), torch.bfloat16),
-    (256, (4, 4), torch.float32),
+    (48, (7, 7), torch.float32),
 ]
 DOTS = {"associate_aggregate", "spread", "norm_sample_backward"}
 ASYNCHRONOUS = ("HGMMA", "IGMMA", "QGMMA", "BGMMA", "WARPGROUP", "UTC")  # products of sm_90 and sm_100

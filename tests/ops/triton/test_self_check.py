@@ -14,10 +14,10 @@ from svit.ops.triton import kernels, launch
 MUTATIONS = [
     ("sample", "norm", "total = total / (weight + 1e-12)[:, None]", "total = total / (weight + 1)[:, None]"),
     ("sample", "norm", "input_precision=PRECISION) * scale", "input_precision=PRECISION) * scale * 1.5"),
-    ("sample", "norm", "mean = tl.sum(v, 1) / C", "mean = tl.sum(v, 1) / (C + 1)"),
+    ("sample", "norm", "mean = tl.sum(v, 1) * (1.0 / C)", "mean = tl.sum(v, 1) * (1.0 / (C + 1))"),
     ("sample", "norm", "dbias += tl.sum(g, 0)", "dbias += tl.sum(g * 1.001, 0)"),
     ("sample", "norm", "dweight += tl.sum(g * v, 0)", "dweight += tl.sum(g, 0)"),
-    ("sample", "", "share = (share.to(tl.float32) / (weight + 1e-12)[:, None])", "share = (share.to(tl.float32))"),
+    ("sample", "", "share.to(tl.float32) * factor[:, None]", "share.to(tl.float32) * 0.9"),
     ("spread", "residual", "v += load_map(residual", "v -= load_map(residual"),
     ("depthwise3x3", "", "w4 += 1.0", "w4 += 0.99"),
     ("depthwise3x3", "gelu", "d7 += below * mid", "d7 += above * mid"),
