@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import timm
 import torch
@@ -154,12 +156,14 @@ def test_attention_weights_are_those_of_the_unfused_attention(model):
 
 
 def test_rounds_of_association(layers):
-    labels = [layers[0].association(n).assignment() for n in (1, 2, 3)]
-    assert torch.equal(labels[0], layers[0].association().assignment())
-    assert not torch.equal(labels[0], labels[1])
-    assert not torch.equal(labels[1], labels[2])
+    # The shares differ in each round; which of them is the largest need not, and depends on the machine's rounding.
+    shares = [layers[0].association(n).q for n in (1, 2, 3)]
+    assert torch.equal(shares[0], layers[0].association().q)
+    changes = [(a - b).abs().max().item() for a, b in pairwise(shares)]
+    assert changes[0] > 1e-4
+    assert changes[0] / 10 > changes[1] > 1e-6  # rounds converge
     layers[0].layer.n_iter = 2
-    assert torch.equal(labels[1], layers[0].association().assignment())
+    assert torch.equal(shares[1], layers[0].association().q)
 
 
 def test_borders_of_a_known_map():
