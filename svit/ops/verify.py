@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -314,7 +315,12 @@ def enabled() -> bool:
 def cache_folder() -> Path:
     if chosen := os.environ.get("SVIT_CACHE_DIR"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svit"
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "svit"
+    try:
+        return Path.home() / ".cache" / "svit"
+    except RuntimeError:  # a user without a home, as containers have: nothing can be written below this
+        return Path(os.devnull) / "svit"
 
 
 def verdict_folder(backend: str, fingerprint: str) -> Path:
@@ -331,9 +337,10 @@ def verdict_file(case: Case, fingerprint: str) -> Path:
 
 def read(path: Path) -> dict[str, Any]:
     """What a file says; nothing if there is none, or it cannot be understood."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
         found = json.loads(path.read_text())
-        if isinstance(found, dict) and isinstance(found.get("ok"), bool):
+        counts = found.get("pid", 0), found.get("begun", 0)
+        if isinstance(found.get("ok"), bool) and all(isinstance(n, int) for n in counts):
             return found
     return {}
 
@@ -346,9 +353,11 @@ def write(path: Path, verdict: dict[str, Any]) -> None:
 
 
 def alive(pid: int) -> bool:
+    if sys.platform == "win32":  # where os.kill would end it
+        return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # another user's
         return True
@@ -418,7 +427,14 @@ def problem(case: Case, kernels: ModuleType, device: torch.device) -> str | None
 
 def others_are_checked(backend: str, kernels: ModuleType, device: torch.device) -> bool:
     here = any(case.backend == backend and where == device for case, where in verdicts)
-    return here or verdict_folder(backend, kernels.fingerprint(device)).is_dir()
+    return here or bool(kept_files(backend, kernels, device))
+
+
+def kept_files(backend: str, kernels: ModuleType, device: torch.device) -> list[Path]:
+    """The verdicts on disk; none if their folder cannot be read."""
+    with suppress(OSError):
+        return [*verdict_folder(backend, kernels.fingerprint(device)).glob("*.json")]
+    return []
 
 
 def check_and_keep(case: Case, kernels: ModuleType, device: torch.device) -> Row:
@@ -443,7 +459,7 @@ def serves(kernels: ModuleType, case: Case, device: torch.device) -> bool:
 
 def summary(backend: str, kernels: ModuleType, device: torch.device) -> str:
     """How many cases have a verdict on disk, and which are wrong."""
-    found = {p.stem: kept_verdict(p) for p in verdict_folder(backend, kernels.fingerprint(device)).glob("*.json")}
+    found = {path.stem: kept_verdict(path) for path in kept_files(backend, kernels, device)}
     wrong = [f"{name} ({reason})" for name, reason in sorted(found.items()) if reason]
     right = sum(reason == "" for reason in found.values())
     return ", ".join([f"{right} cases right", *(f"wrong: {w}" for w in wrong)]) if found else "none has run yet"

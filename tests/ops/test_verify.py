@@ -141,7 +141,15 @@ def test_it_can_be_switched_off(backend, monkeypatch):
     assert not file_of().exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"ok": 1}', "\udcff"])
+DAMAGED = ["", "{", "[]", '{"ok": 1}', "\udcff", "[" * 100_000]
+DAMAGED_NOTES = [{"pid": "1"}, {"pid": None}, {"pid": 10**30}, {"pid": float("nan")}, {"pid": 10**30, "begun": "2"}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [*DAMAGED, *(json.dumps({"ok": False, "host": socket.gethostname(), **note}) for note in DAMAGED_NOTES)],
+    ids=range(len(DAMAGED) + len(DAMAGED_NOTES)),
+)
 def test_a_damaged_verdict_is_checked_again(backend, content):
     file_of().parent.mkdir(parents=True)
     file_of().write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -159,6 +167,24 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(backend, monkeypatch,
     forget(monkeypatch)
     sample(X, (2, 3))
     assert len(backend.calls) == 7
+
+
+def test_a_user_without_a_home_is_served(backend, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SVIT_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(verify.Path, "home", home)
+    for _ in range(2):
+        sample(X, (2, 3))
+    assert len(backend.calls) == 4
+
+
+def test_a_cache_folder_that_cannot_be_looked_into_is_done_without(backend, monkeypatch, tmp_path, capturing):
+    monkeypatch.setenv("SVIT_CACHE_DIR", str(tmp_path / ("a" * 300)))  # as where a right is missing
+    assert capturing(CASE, backend) is None
+    assert verify.summary("other", backend, torch.device("cpu")) == "none has run yet"
 
 
 def ended_process() -> int:
