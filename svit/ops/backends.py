@@ -132,7 +132,7 @@ def leave_out(name: str, case: verify.Case, reason: str) -> None:
 def self_check(device: str | torch.device | None = None) -> list[verify.Row]:
     """Runs every fused op on `device` against the reference, forward and backward, at the shapes of SViT-S, B and L.
 
-    One small padded map a shape, in float32, bfloat16 and float16. The verdicts are kept, and replace those of an
+    Two small padded maps a shape, in float32, bfloat16 and float16. The verdicts are kept, and replace those of an
     earlier check (see verify.py). Nothing is drawn from PyTorch's random state.
 
     Args:

@@ -119,11 +119,37 @@ def test_lack_of_memory_is_no_verdict(backend):
     assert not verify.verdicts
 
 
-def test_not_a_number_and_a_wrong_shape_are_wrong(backend):
+def test_not_a_number_and_a_wrong_shape_or_dtype_are_wrong(backend):
     backend.sample = lambda *args: tuple(t * float("nan") for t in reference.sample(*args))
     assert not verify.check(CASE, backend, "cpu").ok
     backend.sample = lambda *args: tuple(t[..., :1] for t in reference.sample(*args))
     assert "instead of" in verify.check(CASE, backend, "cpu").reason
+    backend.sample = lambda *args: tuple(t.double() for t in reference.sample(*args))
+    assert "s is float64 instead of float32" in verify.check(CASE, backend, "cpu").reason
+    half = CASE._replace(dtype=torch.float16)
+    backend.sample = reference.sample
+    assert verify.check(half, backend, "cpu").ok
+    backend.sample = lambda *args: tuple(t.half() for t in reference.sample(*args))
+    assert verify.check(half, backend, "cpu").reason.startswith("mass is float16 instead of float32")
+
+
+def test_the_first_image_is_not_all(backend):
+    def scaled(op):
+        def run(*args):
+            results = getattr(reference, op)(*args)
+            first = results if torch.is_tensor(results) else results[0]
+            first[1:] *= 1.2
+            return results
+
+        return run
+
+    ops = ("associate", "aggregate", "spread", "sample", "bias_gelu_affine")
+    cases = [CASE._replace(op=op, cell=None if op == "bias_gelu_affine" else (2, 3)) for op in ops]
+    for case in cases:
+        setattr(backend, case.op, scaled(case.op))
+        assert not verify.check(case, backend, "cpu").ok, case
+    backend.sample, backend.sample_backward = reference.sample, scaled("sample_backward")
+    assert verify.check(CASE, backend, "cpu").reason.startswith("dx is off")
 
 
 def test_a_backend_asked_for_by_name_raises(backend):
