@@ -156,8 +156,10 @@ def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
 
 def leave_out(name: str, case: verify.Case, reason: str) -> None:
     """Keeps a backend from being chosen again for an op, its channels and dtype, and warns."""
-    for op in (case.op, f"{case.op}_backward"):
-        failures[name, op, case.channels, case.dtype] = reason
+    forward, backward = ((name, op, case.channels, case.dtype) for op in (case.op, f"{case.op}_backward"))
+    if failures.setdefault(forward, reason) is not reason:
+        return  # another thread was here first
+    failures[backward] = reason
     what = f"{case.op} of {case.channels} channels in {case.dtype}"
     warnings.warn(f"svit.ops: the {name} backend is left out for {what} from now on, {reason}", stacklevel=3)
 

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -77,6 +78,8 @@ PUBLISHED_STEMS = (32, 48, 64, 96)
 
 # (case without its backend, device) -> "" or why the backend must not be used, of this process
 verdicts: dict[tuple, str] = {}
+
+CHECKING = threading.RLock()  # threads whose first calls come together wait for one verdict
 
 UNFINISHED_CHECKS = 2  # that many processes ended within the check of a case: it crashes
 
@@ -426,8 +429,10 @@ def problem(case: Case, kernels: ModuleType, device: torch.device) -> str | None
         if kept is None and others_are_checked(case.backend, kernels, device):
             return ""
         return kept
-    verdicts[case, device] = verdict(case, kernels, device)
-    return verdicts[case, device]
+    with CHECKING:
+        if (case, device) not in verdicts:
+            verdicts[case, device] = verdict(case, kernels, device)
+        return verdicts[case, device]
 
 
 def others_are_checked(backend: str, kernels: ModuleType, device: torch.device) -> bool:

@@ -5,7 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -102,6 +104,24 @@ def test_a_wrong_backend_is_left_out_with_one_warning(backend, wrong, monkeypatc
     with pytest.warns(UserWarning, match="self-check"):  # the verdict of another process
         sample(X, (2, 3))
     assert not backend.calls
+
+
+@pytest.mark.parametrize("wrong", [(), ("sample",)])
+def test_threads_share_a_check(backend, wrong):
+    """As those of nn.DataParallel, which meet a backend all at once."""
+    backend.wrong = set(wrong)
+    together = threading.Barrier(4)
+
+    def first_call(_):
+        together.wait(60)
+        return sample(X, (2, 3))[0]
+
+    with warnings.catch_warnings(record=True) as caught, ThreadPoolExecutor(4) as threads:
+        warnings.simplefilter("always")
+        results = [*threads.map(first_call, range(4))]
+    assert all(torch.equal(s, reference.sample(X, (2, 3))[0]) for s in results)
+    assert len([w for w in caught if "self-check" in str(w.message)]) == len(wrong)
+    assert backend.calls.count("sample_backward") == 1
 
 
 def test_an_exception_is_a_verdict(backend):
