@@ -4,7 +4,10 @@ library.py that it has, and these.
 To add one: write the module, name it in `MODULES` where it stands in the order of preference (docs/ops.md).
 """
 
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -26,6 +29,35 @@ BY_NAME = {"cuda": "no GPU has run it yet, a name must ask for it"}
 failures: dict[tuple, str] = {}
 
 
+class Repetition(threading.local):
+    """Of this thread: the failures that choices go by instead, while it repeats a computation."""
+
+    failures: dict[tuple, str] | None = None
+
+
+repetition = Repetition()
+
+
+@contextmanager
+def choosing_by(known: dict[tuple, str]) -> Iterator[None]:
+    """Choices as they were when `failures` were `known`: steps that run again for their backward must be the same.
+
+    An op still runs on a backend that has not failed.
+    """
+    before, repetition.failures = repetition.failures, known
+    try:
+        yield
+    finally:
+        repetition.failures = before
+
+
+def known_failures() -> dict[tuple, str]:
+    """What `choose` goes by."""
+    if torch.compiler.is_compiling() or repetition.failures is None:
+        return failures
+    return repetition.failures
+
+
 def problem(name: str, op: str, x: torch.Tensor) -> tuple:
     return name, op, x.shape[-1], x.dtype
 
@@ -40,8 +72,8 @@ def usable(name: str, op: str, x: torch.Tensor, **sizes) -> tuple[bool, str]:
 
     `sizes` are what else the choice depends on, for ops that have such (see the backends' `usable`).
     """
-    if (key := problem(name, op, x)) in failures:
-        return False, failures[key]
+    if (key := problem(name, op, x)) in (known := known_failures()):
+        return False, known[key]
     serves, reason = MODULES[name].usable(op, x, **sizes)
     return (False, BY_NAME[name]) if serves and name in BY_NAME else (serves, reason)
 
@@ -96,7 +128,8 @@ def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
         ValueError: the backend that was asked for does not serve x, or fails its self-check.
     """
     while True:
-        name = choose(op, x, backend, **sizes)
+        with choosing_by(failures):
+            name = choose(op, x, backend, **sizes)
         if name != "reference":
             case = verify.case_of(name, op, args)
             problem_found = verify.problem(case, MODULES[name], x.device)
@@ -123,8 +156,10 @@ def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
 
 def leave_out(name: str, case: verify.Case, reason: str) -> None:
     """Keeps a backend from being chosen again for an op, its channels and dtype, and warns."""
-    for op in (case.op, f"{case.op}_backward"):
-        failures[name, op, case.channels, case.dtype] = reason
+    forward, backward = ((name, op, case.channels, case.dtype) for op in (case.op, f"{case.op}_backward"))
+    if failures.setdefault(forward, reason) is not reason:
+        return  # another thread was here first
+    failures[backward] = reason
     what = f"{case.op} of {case.channels} channels in {case.dtype}"
     warnings.warn(f"svit.ops: the {name} backend is left out for {what} from now on, {reason}", stacklevel=3)
 
@@ -132,7 +167,7 @@ def leave_out(name: str, case: verify.Case, reason: str) -> None:
 def self_check(device: str | torch.device | None = None) -> list[verify.Row]:
     """Runs every fused op on `device` against the reference, forward and backward, at the shapes of SViT-S, B and L.
 
-    One small padded map a shape, in float32, bfloat16 and float16. The verdicts are kept, and replace those of an
+    Two small padded maps a shape, in float32, bfloat16 and float16. The verdicts are kept, and replace those of an
     earlier check (see verify.py). Nothing is drawn from PyTorch's random state.
 
     Args:

@@ -76,10 +76,25 @@ def check_sample(x, cell, n_iter, weight, bias, eps):
     expect_norm(weight, bias, x)
 
 
+def check_sample_backward(grad, x, q, mass, cell, weight, eps):
+    expect_map(x)
+    expect_cell(cell)
+    expect_grid(grad, "grad", x, cell, (x.shape[3],))
+    expect_grid(q, "q", x, cell, (9, cell[0] * cell[1]))
+    expect(mass, "mass", q.shape[:3], x)
+    expect_norm(weight, weight, x)
+
+
 def check_depthwise(x, weight, bias, gelu):
     expect_map(x)
     expect(weight, "weight", (x.shape[3], 1, 3, 3), x)
     expect(bias, "bias", (x.shape[3],), x)
+
+
+def check_depthwise_backward(grad, x, weight, gelu):
+    expect_map(x)
+    expect(grad, "grad", x.shape, x, x.dtype)
+    expect(weight, "weight", (x.shape[3], 1, 3, 3), x)
 
 
 def check_bias_gelu_affine(x, bias, scale, shift):

@@ -131,7 +131,8 @@ define(
 )
 define(
     "sample_backward(Tensor grad, Tensor x, Tensor q, Tensor mass, int[] cell, Tensor? weight, float eps) "
-    "-> (Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor)",
+    checks.check_sample_backward,
 )
 
 
@@ -174,7 +175,10 @@ register_autograd("svit::sample", sample_gradients, setup_context=sample_context
 
 
 define("depthwise3x3(Tensor x, Tensor weight, Tensor bias, bool gelu) -> Tensor", checks.check_depthwise)
-define("depthwise3x3_backward(Tensor grad, Tensor x, Tensor weight, bool gelu) -> (Tensor, Tensor, Tensor)")
+define(
+    "depthwise3x3_backward(Tensor grad, Tensor x, Tensor weight, bool gelu) -> (Tensor, Tensor, Tensor)",
+    checks.check_depthwise_backward,
+)
 
 
 @register_fake("svit::depthwise3x3")

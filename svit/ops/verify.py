@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -63,6 +65,8 @@ Comparisons = Iterator[tuple[str, Tensor, Tensor]]
 # products of TF32) and 11 or 8 in float16 and bfloat16, and a result has passed through up to four roundings.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
+WIDE = ("total", "mass", "dweight", "dbias")  # results that are float32 whatever the map
+
 FORWARD = {"sample_backward": "sample", "depthwise3x3_backward": "depthwise3x3"}
 
 # Of SViT-S, B and L: super tokens of stages 1 and 2; depthwise convolutions of all stages, and of their conv-FFN with
@@ -74,6 +78,8 @@ PUBLISHED_STEMS = (32, 48, 64, 96)
 
 # (case without its backend, device) -> "" or why the backend must not be used, of this process
 verdicts: dict[tuple, str] = {}
+
+CHECKING = threading.RLock()  # threads whose first calls come together wait for one verdict
 
 UNFINISHED_CHECKS = 2  # that many processes ended within the check of a case: it crashes
 
@@ -99,7 +105,7 @@ def case_of(backend: str, op: str, args: tuple) -> Case:
     return Case(backend, FORWARD.get(op, op), x.shape[-1], cell, x.dtype, form)
 
 
-# One small case an op. Maps are padded: neither side is a whole number of cells or strips.
+# One small case an op, of two images. Maps are padded: neither side is a whole number of cells or strips.
 
 
 def numbers(seed: int, *shape: int, scale: float = 1.0, plus: float = 0.0) -> Tensor:
@@ -132,21 +138,21 @@ class Inputs:
     def association(self) -> tuple[Tensor, Tensor]:
         _, _, hh, ww = self.grid()
         h, w = self.case.cell
-        return self.both(numbers(3, 1, hh, ww, 9, h * w).softmax(3), self.case.dtype)
+        return self.both(numbers(3, 2, hh, ww, 9, h * w).softmax(3), self.case.dtype)
 
 
 def check_associate(kernels: ModuleType, given: Inputs) -> Comparisons:
     C, cell = given.case.channels, list(given.case.cell)
     H, W, hh, ww = given.grid()
-    x, x64 = given.map(1, 1, H, W, C)
-    s, s64 = given.map(2, 1, hh, ww, C)
+    x, x64 = given.map(1, 2, H, W, C)
+    s, s64 = given.map(2, 2, hh, ww, C)
     yield "q", kernels.associate(x, s, cell), reference.associate(x64, s64, cell)
 
 
 def check_aggregate(kernels: ModuleType, given: Inputs) -> Comparisons:
     H, W, _, _ = given.grid()
     cell = list(given.case.cell)
-    x, x64 = given.map(1, 1, H, W, given.case.channels)
+    x, x64 = given.map(1, 2, H, W, given.case.channels)
     q, q64 = given.association()
     yield from zip(("total", "mass"), kernels.aggregate(x, q, cell), reference.aggregate(x64, q64, cell), strict=True)
 
@@ -154,9 +160,9 @@ def check_aggregate(kernels: ModuleType, given: Inputs) -> Comparisons:
 def check_spread(kernels: ModuleType, given: Inputs) -> Comparisons:
     C, cell = given.case.channels, list(given.case.cell)
     H, W, hh, ww = given.grid()
-    s, s64 = given.map(2, 1, hh, ww, C)
+    s, s64 = given.map(2, 2, hh, ww, C)
     q, q64 = given.association()
-    residual, residual64 = given.map(1, 1, H, W, C) if given.case.form == "residual" else (None, None)
+    residual, residual64 = given.map(1, 2, H, W, C) if given.case.form == "residual" else (None, None)
     y = kernels.spread(s, q, cell, [H, W], residual)
     yield "y", y, reference.spread(s64, q64, cell, (H, W), residual64)
 
@@ -164,7 +170,7 @@ def check_spread(kernels: ModuleType, given: Inputs) -> Comparisons:
 def check_sample(kernels: ModuleType, given: Inputs) -> Comparisons:
     C, cell, eps = given.case.channels, list(given.case.cell), 1e-6
     H, W, hh, ww = given.grid()
-    x, x64 = given.map(1, 1, H, W, C)
+    x, x64 = given.map(1, 2, H, W, C)
     weight = weight64 = bias = bias64 = None
     if given.case.form == "norm":
         weight, weight64 = given.parameter(4, C, scale=0.2, plus=1)
@@ -172,7 +178,7 @@ def check_sample(kernels: ModuleType, given: Inputs) -> Comparisons:
     results = kernels.sample(x, cell, 2, weight, bias, eps)
     expected = reference.sample(x64, cell, 2, weight64, bias64, eps)
     yield from zip(("s", "q", "mass"), results, expected, strict=True)
-    grad, grad64 = given.map(6, 1, hh, ww, C)
+    grad, grad64 = given.map(6, 2, hh, ww, C)
     q, mass = (t.to(given.device, r.dtype) for t, r in zip(expected[1:], results[1:], strict=True))
     gradients = kernels.sample_backward(grad, x, q, mass, cell, weight, eps)
     expected = reference.sample_backward(grad64, x64, q.double().cpu(), mass.double().cpu(), cell, weight64, eps)
@@ -182,12 +188,12 @@ def check_sample(kernels: ModuleType, given: Inputs) -> Comparisons:
 def check_depthwise3x3(kernels: ModuleType, given: Inputs) -> Comparisons:
     C, gelu = given.case.channels, given.case.form == "gelu"
     # More than one strip of rows and of columns on a GPU; an interpreter takes seconds for that.
-    H, W = (15, 17) if given.device.type == "cuda" else (5, 7)
-    x, x64 = given.map(1, 1, H, W, C)
+    shape = (2, 15, 17, C) if given.device.type == "cuda" else (1, 5, 7, C)
+    x, x64 = given.map(1, *shape)
     weight, weight64 = given.parameter(7, C, 1, 3, 3)
     bias, bias64 = given.parameter(5, C)
     yield "y", kernels.depthwise3x3(x, weight, bias, gelu), reference.depthwise3x3(x64, weight64, bias64, gelu)
-    grad, grad64 = given.map(6, 1, H, W, C)
+    grad, grad64 = given.map(6, *shape)
     gradients = kernels.depthwise3x3_backward(grad, x, weight, gelu)
     expected = reference.depthwise3x3_backward(grad64, x64, weight64, gelu)
     yield from zip(("dx", "dweight", "dbias"), gradients, expected, strict=True)
@@ -195,7 +201,7 @@ def check_depthwise3x3(kernels: ModuleType, given: Inputs) -> Comparisons:
 
 def check_bias_gelu_affine(kernels: ModuleType, given: Inputs) -> Comparisons:
     C = given.case.channels
-    x, x64 = given.map(1, 1, 15, 17, C)
+    x, x64 = given.map(1, 2, 15, 17, C)
     vectors = [given.parameter(seed, C) for seed in (5, 4, 11)]
     ours, exact = zip(*vectors, strict=True)
     yield "y", kernels.bias_gelu_affine(x, *ours), reference.bias_gelu_affine(x64, *exact)
@@ -226,8 +232,8 @@ def check_super_token_attention(kernels: ModuleType, given: Inputs) -> Compariso
 def check_conv_ffn(kernels: ModuleType, given: Inputs) -> Comparisons:
     C = given.case.channels
     tensors = [
-        given.map(1, 1, 15, 17, C),
-        given.map(2, 1, 15, 17, C),
+        given.map(1, 2, 15, 17, C),
+        given.map(2, 2, 15, 17, C),
         given.map(8, 4 * C, C, scale=C**-0.5),
         given.parameter(9, 4 * C, scale=0.3),
         given.parameter(7, 4 * C, 1, 3, 3, scale=0.4),
@@ -264,8 +270,11 @@ def check(case: Case, kernels: ModuleType, device: torch.device | str) -> Row:
             stack.enter_context(torch.autocast(kind, enabled=False))
         try:
             for name, actual, expected in CHECKS[case.op](kernels, Inputs(case, torch.device(device))):
+                dtype = torch.float32 if name in WIDE else case.dtype
                 if actual.shape != expected.shape:
                     reasons.append(f"{name} is {list(actual.shape)} instead of {list(expected.shape)}")
+                elif actual.dtype != dtype:
+                    reasons.append(f"{name} is {name_of(actual.dtype)} instead of {name_of(dtype)}")
                 elif actual.numel():
                     difference = (actual.double().cpu() - expected).abs().max() / expected.abs().max()
                     error = difference.item() if difference.isfinite() else float("inf")
@@ -314,7 +323,12 @@ def enabled() -> bool:
 def cache_folder() -> Path:
     if chosen := os.environ.get("SVIT_CACHE_DIR"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svit"
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "svit"
+    try:
+        return Path.home() / ".cache" / "svit"
+    except RuntimeError:  # a user without a home, as containers have: nothing can be written below this
+        return Path(os.devnull) / "svit"
 
 
 def verdict_folder(backend: str, fingerprint: str) -> Path:
@@ -331,9 +345,10 @@ def verdict_file(case: Case, fingerprint: str) -> Path:
 
 def read(path: Path) -> dict[str, Any]:
     """What a file says; nothing if there is none, or it cannot be understood."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
         found = json.loads(path.read_text())
-        if isinstance(found, dict) and isinstance(found.get("ok"), bool):
+        counts = found.get("pid", 0), found.get("begun", 0)
+        if isinstance(found.get("ok"), bool) and all(isinstance(n, int) for n in counts):
             return found
     return {}
 
@@ -346,9 +361,11 @@ def write(path: Path, verdict: dict[str, Any]) -> None:
 
 
 def alive(pid: int) -> bool:
+    if sys.platform == "win32":  # where os.kill would end it
+        return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # another user's
         return True
@@ -412,13 +429,22 @@ def problem(case: Case, kernels: ModuleType, device: torch.device) -> str | None
         if kept is None and others_are_checked(case.backend, kernels, device):
             return ""
         return kept
-    verdicts[case, device] = verdict(case, kernels, device)
-    return verdicts[case, device]
+    with CHECKING:
+        if (case, device) not in verdicts:
+            verdicts[case, device] = verdict(case, kernels, device)
+        return verdicts[case, device]
 
 
 def others_are_checked(backend: str, kernels: ModuleType, device: torch.device) -> bool:
     here = any(case.backend == backend and where == device for case, where in verdicts)
-    return here or verdict_folder(backend, kernels.fingerprint(device)).is_dir()
+    return here or bool(kept_files(backend, kernels, device))
+
+
+def kept_files(backend: str, kernels: ModuleType, device: torch.device) -> list[Path]:
+    """The verdicts on disk; none if their folder cannot be read."""
+    with suppress(OSError):
+        return [*verdict_folder(backend, kernels.fingerprint(device)).glob("*.json")]
+    return []
 
 
 def check_and_keep(case: Case, kernels: ModuleType, device: torch.device) -> Row:
@@ -443,7 +469,7 @@ def serves(kernels: ModuleType, case: Case, device: torch.device) -> bool:
 
 def summary(backend: str, kernels: ModuleType, device: torch.device) -> str:
     """How many cases have a verdict on disk, and which are wrong."""
-    found = {p.stem: kept_verdict(p) for p in verdict_folder(backend, kernels.fingerprint(device)).glob("*.json")}
+    found = {path.stem: kept_verdict(path) for path in kept_files(backend, kernels, device)}
     wrong = [f"{name} ({reason})" for name, reason in sorted(found.items()) if reason]
     right = sum(reason == "" for reason in found.values())
     return ", ".join([f"{right} cases right", *(f"wrong: {w}" for w in wrong)]) if found else "none has run yet"

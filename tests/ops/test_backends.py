@@ -116,6 +116,16 @@ def test_a_callers_error_is_no_failure_of_the_backend(backend):
     assert not backends.failures
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_gradient_of_another_dtype_is_refused(backend, dtype):
+    """Backends trust their arguments, and the choice rests on the first of them."""
+    s, q, mass = reference.sample(X, (2, 3))
+    with pytest.raises(ValueError, match="grad: expected torch.float32, got"):
+        torch.ops.svit.sample_backward(s.to(dtype), X, q, mass, [2, 3], None, 1e-6)
+    with pytest.raises(ValueError, match="grad: expected torch.float32, got"):
+        torch.ops.svit.depthwise3x3_backward(X.to(dtype), X, torch.ones(8, 1, 3, 3), False)
+
+
 def test_transforms_take_the_reference(backend):
     def f(x):
         return sample(x, (2, 3))[0]

@@ -5,7 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +106,24 @@ def test_a_wrong_backend_is_left_out_with_one_warning(backend, wrong, monkeypatc
     assert not backend.calls
 
 
+@pytest.mark.parametrize("wrong", [(), ("sample",)])
+def test_threads_share_a_check(backend, wrong):
+    """As those of nn.DataParallel, which meet a backend all at once."""
+    backend.wrong = set(wrong)
+    together = threading.Barrier(4)
+
+    def first_call(_):
+        together.wait(60)
+        return sample(X, (2, 3))[0]
+
+    with warnings.catch_warnings(record=True) as caught, ThreadPoolExecutor(4) as threads:
+        warnings.simplefilter("always")
+        results = [*threads.map(first_call, range(4))]
+    assert all(torch.equal(s, reference.sample(X, (2, 3))[0]) for s in results)
+    assert len([w for w in caught if "self-check" in str(w.message)]) == len(wrong)
+    assert backend.calls.count("sample_backward") == 1
+
+
 def test_an_exception_is_a_verdict(backend):
     backend.error = RuntimeError("ptxas said no")
     with pytest.warns(UserWarning, match="self-check: RuntimeError: ptxas said no"):
@@ -119,11 +139,37 @@ def test_lack_of_memory_is_no_verdict(backend):
     assert not verify.verdicts
 
 
-def test_not_a_number_and_a_wrong_shape_are_wrong(backend):
+def test_not_a_number_and_a_wrong_shape_or_dtype_are_wrong(backend):
     backend.sample = lambda *args: tuple(t * float("nan") for t in reference.sample(*args))
     assert not verify.check(CASE, backend, "cpu").ok
     backend.sample = lambda *args: tuple(t[..., :1] for t in reference.sample(*args))
     assert "instead of" in verify.check(CASE, backend, "cpu").reason
+    backend.sample = lambda *args: tuple(t.double() for t in reference.sample(*args))
+    assert "s is float64 instead of float32" in verify.check(CASE, backend, "cpu").reason
+    half = CASE._replace(dtype=torch.float16)
+    backend.sample = reference.sample
+    assert verify.check(half, backend, "cpu").ok
+    backend.sample = lambda *args: tuple(t.half() for t in reference.sample(*args))
+    assert verify.check(half, backend, "cpu").reason.startswith("mass is float16 instead of float32")
+
+
+def test_the_first_image_is_not_all(backend):
+    def scaled(op):
+        def run(*args):
+            results = getattr(reference, op)(*args)
+            first = results if torch.is_tensor(results) else results[0]
+            first[1:] *= 1.2
+            return results
+
+        return run
+
+    ops = ("associate", "aggregate", "spread", "sample", "bias_gelu_affine")
+    cases = [CASE._replace(op=op, cell=None if op == "bias_gelu_affine" else (2, 3)) for op in ops]
+    for case in cases:
+        setattr(backend, case.op, scaled(case.op))
+        assert not verify.check(case, backend, "cpu").ok, case
+    backend.sample, backend.sample_backward = reference.sample, scaled("sample_backward")
+    assert verify.check(CASE, backend, "cpu").reason.startswith("dx is off")
 
 
 def test_a_backend_asked_for_by_name_raises(backend):
@@ -141,7 +187,15 @@ def test_it_can_be_switched_off(backend, monkeypatch):
     assert not file_of().exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"ok": 1}', "\udcff"])
+DAMAGED = ["", "{", "[]", '{"ok": 1}', "\udcff", "[" * 100_000]
+DAMAGED_NOTES = [{"pid": "1"}, {"pid": None}, {"pid": 10**30}, {"pid": float("nan")}, {"pid": 10**30, "begun": "2"}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [*DAMAGED, *(json.dumps({"ok": False, "host": socket.gethostname(), **note}) for note in DAMAGED_NOTES)],
+    ids=range(len(DAMAGED) + len(DAMAGED_NOTES)),
+)
 def test_a_damaged_verdict_is_checked_again(backend, content):
     file_of().parent.mkdir(parents=True)
     file_of().write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -159,6 +213,24 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(backend, monkeypatch,
     forget(monkeypatch)
     sample(X, (2, 3))
     assert len(backend.calls) == 7
+
+
+def test_a_user_without_a_home_is_served(backend, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SVIT_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(verify.Path, "home", home)
+    for _ in range(2):
+        sample(X, (2, 3))
+    assert len(backend.calls) == 4
+
+
+def test_a_cache_folder_that_cannot_be_looked_into_is_done_without(backend, monkeypatch, tmp_path, capturing):
+    monkeypatch.setenv("SVIT_CACHE_DIR", str(tmp_path / ("a" * 300)))  # as where a right is missing
+    assert capturing(CASE, backend) is None
+    assert verify.summary("other", backend, torch.device("cpu")) == "none has run yet"
 
 
 def ended_process() -> int:
