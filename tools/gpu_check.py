@@ -20,6 +20,7 @@ something did not, 2 if nothing could be done.
 import argparse
 import datetime
 import importlib
+import itertools
 import os
 import re
 import shlex
@@ -30,7 +31,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +108,12 @@ class Run:
             startup = 0.0
             if process is None:
                 threads = {"OMP_NUM_THREADS": "1"} if stage.parallel > 1 else {}
-                process = worker.Worker(STEPS[step], self.setup, batch, threads | stage.environment)
+                try:
+                    process = worker.Worker(STEPS[step], self.setup, batch, threads | stage.environment)
+                except OSError as error:  # a checker that cannot be run, say
+                    self.report.begin(step, item)
+                    self.report.end(step, item, FAILED, 0.0, f"no process: {error}")
+                    continue
                 startup = START_LIMIT
                 self.workers.add(process)
                 if self.stopped.is_set():  # in the meantime
@@ -166,14 +172,16 @@ class Run:
 
 
 def path_of_report(folder: Path, about: dict[str, str], rehearsal: bool) -> Path:
-    """<date>-<gpu>, without a suffix; with a number behind it where there is one already."""
+    """<date>-<gpu>, without a suffix; with a number behind it where there is one already. The .json is made, empty."""
     slug = "rehearsal" if rehearsal else re.sub(r"\W+", "-", about["GPU"].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{datetime.date.today()}-{slug}"
-    numbered, n = path, 1
-    while Path(f"{numbered}.json").exists():
-        n += 1
-        numbered = Path(f"{path}-{n}")
-    return numbered
+    for n in itertools.count(1):
+        numbered = path if n == 1 else Path(f"{path}-{n}")
+        with suppress(FileExistsError):
+            Path(f"{numbered}.json").touch(exist_ok=False)  # no other run takes it
+            return numbered
+    raise AssertionError("unreachable")
 
 
 def parse_args() -> argparse.Namespace:
@@ -186,13 +194,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--resume", type=Path, metavar="REPORT", help="the .json of a report to go on from")
     parser.add_argument("--rehearse", action="store_true", help="all of it without a GPU, in Triton's interpreter")
     args = parser.parse_args()
-    if args.minutes is not None and args.minutes <= 0:
+    if args.minutes is not None and not args.minutes > 0:  # nan neither
         parser.error(f"--minutes: expected a positive number, got {args.minutes:g}")
     return args
 
 
 def main() -> int:
     args = parse_args()
+    sys.stdout.reconfigure(errors="replace")  # what a process printed may be anything
     if not args.rehearse and not machine.has_gpu():
         print("error: no NVIDIA GPU that PyTorch can use; --rehearse runs the check without one", file=sys.stderr)
         return 2

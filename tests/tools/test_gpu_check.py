@@ -239,6 +239,7 @@ def test_where_the_report_goes(told, tmp_path, monkeypatch):
             "its sources was xyz, here it is abc (commits 5678 and 1234)",
         ),
         ({"format": 0}, "expected the .json of a report of format 1"),
+        ({"steps": None}, "expected the .json of a report of format 1"),
     ],
 )
 def test_reports_that_cannot_be_resumed(tmp_path, change, message):
@@ -250,6 +251,27 @@ def test_reports_that_cannot_be_resumed(tmp_path, change, message):
     with pytest.raises(ReportError) as refused:
         Report.resume(path, tmp_path, ABOUT, False, {})
     assert message in str(refused.value)
+
+
+def test_a_resumed_report_replaces_no_other(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        Report(folder / "report", ABOUT, rehearsal=False, missing={}).start_run("python", None)
+    with pytest.raises(ReportError, match="there is another report of this name"):
+        Report.resume(first / "report.json", second, ABOUT, False, {})
+    Report.resume(first / "report.json", first, ABOUT, False, {})
+
+
+def test_two_runs_that_begin_together_have_a_report_each(tmp_path):
+    paths = [gpu_check.path_of_report(tmp_path, ABOUT, False) for _ in range(3)]
+    assert len(set(paths)) == 3
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "soon"])
+def test_minutes_that_are_none(monkeypatch, minutes, capsys):
+    with pytest.raises(SystemExit):
+        main(monkeypatch, "--minutes", minutes)
+    assert "--minutes" in capsys.readouterr().err
 
 
 def test_no_report_at_all(told, tmp_path, monkeypatch, capsys):
@@ -265,6 +287,11 @@ def test_tables():
         "| op | us | ok |\n| --- | --- | --- |\n| spread | 12.35 | ok |\n| a\\|b | 123,457 | WRONG |\n\n"
         "| n |\n| --- |\n|  |"
     )
+
+
+def test_a_text_is_one_short_line_of_a_table():
+    assert tables([{"reason": "at 10:4:\n  x | y\n"}]) == "| reason |\n| --- |\n| at 10:4: x \\| y |"
+    assert len(tables([{"reason": "x" * 9000}])) < 400
 
 
 def test_sources_are_told_apart(tmp_path, monkeypatch):
@@ -299,6 +326,38 @@ def test_what_is_printed_between_records_is_kept_apart(tmp_path, monkeypatch):
     assert records == [{"finding": {"n": 1}}, {"done": True}]
     assert process.finish(30) == 0
     assert process.output() == "half a line\nthe rest"
+
+
+@pytest.mark.parametrize("garbage", ["\x1e", "\x1e{", "\x1e3", "\x1e{}", "a \x1e b"])
+def test_what_only_looks_like_a_record_is_printed(garbage):
+    assert worker.parse(garbage) == (garbage, None)
+
+
+def test_records():
+    assert worker.parse('words\x1e{"done": true}') == ("words", {"done": True})
+
+
+def test_a_process_that_prints_without_end_leaves_a_short_report(tmp_path, monkeypatch):
+    code = "import os\ndef run(setup):\n    os.write(1, b'x' * 9**7)\n    raise ValueError('y' * 9**7)\n    yield"
+    (tmp_path / "talks.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = worker.Worker("talks", Setup(True, "", 1), Batch([]), {})
+    process.send(vars(Item("item")))
+    record = next(process.records(time.monotonic() + 60))
+    process.kill()
+    assert record["error"].startswith("ValueError: yyy")
+    assert len(record["error"]) + len(process.output()) < 30_000
+
+
+def test_a_checker_that_cannot_be_run(told, tmp_path, monkeypatch):
+    told([("fine", {})], following=[[("next", {})]])
+    step = (tmp_path / "told.py").read_text()
+    (tmp_path / "told.py").write_text(
+        step.replace("for name, options in items])", "for name, options in items], ['/no/such/checker'])")
+    )
+    assert main(monkeypatch, "--out", tmp_path / "out") == 1
+    assert "/no/such/checker" in items(tmp_path / "out")["fine"]["reason"]
+    assert items(tmp_path / "out", "tests")["next"]["status"] == "ok"
 
 
 # What the steps would do on a GPU.

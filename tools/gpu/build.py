@@ -19,7 +19,7 @@ def stages(setup: Setup) -> list[Stage] | str:
         return "there is no nvcc"
     if find_spec("setuptools") is None:
         return "there is no setuptools"
-    return [Stage([Batch([Item("library", estimate=2 if is_up_to_date() else 90, limit=300)])])]
+    return [Stage([Batch([Item("library", estimate=2 if is_up_to_date() else 60, limit=150)])])]
 
 
 def is_up_to_date() -> bool:

@@ -23,6 +23,7 @@ from svit.ops import backends
 from .build import LIBRARY
 from .items import Batch, Item, Setup, Stage
 from .timing import compiler, copy_rate
+from .worker import first_line
 
 DESCRIPTION = (
     "img/s by the median run, models in turn, channels-last; forward: weights in bfloat16; training: forward and "
@@ -217,7 +218,7 @@ class Runner:
             try:
                 self.step(model)
             except Exception as error:
-                errors[way] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                errors[way] = first_line(error)
         self.release()
         return {"errors": errors}
 
@@ -277,7 +278,7 @@ def answer(runner: Runner, request: str) -> dict:
         runner.release()
         return {"error": "it needs more memory than there is"}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+        return {"error": first_line(error)}
 
 
 def main() -> None:

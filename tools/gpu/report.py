@@ -15,6 +15,7 @@ from .items import Item
 from .machine import IDENTITY
 
 FORMAT = 1
+LONGEST_TEXT = 300  # of a cell of a table; the .json has all of it
 
 # What becomes of an item. One that is cut or left out is done by a run that goes on from the report.
 OK, FAILED, CRASHED, HUNG, CUT, LEFT_OUT = "ok", "failed", "crashed", "hung", "cut", "left out"
@@ -27,14 +28,15 @@ class ReportError(ValueError):
 
 
 def text_of(value: object) -> str:
-    """A figure as people read it: four digits, no exponent where there need not be one."""
+    """A figure as people read it: four digits, no exponent where there need not be one. A text is one short line."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return "ok" if value else "WRONG"
     if isinstance(value, float):
         return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
-    return str(value)
+    text = " ".join(str(value).split())
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."
 
 
 def table(rows: list[dict]) -> str:
@@ -80,13 +82,18 @@ class Report:
 
         Raises:
             ReportError: `source` is no report, or one of another GPU, other versions or sources, or of a rehearsal
-                where this run is none.
+                where this run is none; or `folder` has another report of that name.
         """
         try:
             data = json.loads(source.read_text())
         except (OSError, ValueError) as error:
             raise ReportError(f"{source}: cannot be read: {error}") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        kinds = {"rehearsal": bool, "about": dict, "runs": list, "steps": dict}
+        if (
+            not isinstance(data, dict)
+            or data.get("format") != FORMAT
+            or not all(isinstance(data.get(key), kind) for key, kind in kinds.items())
+        ):
             raise ReportError(f"{source}: expected the .json of a report of format {FORMAT}")
         if data["rehearsal"] != rehearsal:
             kinds = "a rehearsal, none of whose figures counts", "a run on a GPU"
@@ -97,6 +104,9 @@ class Report:
                 was = data["about"].get(key)
                 hint = f" (commits {data['about'].get('commit')} and {about['commit']})" if key == "sources" else ""
                 raise ReportError(f"{source}: its {key} was {was}, here it is {about[key]}{hint}")
+        target = folder / source.name
+        if target.exists() and not target.samefile(source):
+            raise ReportError(f"{target}: there is another report of this name; --out names another folder")
         report = cls(folder / source.stem, about, rehearsal, missing)
         report.data |= {"runs": data["runs"], "steps": data["steps"]}
         return report
@@ -131,9 +141,9 @@ class Report:
     def find(self, step: str, item: Item, finding: dict) -> None:
         with self.lock:
             self.items(step)[item.name]["findings"].append(finding)
+            self.write()
             figures = ((key, text_of(value)) for key, value in finding.items())
             print(f"{step}: " + ", ".join(f"{key} {text}" for key, text in figures if text), flush=True)
-            self.write()
 
     def end(self, step: str, item: Item, status: str, seconds: float, reason: str = "", output: str = "") -> None:
         with self.lock:
@@ -143,8 +153,9 @@ class Report:
             entry |= {"status": status, "reason": reason, "seconds": round(seconds, 2)}
             if status != OK:
                 entry["output"] = output
-                print(f"{step}: {item.name}: {status.upper()} {reason}\n{output}".rstrip(), flush=True)
             self.write()
+            if status != OK:
+                print(f"{step}: {item.name}: {status.upper()} {reason}\n{output}".rstrip(), flush=True)
 
     def leave_out(self, step: str, items: list[Item], reason: str) -> None:
         with self.lock:

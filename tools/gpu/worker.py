@@ -26,6 +26,8 @@ from .items import Batch, Item, Setup
 
 SEPARATOR = "\x1e"
 LAST_LINES = 25
+LONGEST_LINE = 1000  # characters of it that are kept
+LONGEST_RECORD = 2**20
 
 
 class Worker:
@@ -63,13 +65,13 @@ class Worker:
         """
         out = self.process.stdout.fileno()
         while True:
-            while b"\n" in self.rest:
-                line, self.rest = self.rest.split(b"\n", 1)
-                text, separator, record = line.decode(errors="replace").partition(SEPARATOR)
+            while b"\n" in self.rest or len(self.rest) > LONGEST_RECORD:
+                line, _, self.rest = self.rest.partition(b"\n")
+                text, record = parse(line.decode(errors="replace"))
                 if text.strip():
-                    self.lines.append(text.rstrip())
-                if separator:
-                    yield json.loads(record)
+                    self.lines.append(text.rstrip()[:LONGEST_LINE])
+                if record:
+                    yield record
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([out], [], [], left)[0]:
                 raise TimeoutError
@@ -105,6 +107,17 @@ class Worker:
             self.kill()
 
 
+def parse(line: str) -> tuple[str, dict | None]:
+    """What is printed in a line, and the record at its end. What only looks like one is printed too."""
+    text, separator, record = line.partition(SEPARATOR)
+    if separator:
+        with contextlib.suppress(ValueError):
+            found = json.loads(record)
+            if isinstance(found, dict) and found.keys() & {"finding", "error", "done"}:
+                return text, found
+    return line, None
+
+
 def ended_by(status: int | None) -> str:
     if status is None:
         return "without an exit status"
@@ -119,7 +132,12 @@ def ended_by(status: int | None) -> str:
 def report(record: dict) -> None:
     """One write, so that no other output comes between; on a line of its own, whatever was printed before."""
     sys.stdout.flush()
-    os.write(1, f"\n{SEPARATOR}{json.dumps(record)}\n".encode())
+    os.write(1, f"\n{SEPARATOR}{json.dumps(record, ensure_ascii=False)}\n".encode(errors="replace"))
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:LONGEST_LINE]}"
 
 
 def receive(messages: queue.Queue) -> None:
@@ -140,7 +158,7 @@ def work(run: Callable[..., Iterator[dict]], setup: Setup) -> None:
             report({"done": True})
         except Exception as error:
             traceback.print_exc()
-            report({"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
+            report({"error": first_line(error)})
 
 
 if __name__ == "__main__":
