@@ -42,8 +42,7 @@ def read_image(file: str | PathLike | BinaryIO | Image.Image, mode: str = "RGB")
         mode: of the result, one of `MODES`; Pillow converts palettes, CMYK and transparency.
 
     Raises:
-        UnreadableImageError: no such file, no image, one cut short or of too many pixels, or of a mode that Pillow does
-            not convert, such as LAB.
+        UnreadableImageError: no such file, no image, or one that is cut short or of too many pixels.
     """
     try:
         if isinstance(file, Image.Image):
@@ -100,6 +99,8 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         image = _in_8_bits(image, tags)
+    if image.mode == "LAB":  # which Pillow converts to RGB alone
+        image = image.convert("RGB")
     return image.convert(mode)
 
 

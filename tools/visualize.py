@@ -3,7 +3,7 @@
     python tools/visualize.py cat.jpg street.jpg --model svit_small --checkpoint svit_small.safetensors
     python tools/visualize.py cat.jpg --model svit_nano_32.cifar10 --pretrained --img-size 256 --point 0.4 0.3
 
-Open OUT/index.html. docs/visualization.md says what the pictures mean. Images that cannot be read are named and
+Open OUT/index.html. docs/visualization.md says what the pictures mean. What cannot be read is named and
 left out.
 """
 
