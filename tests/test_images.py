@@ -95,13 +95,14 @@ def test_an_orientation_that_does_not_exist_is_none(orientation):
     assert np.array_equal(array(encoded(Image.fromarray(stored), "PNG", exif=exif(orientation)), "RGB"), stored)
 
 
+@pytest.mark.filterwarnings("ignore:.*(EXIF|Truncated)")
 def test_damaged_exif_data_leave_what_can_be_known_of_the_orientation():
     stored = pixels(2, (2, 5), 3)
-    entries = [(ORIENTATION, 3, 1, struct.pack("<HH", 6, 0)), (0x11A, 5, 1, struct.pack("<I", 1 << 30))]
-    tags = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries)
-    whole = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + tags + bytes(4)
+    turn = struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0)
+    start = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turn
     for data, expected in (
-        (whole, SHOWN[6](stored)),  # one of the tags points outside
+        (start + struct.pack("<HHII", 0x11A, 5, 1, 1 << 30) + bytes(4), SHOWN[6](stored)),  # a tag points outside
+        (start + struct.pack("<HHII", 0x11A, 7, 8, 0) + bytes(4), SHOWN[6](stored)),  # one of the wrong type
         (b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1), stored),
         (b"Exif\0\0" + b"\xff" * 30, stored),
         (b"Exif\0\0", stored),
