@@ -72,7 +72,6 @@ def pixels(file: Path, channels: int) -> torch.Tensor:
     return torch.tensor(values).permute(2, 0, 1)[None].float()
 
 
-@torch.no_grad()
 def test_from_training_to_the_hub(data, channels, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(channels=channels, data=data))
     assert train.main([str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out"), "--cpu"]) == 0
@@ -83,7 +82,7 @@ def test_from_training_to_the_hub(data, channels, tmp_path, capsys):
     assert tuple(cfg["input_size"]) == (channels, 16, 16)
     assert (cfg["mean"], cfg["std"]) == (pytest.approx(MEAN[channels]), pytest.approx(STD[channels]))
     files = [data / "val" / name / f"{i}.png" for name in "ab" for i in range(4)]
-    logits = torch.cat([model(pixels(file, channels)) for file in files])
+    logits = model(torch.cat([pixels(file, channels) for file in files])).detach()
 
     options = ["--data-dir", str(data), "--workers", "0", "--json", str(tmp_path / "result.json")]
     assert validate.main(["test_svit", *weights, *options]) == 0
@@ -102,7 +101,8 @@ def test_from_training_to_the_hub(data, channels, tmp_path, capsys):
         import matplotlib  # noqa: F401
     except ImportError:
         missing("matplotlib")
-    assert visualize.main([str(files[0]), "--model", "test_svit", *weights, "--out", str(tmp_path / "page")]) == 0
+    options = ["--img-size", "16", "16", "--out", str(tmp_path / "page")]
+    assert visualize.main([str(files[0]), "--model", "test_svit", *weights, *options]) == 0
     share = logits[0].softmax(0).max().item()
     assert f"({share:.1%})" in capsys.readouterr().out
 
@@ -110,7 +110,7 @@ def test_from_training_to_the_hub(data, channels, tmp_path, capsys):
     assert export.main(["test_svit", *weights, *options]) == 0
     told = {"input_size": "", "mean": "", "std": ""}
     run = torch.export.load(tmp_path / "model.pt2", extra_files=told).module()
-    told = {key: json.loads(value) for key, value in told.items()}
+    told = {key: json.loads(told[key]) for key in ("input_size", "mean", "std")}
     assert told == {"input_size": [channels, 16, 16], "mean": cfg["mean"], "std": cfg["std"]}
     torch.testing.assert_close(run(pixels(files[0], channels)), logits[:1], atol=1e-4, rtol=1e-4)
 
@@ -124,7 +124,6 @@ def test_from_training_to_the_hub(data, channels, tmp_path, capsys):
     assert names["names"] == ["a", "b"]
 
 
-@torch.no_grad()
 def test_a_checkpoint_that_tells_nothing_of_its_channels(data, channels, tmp_path, capsys):
     """timm's means for three channels, and a state dict alone."""
     model = timm.create_model("test_svit", in_chans=channels, num_classes=2).eval()
