@@ -15,7 +15,8 @@ __all__ = ["EXTENSIONS", "FORMATS", "MODES", "UnreadableImageError", "channel_va
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 Image.init()
-FORMATS = [name for name in Image.ID if name not in NOT_DECODED]
+# In the order in which Pillow tries them, the frequent ones first.
+FORMATS = sorted((name for name in Image.ID if name not in NOT_DECODED), key=lambda name: name not in ("JPEG", "PNG"))
 # Of files, in lower case, with the dot.
 EXTENSIONS = frozenset(end for end, name in Image.registered_extensions().items() if name in FORMATS)
 
