@@ -332,6 +332,10 @@ def eval_transform(preprocessing: dict[str, Any]):
     return create_transform(**{key: preprocessing[key] for key in keys}, is_training=False)
 
 
+# How the names of those operations of timm begin that move pixels.
+MOVES = ("Rotate", "Shear", "Translate")
+
+
 def train_transform(preprocessing: dict[str, Any], **augmentation: Any):
     """timm's transform for training from what `timm.data.resolve_data_config` gives, for images of 1 to 4 channels.
 
@@ -350,10 +354,6 @@ def train_transform(preprocessing: dict[str, Any], **augmentation: Any):
             for op in (op for ops in policy for op in ops if not op.name.startswith(MOVES)):
                 op.aug_fn = partial(on_colours, op.aug_fn)
     return transform
-
-
-# The names of those operations of timm begin so that move pixels.
-MOVES = ("Rotate", "Shear", "Translate")
 
 
 def on_colours(operation: Callable, image: Image.Image, *args: Any, **kwargs: Any) -> Image.Image:

@@ -99,8 +99,7 @@ def adapt_preprocessing(model: nn.Module, in_chans: int | None) -> None:
     cfg = model.pretrained_cfg
     channels, *size = cfg.get("input_size") or (3, 224, 224)
     in_chans = channels if in_chans is None else in_chans
-    if "input_size" in cfg:
-        cfg["input_size"] = (in_chans, *size)
+    cfg["input_size"] = (in_chans, *size)
     for key in ("mean", "std"):
         if cfg.get(key) and len(cfg[key]) != in_chans:
             cfg[key] = channel_values(cfg[key], in_chans)

@@ -15,6 +15,7 @@ from timm.data.auto_augment import NAME_TO_OP, AugmentOp
 
 import image_data
 from classification.data import (
+    MOVES,
     DataError,
     Loader,
     Order,
@@ -345,30 +346,28 @@ def test_augmentation_of_any_channels(channels, policy):
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
-@pytest.mark.parametrize("name", NAME_TO_OP)
+@pytest.mark.parametrize("name", [name for name in NAME_TO_OP if not name.startswith(MOVES)])
 def test_what_changes_colours_leaves_alpha_alone(name, mode):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, len(mode)), np.uint8))
-    channels = len(mode)
-    preprocessing = {"input_size": (channels, 8, 8), "interpolation": "bilinear"}
-    preprocessing.update(mean=(0.5,) * channels, std=(0.5,) * channels)
-    transform = train_transform(preprocessing, auto_augment="rand-m9-mstd0")
-    op = AugmentOp(name, prob=1.0, magnitude=9, hparams={"img_mean": (128,) * channels, "translate_const": 4})
-    (rand,) = (step for step in transform.transforms if hasattr(step, "ops"))
-    changed = next((own.aug_fn for own in rand.ops if own.name == name), None)
-    moves = name.startswith(("Rotate", "Shear", "Translate"))
-    if changed is not None:
-        assert (getattr(changed, "func", None) is on_colours) == (not moves)
-    if moves:
-        assert op(image).mode == mode
-        return
-    plain = AugmentOp(name, prob=1.0, magnitude=9)
-    seed_all(1)
-    op.aug_fn = partial(on_colours, op.aug_fn)
-    found = op(image)
-    seed_all(1)
-    assert found.mode == mode
-    assert found.convert(mode[:-1]).tobytes() == plain(image.convert(mode[:-1])).tobytes()
-    assert found.getchannel("A").tobytes() == image.getchannel("A").tobytes()
+    op, found = AugmentOp(name, prob=1.0, magnitude=9), []
+    for function in (op.aug_fn, partial(on_colours, op.aug_fn)):
+        seed_all(1)
+        op.aug_fn = function
+        found.append(op(image if found else image.convert(mode[:-1])))
+    assert found[1].mode == mode
+    assert found[1].convert(mode[:-1]).tobytes() == found[0].tobytes()
+    assert found[1].getchannel("A").tobytes() == image.getchannel("A").tobytes()
+
+
+def test_all_operations_on_colours_are_kept_from_alpha_and_no_others():
+    preprocessing = {"input_size": (4, 8, 8), "interpolation": "bilinear", "mean": (0.5,) * 4, "std": (0.5,) * 4}
+    for policy, jitters in (("rand-m9", 0), ("v0", 0), ("augmix", 0), ("3a", 1), (None, 1)):
+        _, *steps = train_transform(preprocessing, auto_augment=policy, color_jitter=0.4).transforms
+        assert [getattr(step, "func", None) for step in steps].count(on_colours) == jitters
+        ops = [op for step in steps for op in getattr(step, "ops", sum(getattr(step, "policy", []), []))]
+        assert bool(ops) == bool(policy)
+        for op in ops:
+            assert (getattr(op.aug_fn, "func", None) is on_colours) != op.name.startswith(MOVES)
 
 
 def test_a_class_that_one_split_lacks_is_named(tmp_path):
