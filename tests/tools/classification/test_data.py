@@ -364,7 +364,8 @@ def test_all_operations_on_colours_are_kept_from_alpha_and_no_others():
     for policy, jitters in (("rand-m9", 0), ("v0", 0), ("augmix", 0), ("3a", 1), (None, 1)):
         _, *steps = train_transform(preprocessing, auto_augment=policy, color_jitter=0.4).transforms
         assert [getattr(step, "func", None) for step in steps].count(on_colours) == jitters
-        ops = [op for step in steps for op in getattr(step, "ops", sum(getattr(step, "policy", []), []))]
+        policies = [getattr(step, "policy", [getattr(step, "ops", [])]) for step in steps]
+        ops = [op for policy_of_step in policies for group in policy_of_step for op in group]
         assert bool(ops) == bool(policy)
         for op in ops:
             assert (getattr(op.aug_fn, "func", None) is on_colours) != op.name.startswith(MOVES)
