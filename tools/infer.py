@@ -3,7 +3,7 @@
     python tools/infer.py photo.jpg --model svit_small --checkpoint svit_small.safetensors
     python tools/infer.py photos/ --model svit_nano_32.cifar10 --pretrained --top 3 --format csv > classes.csv
 
-Prints a table, JSON or CSV: the most probable classes of each image. What cannot be read is named and skipped.
+Prints a table, JSON or CSV: the most probable classes of each image. What cannot be read is named, counted and skipped.
 """
 
 import argparse
@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 from tabulate import tabulate
 from timm.data import get_img_extensions
 from tqdm import tqdm
 
-from classification.data import DataError, eval_transform
+from classification.data import DataError, eval_transform, image_mode, report_unreadable
 from classification.models import ModelError, add_model_arguments, class_names, open_model, out_of_memory_as_error
 from svit.convert import CheckpointError
+from svit.images import UnreadableImageError, read_image
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,19 +40,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     show(found, args.format)
-    for path, error in unreadable:
-        print(f"error: {path}: cannot be read ({error})", file=sys.stderr)
+    report_unreadable(unreadable, len(found) + len(unreadable))
     return 1 if unreadable else 0
 
 
-def infer(args: argparse.Namespace) -> tuple[list[dict], list[tuple[Path, Exception]]]:
-    """The classes of each image and their probabilities, best first; and the images that cannot be read."""
+def infer(args: argparse.Namespace) -> tuple[list[dict], list[UnreadableImageError]]:
+    """The classes of each image and their probabilities, best first; and why others cannot be read."""
     for option, value in (("--top", args.top), ("--batch-size", args.batch_size)):
         if value < 1:
             raise DataError(f"{option}: expected at least 1, got {value}")
     paths = list(find_images(args.images))
     model, device, preprocessing = open_model(args)
-    transform = eval_transform(preprocessing)
+    transform, mode = eval_transform(preprocessing), image_mode(preprocessing)
     names = class_names(model)
 
     found, unreadable = [], []
@@ -60,10 +59,9 @@ def infer(args: argparse.Namespace) -> tuple[list[dict], list[tuple[Path, Except
         read, tensors = [], []
         for path in paths[start : start + args.batch_size]:
             try:
-                with Image.open(path) as image:
-                    photo = ImageOps.exif_transpose(image).convert("RGB")
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                unreadable.append((path, error))
+                photo = read_image(path, mode)
+            except UnreadableImageError as error:
+                unreadable.append(error)
                 continue
             read.append(path)
             tensors.append(transform(photo))

@@ -25,6 +25,7 @@ from torch import nn
 
 from classification.models import CheckpointError, ModelError, create_model, read_metadata
 from svit.files import replacing
+from svit.images import MODES
 from svit.models import SViT
 
 TASK = "image-classification"
@@ -53,11 +54,20 @@ A model of timm for image classification.
 import svit  # first: it registers the models
 {%- endif %}
 import timm
-from PIL import Image
+{%- if svit %}
+from svit.images import read_image
+{%- else %}
+from PIL import Image, ImageOps
+{%- endif %}
 
 model = timm.create_model("hf-hub:{{ repo_id }}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-logits = model(transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0))
+{%- if svit %}
+image = read_image("photo.jpg", "{{ mode }}")
+{%- else %}
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{{ mode }}")
+{%- endif %}
+logits = model(transform(image).unsqueeze(0))
 names = model.pretrained_cfg.get("label_names")  # of the classes, where they are known
 ```
 {%- if results %}
@@ -248,6 +258,7 @@ def write_files(
         eval_results=results or None,
     )
     shown = without_places(facts)
+    size = resolve_model_data_config(model)["input_size"]
     card = ModelCard.from_template(
         data,
         template_str=CARD,
@@ -256,7 +267,8 @@ def write_files(
         architecture=architecture,
         params=sum(p.numel() for p in model.parameters()),
         num_classes=model.num_classes,
-        size=resolve_model_data_config(model)["input_size"],
+        size=size,
+        mode=MODES.get(size[0], "RGB"),
         license=license,
         results=results,
         facts=yaml.safe_dump(shown, sort_keys=False) if shown else "",

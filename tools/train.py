@@ -29,7 +29,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from omegaconf import OmegaConf
-from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data import Mixup, resolve_data_config
 from timm.layers import DropPath
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2
@@ -51,9 +51,11 @@ from classification.data import (
     check_splits,
     classes_of,
     eval_transform,
+    image_mode,
     is_reader_gone,
     open_dataset,
     seed_all,
+    train_transform,
 )
 from classification.evaluation import Accuracy, evaluate
 from classification.models import ModelError, create_model, out_of_memory_as_error, read_weights, save_model
@@ -170,8 +172,6 @@ class Training:
         overlay = {k: getattr(r, k) for k in ("mean", "std", "crop_pct", "interpolation") if getattr(r, k) is not None}
         if self.classes:
             overlay["label_names"] = self.classes
-        if r.img_size:
-            overlay["input_size"] = (3, r.img_size, r.img_size)
         arguments = dict(r.model_args)
         if r.drop_path:
             arguments["drop_path_rate"] = r.drop_path
@@ -180,6 +180,8 @@ class Training:
         model = create(**arguments)
         if model.pretrained_cfg.get("fixed_input_size") and r.img_size:
             model = create(img_size=r.img_size, **arguments)
+        if r.img_size:
+            model.pretrained_cfg["input_size"] = (model.pretrained_cfg["input_size"][0], r.img_size, r.img_size)
         if r.checkpoint:
             start_from(model, r.checkpoint)
         if r.grad_checkpointing:
@@ -189,21 +191,18 @@ class Training:
         self.preprocessing = resolve_data_config({}, model=model)
 
         common = dict(rank=self.rank, world=self.world, seed=r.seed, workers=r.workers, limit=r.max_unreadable)
+        common["mode"] = image_mode(self.preprocessing)
         transform = eval_transform(self.preprocessing)
         self.val = Loader(self.val_set, transform, r.batch_size, training=False, reopen=self.reopen_val, **common)
         if r.augment:
-            transform = create_transform(
-                self.preprocessing["input_size"],
-                is_training=True,
+            transform = train_transform(
+                self.preprocessing,
                 train_crop_mode=r.crop,
                 scale=r.scale,
                 ratio=r.ratio,
                 hflip=r.hflip,
                 color_jitter=r.color_jitter,
                 auto_augment=r.auto_augment,
-                interpolation=self.preprocessing["interpolation"],
-                mean=self.preprocessing["mean"],
-                std=self.preprocessing["std"],
                 re_prob=r.random_erasing,
                 re_mode="pixel",
             )
@@ -285,6 +284,9 @@ class Training:
                     f"teacher: expected one of the data's {self.num_classes} classes, got {r.teacher} of "
                     f"{teacher.num_classes}; teacher_checkpoint names weights of your own"
                 )
+        channels, expected = (config["input_size"][0] for config in (teacher.pretrained_cfg, self.preprocessing))
+        if channels != expected:
+            raise RecipeError(f"teacher: expected one for images of {expected} channels, as the model, got {channels}")
         names = teacher.pretrained_cfg.get("label_names")
         if names and self.classes and sorted(names) == sorted(self.classes) and list(names) != self.classes:
             raise RecipeError(f"teacher: its classes are in another order than the data's: {list(names)[:10]}")

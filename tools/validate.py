@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from classification.data import DataError, Loader, classes_of, eval_transform, open_dataset
+from classification.data import DataError, Loader, classes_of, eval_transform, image_mode, open_dataset
 from classification.evaluation import evaluate
 from classification.models import ModelError, add_model_arguments, class_names, open_model, out_of_memory_as_error
 from svit.convert import CheckpointError
@@ -90,6 +90,7 @@ def validate(args: argparse.Namespace) -> dict:
         training=False,
         workers=args.workers,
         limit=args.max_unreadable,
+        mode=image_mode(preprocessing),
     )
     names = names_of_classes(model, classes_of(loader.dataset))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)

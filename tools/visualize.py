@@ -3,7 +3,8 @@
     python tools/visualize.py cat.jpg street.jpg --model svit_small --checkpoint svit_small.safetensors
     python tools/visualize.py cat.jpg --model svit_nano_32.cifar10 --pretrained --img-size 256 --point 0.4 0.3
 
-Open OUT/index.html. docs/visualization.md says what the pictures mean.
+Open OUT/index.html. docs/visualization.md says what the pictures mean. What cannot be read is named and
+left out.
 """
 
 import argparse
@@ -17,12 +18,14 @@ from urllib.parse import quote
 import numpy as np
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
+from classification.data import image_mode, report_unreadable
 from classification.models import choose_device, class_names, create_model, out_of_memory_as_error
 from svit.files import replacing
+from svit.images import UnreadableImageError, read_image
 from svit.layers import SuperTokenAttention
 from svit.visualize import check_point, draw_attention, draw_iterations, draw_super_tokens, last_of_stages, watch
 
@@ -100,8 +103,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         check(args)
-        photos = {image: read_photo(image) for image in args.images}
         model = load_model(args.model, args.checkpoint, args.pretrained, args.device)
+        photos, unreadable = read_photos(args.images, image_mode(resolve_data_config({}, model=model)))
+        if not photos:
+            report_unreadable(unreadable, len(args.images))
+            return 1
         make_folder(args.out)
         # Every file takes its place at the end, the page last; on an error none does.
         with ExitStack() as files, out_of_memory_as_error("lower --img-size"):
@@ -125,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {args.out / 'index.html'}")
-    return 0
+    report_unreadable(unreadable, len(args.images))
+    return 1 if unreadable else 0
 
 
 def check(args: argparse.Namespace) -> None:
@@ -142,15 +149,22 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"{twice}: another image has the same name; their pictures would replace each other")
 
 
-def read_photo(path: Path) -> Image.Image:
-    """The image upright, in RGB."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not an image, or a damaged one ({error})") from error
+def read_photos(files: Sequence[Path], mode: str) -> tuple[dict[Path, Image.Image], list[UnreadableImageError]]:
+    """The images, and why others cannot be read."""
+    photos, unreadable = {}, []
+    for file in files:
+        try:
+            photos[file] = read_photo(file, mode)
+        except UnreadableImageError as error:
+            unreadable.append(error)
+    return photos, unreadable
+
+
+def read_photo(path: Path, mode: str = "RGB") -> Image.Image:
+    """The image as `read_image` gives it; one that is not there is an InputError."""
+    if not path.exists():
+        raise InputError(f"{path}: no such image")
+    return read_image(path, mode)
 
 
 def load_model(name: str, checkpoint: str | None, pretrained: bool, device: str | None) -> nn.Module:
@@ -176,7 +190,7 @@ def look(
     """What the model makes of one image: facts in words, and figures of matplotlib by what they show."""
     config = resolve_data_config({}, model=model)
     size = input_size(photo, img_size or (min(config["input_size"][1:]),), model.feature_info[-1]["reduction"])
-    config.update(input_size=(3, *size), crop_pct=1.0, crop_mode="squash")  # the whole image
+    config.update(input_size=(config["input_size"][0], *size), crop_pct=1.0, crop_mode="squash")  # the whole image
     image = create_transform(**config)(photo)[None].to(next(model.parameters()).device)
     with watch(model) as layers:
         logits = model(image)[0]
@@ -184,7 +198,7 @@ def look(
     if model.num_classes:
         facts += f", classified as {prediction(logits, class_names(model))}"
 
-    shown = photo.copy()
+    shown = photo.convert("RGB")
     shown.thumbnail((SHOWN, SHOWN))
     shown = torch.from_numpy(np.array(shown)).float() / 255
     stages = last_of_stages(layers)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -84,13 +85,15 @@ def test_unreadable_images_are_named_and_the_others_classified(digits, run, tmp_
     assert names == [str(files[0]), str(files[3])]
     for image, same in zip(json.loads(out), (whole[0], whole[3]), strict=True):
         assert [top["class"] for top in image["classes"]] == [top["class"] for top in same["classes"]]
-    errors = err.strip().splitlines()
+    *errors, last = err.strip().splitlines()
     assert [line.split(" (")[0] for line in errors] == [f"error: {file}: cannot be read" for file in files[1:3]]
+    assert last == "error: 2 of 4 images cannot be read"
 
     for file in files:
         file.write_text("no image")
     status, out, err = run(tmp_path, "--format", "json")
-    assert (status, json.loads(out), err.count("cannot be read")) == (1, [], 4)
+    assert (status, json.loads(out), err.count(".png: cannot be read")) == (1, [], 4)
+    assert err.endswith("error: 4 of 4 images cannot be read\n")
 
 
 def test_a_photo_is_turned_upright(digits, run, tmp_path):
@@ -100,6 +103,13 @@ def test_a_photo_is_turned_upright(digits, run, tmp_path):
     with Image.open(upright) as image:
         image.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
     found = json.loads(run(upright, turned, "--format", "json")[1])
+    assert found[0]["classes"] == found[1]["classes"]
+
+
+def test_16_bits_are_seen_as_8(digits, run, tmp_path):
+    with Image.open(digits.files[9]) as image:
+        Image.fromarray(np.asarray(image).astype(np.uint16) * 257).save(tmp_path / "deep.tif")
+    found = json.loads(run(digits.files[9], tmp_path / "deep.tif", "--format", "json")[1])
     assert found[0]["classes"] == found[1]["classes"]
 
 
@@ -121,6 +131,7 @@ def test_what_cannot_be_done_is_said_in_a_line(digits, run, tmp_path):
         ("--top: expected at least 1, got 0", [image, "--top", 0], {}),
         ("--batch-size: expected at least 1, got 0", [image, "--batch-size", 0], {}),
         ("--img-size: expected one or two positive", [image, "--img-size", 0], {}),
+        ("--in-chans: expected 1, 2, 3, 4, got 5", [image, "--in-chans", 5], {}),
         ("--device: toaster cannot be used", [image, "--device", "toaster"], {}),
         ("did you mean svit_small", [image], {"model": "svit_smal"}),
         ("does not fit the model", [image], {"model": "svit_nano_32"}),

@@ -90,8 +90,9 @@ def test_input_size_covers_the_image_with_whole_pixels(asked, size):
     ("options", "message"),
     [
         (["nosuch.jpg"], "nosuch.jpg: no such image"),
-        (["damaged.png"], "damaged.png: not an image, or a damaged one"),
-        (["cut.png"], "cut.png: not an image, or a damaged one"),
+        (["photo.png", "nosuch.jpg"], "nosuch.jpg: no such image"),
+        (["damaged.png"], "damaged.png: cannot be read (not an image"),
+        (["cut.png"], "cut.png: cannot be read ("),
         (["photo.png", "photo.jpg"], "photo.png: another image has the same name"),
         (["photo.png", "--point", "0.5", "1.5"], "point: expected two fractions between 0 and 1, got 0.5 1.5"),
         (["photo.png", "--n-iter", "0"], "--n-iter: expected at least 1, got 0"),
@@ -118,6 +119,25 @@ def test_errors_are_one_line_and_leave_nothing(options, message, tmp_path, monke
     assert captured.err.startswith(f"error: {message}")
     assert captured.err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_images_that_cannot_be_read_are_named_and_the_others_drawn(photo, tmp_path, capsys):
+    (tmp_path / "damaged.png").write_bytes(b"no image")
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:-500])
+    files = [str(tmp_path / "damaged.png"), str(photo), str(tmp_path / "cut.png")]
+    options = ["--model", "test_svit", "--out", str(tmp_path / "out")]
+    assert main([*files, *options]) == 1
+    *errors, last = capsys.readouterr().err.splitlines()
+    assert [line.split(" (")[0] for line in errors] == [f"error: {file}: cannot be read" for file in files[::2]]
+    assert last == "error: 2 of 3 images cannot be read"
+    names = {f"{photo.stem}-{figure}.png" for figure in FIGURES}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*names, "index.html"}
+    assert (tmp_path / "out" / "index.html").read_text("utf-8").count("<section>") == 1
+
+    options[-1] = str(tmp_path / "none")
+    assert main([*files[::2], *options]) == 1
+    assert capsys.readouterr().err.endswith("error: 2 of 2 images cannot be read\n")
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_error_on_the_way_keeps_the_old_page(photo, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import random
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import create_dataset, create_transform, set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torchvision.transforms import ColorJitter
+
+from svit.images import EXTENSIONS, UnreadableImageError, mode_of, read_image
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+set_img_extensions(sorted(EXTENSIONS))  # of what timm's readers of folders and tar files take for an image
 
 SPLITS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test", "testing")
 
@@ -64,12 +70,19 @@ def open_dataset(name: str, root: str, split: str, **options: Any) -> Dataset:
     kind = name.partition("/")[0].lower()
     if kind != "hfds" and kind != "hfids" and not options.get("download") and not Path(root).exists():
         raise DataError(f"data_dir: no such folder or file: {root}")
+    if kind in ("wds", "hfids"):
+        options["input_img_mode"] = ""  # as they are; `Stream` converts them
+    if kind == "wds":
+        # timm's keys first: a sample may have a mask of another format.
+        options["input_key"] = ";".join(dict.fromkeys(["jpg", "png", "webp", *(end[1:] for end in sorted(EXTENSIONS))]))
     try:
         dataset = create_dataset("" if name == "folder" else name, root=root, split=split, **options)
         if len(dataset) == 0:
             raise RuntimeError("it holds no images")
     except (RuntimeError, AssertionError, ImportError, OSError, ValueError, tarfile.TarError) as error:
         raise DataError(f"{name} {root}, split {split!r}: cannot be used: {error}") from error
+    if hasattr(dataset, "loader"):  # torchvision's, of files
+        dataset.loader = os.fspath  # hands on the path, for `read_image`
     if Path(root).is_dir() and location(dataset) == Path(root).resolve():
         # timm takes the whole folder where it does not find the split: right for a folder of classes alone.
         others = [path.name for path in sorted(Path(root).iterdir()) if path.name in SPLITS and has_folders(path)]
@@ -125,11 +138,12 @@ class Images(Dataset):
     """A dataset with an index, augmented; an item's key is (epoch, place in the epoch, index).
 
     An image that cannot be read is reported once, by name. In training the next image takes its place; else the item is
-    None, which `collate` drops. More than `limit` of them are a DataError.
+    None, which `collate` drops. More than `limit` of them are a DataError. `mode` is that of `read_image`.
     """
 
-    def __init__(self, dataset: Dataset, transform, seed: int, training: bool, limit: int) -> None:
+    def __init__(self, dataset: Dataset, transform, seed: int, training: bool, limit: int, mode: str = "RGB") -> None:
         self.dataset, self.transform, self.seed, self.training, self.limit = dataset, transform, seed, training, limit
+        self.mode = mode
         self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # by all processes that read
 
     def __len__(self) -> int:
@@ -141,7 +155,7 @@ class Images(Dataset):
             try:
                 image, target = self.read(index)
                 break
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError) as error:  # UnreadableImageError is one
                 self.report(index, error)
                 if not self.training:
                     return None
@@ -152,12 +166,10 @@ class Images(Dataset):
     def read(self, index: int) -> tuple[Image.Image, int]:
         reader = getattr(self.dataset, "reader", None)
         if reader is None:  # torchvision's
-            image, target = self.dataset[index]
-            return image.convert("RGB"), target
-        # Not timm's own way, which passes over what cannot be read without counting.
-        file, target, *_ = reader[index]
-        with Image.open(file) as image:
-            return image.convert("RGB"), target
+            file, target = self.dataset[index]
+        else:  # not timm's own way, which passes over what cannot be read without counting
+            file, target, *_ = reader[index]
+        return read_image(file, self.mode), target
 
     def report(self, index: int, error: Exception) -> None:
         if not self.unreadable[index]:
@@ -203,18 +215,30 @@ class Order:
 
 
 class Stream(IterableDataset):
-    """A dataset without an index (shards), augmented with random numbers of seed, epoch, process and place."""
+    """A dataset without an index (shards), augmented with random numbers of seed, epoch, process and place.
 
-    def __init__(self, dataset: IterableDataset, transform, seed: int, epoch: int, rank: int, repeats: int) -> None:
+    An image that cannot be read is reported and left out. `mode` is that of `read_image`.
+    """
+
+    def __init__(
+        self, dataset: IterableDataset, transform, seed: int, epoch: int, rank: int, repeats: int, mode: str = "RGB"
+    ) -> None:
         self.dataset, self.transform, self.seed, self.epoch, self.rank = dataset, transform, seed, epoch, rank
-        self.repeats = repeats
+        self.repeats, self.mode = repeats, mode
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
         worker = get_worker_info()
-        copies = (item for item in self.dataset for _ in range(self.repeats))
+        copies = (item for item in self.readable() for _ in range(self.repeats))
         for place, (image, target) in enumerate(copies):
             seed_all(self.seed, self.epoch, self.rank, worker.id if worker else 0, place)
             yield self.transform(image), target
+
+    def readable(self) -> Iterator[tuple[Image.Image, int]]:
+        for image, target in self.dataset:
+            try:
+                yield read_image(image, self.mode), target
+            except UnreadableImageError as error:
+                print(f"unreadable, skipped: an image of class {target} ({error})", file=sys.stderr, flush=True)
 
 
 def collate(items: list) -> Batch | None:
@@ -231,6 +255,7 @@ class Loader:
         transform: timm's.
         training: in random order, incomplete batches dropped; else in the dataset's order, all images.
         reopen: makes the dataset anew for each epoch, which a stream needs, since its shuffling has a memory.
+        mode: of the images, as `image_mode` finds it.
     """
 
     def __init__(
@@ -246,17 +271,18 @@ class Loader:
         repeats: int = 1,
         workers: int = 0,
         limit: int = 10,
+        mode: str = "RGB",
     ) -> None:
         self.dataset, self.transform, self.batch_size, self.training = dataset, transform, batch_size, training
         self.reopen = reopen or (lambda: dataset)
-        self.rank, self.seed, self.repeats, self.workers = rank, seed, repeats, workers
+        self.rank, self.seed, self.repeats, self.workers, self.mode = rank, seed, repeats, workers, mode
         self.streams = isinstance(self.dataset, IterableDataset)
         self.pin = torch.cuda.is_available()
         if not self.streams:
             self.order = Order(
                 len(self.dataset), batch_size, rank, world, seed if training else None, repeats, drop_last=training
             )
-            images = Images(self.dataset, transform, seed, training, limit)
+            images = Images(self.dataset, transform, seed, training, limit, mode)
             self.loader = DataLoader(
                 images,
                 batch_sampler=self.order,
@@ -275,7 +301,7 @@ class Loader:
         return images // self.batch_size if self.training else -(-images // self.batch_size)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on: images (B, 3, H, W) and classes (B,)."""
+        """The batches of an epoch from number `start` on: images (B, C, H, W) and classes (B,)."""
         if not self.streams:
             self.order.epoch, self.order.start = epoch, start
             return self.readable()
@@ -283,7 +309,7 @@ class Loader:
         dataset.set_epoch(epoch)
         dataset.set_loader_cfg(num_workers=self.workers)
         loader = DataLoader(
-            Stream(dataset, self.transform, self.seed, epoch, self.rank, self.repeats),
+            Stream(dataset, self.transform, self.seed, epoch, self.rank, self.repeats, self.mode),
             batch_size=self.batch_size,
             num_workers=self.workers,
             drop_last=self.training,
@@ -304,3 +330,54 @@ def eval_transform(preprocessing: dict[str, Any]):
     """timm's transform for evaluation from what `timm.data.resolve_data_config` gives."""
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     return create_transform(**{key: preprocessing[key] for key in keys}, is_training=False)
+
+
+# How the names of those operations of timm begin that move pixels.
+MOVES = ("Rotate", "Shear", "Translate")
+
+
+def train_transform(preprocessing: dict[str, Any], **augmentation: Any):
+    """timm's transform for training from what `timm.data.resolve_data_config` gives, for images of 1 to 4 channels.
+
+    Args:
+        preprocessing: as that of `eval_transform`.
+        augmentation: further arguments of `timm.data.create_transform`. What changes colours, and is made for images
+            without an alpha channel, leaves that as it is; what moves pixels moves it, too.
+    """
+    keys = ("input_size", "interpolation", "mean", "std")
+    transform = create_transform(**{key: preprocessing[key] for key in keys}, is_training=True, **augmentation)
+    if preprocessing["input_size"][0] in (2, 4):
+        for index, step in enumerate(transform.transforms):
+            if isinstance(step, ColorJitter):
+                transform.transforms[index] = partial(on_colours, step)
+            policy = getattr(step, "policy", [getattr(step, "ops", [])])  # of AutoAugment; of RandAugment and AugMix
+            for op in (op for ops in policy for op in ops if not op.name.startswith(MOVES)):
+                op.aug_fn = partial(on_colours, op.aug_fn)
+    return transform
+
+
+def on_colours(operation: Callable, image: Image.Image, *args: Any, **kwargs: Any) -> Image.Image:
+    """Applies an operation to the colours of an image with an alpha channel, and puts that back on the result."""
+    changed = operation(image.convert(image.mode[:-1]), *args, **kwargs)
+    changed.putalpha(image.getchannel("A"))
+    return changed
+
+
+def image_mode(preprocessing: dict[str, Any]) -> str:
+    """The mode of images for a model, as `read_image` takes it.
+
+    Raises:
+        DataError: the model takes so many channels as no image has.
+    """
+    try:
+        return mode_of(preprocessing["input_size"][0])
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def report_unreadable(errors: list[UnreadableImageError], images: int) -> None:
+    """Names the images that cannot be read, and among several says how many they are."""
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    if errors and images > 1:
+        print(f"error: {len(errors)} of {images} images cannot be read", file=sys.stderr)

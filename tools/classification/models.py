@@ -18,6 +18,7 @@ from torch import nn
 import svit  # noqa: F401  registers the models
 from svit.convert import CheckpointError, differences, read_state_dict, summary
 from svit.files import replacing
+from svit.images import MODES, channel_values
 from svit.models.original import from_original, is_original
 from svit.names import did_you_mean
 
@@ -84,9 +85,24 @@ def create_model(
         shown = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
         given = f" with {shown}" if shown else ""
         raise ModelError(f"model: {name} cannot be made{given}: {' '.join(str(error).split())}") from error
+    adapt_preprocessing(model, arguments.get("in_chans"))
     if checkpoint is not None:
         load_weights(model, checkpoint, ema)
     return model.eval()
+
+
+def adapt_preprocessing(model: nn.Module, in_chans: int | None) -> None:
+    """Makes input size, mean and standard deviation in `pretrained_cfg` those of the model's channels.
+
+    timm leaves them as they are for three. `in_chans` is its argument; None: what `pretrained_cfg` says.
+    """
+    cfg = model.pretrained_cfg
+    channels, *size = cfg.get("input_size") or (3, 224, 224)
+    in_chans = channels if in_chans is None else in_chans
+    cfg["input_size"] = (in_chans, *size)
+    for key in ("mean", "std"):
+        if cfg.get(key) and len(cfg[key]) != in_chans:
+            cfg[key] = channel_values(cfg[key], in_chans)
 
 
 def load_weights(model: nn.Module, checkpoint: str | Path, ema: bool = False) -> None:
@@ -218,6 +234,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, name: str = "model") ->
     parser.add_argument("--pretrained", action="store_true", help="timm's weights, or those that come with svit")
     parser.add_argument("--ema", action="store_true", help="the moving average, of a file that holds both")
     parser.add_argument("--num-classes", metavar="N", type=int, help="default: the checkpoint's or the model's")
+    parser.add_argument("--in-chans", metavar="N", type=int, help="channels, 1 to 4; default: as --num-classes")
     parser.add_argument("--img-size", metavar="SIZE", nargs="+", type=int, help="height and width in pixels, or one")
     parser.add_argument("--device", metavar="NAME", help="default: the GPU if there is one")
 
@@ -238,11 +255,15 @@ def open_model(args: argparse.Namespace, **preprocessing: Any) -> tuple[nn.Modul
         if args.num_classes < 1:
             raise ModelError(f"--num-classes: expected at least 1, got {args.num_classes}")
         arguments["num_classes"] = args.num_classes
+    if args.in_chans is not None:
+        if args.in_chans not in MODES:
+            raise ModelError(f"--in-chans: expected {', '.join(map(str, MODES))}, got {args.in_chans}")
+        arguments["in_chans"] = args.in_chans
+    size = None
     if args.img_size:
         if len(args.img_size) > 2 or min(args.img_size) < 1:
             raise ModelError(f"--img-size: expected one or two positive whole numbers, got {args.img_size}")
         size = (args.img_size[0], args.img_size[-1])
-        preprocessing["input_size"] = (3, *size)
         if has_fixed_size(args.model):
             arguments["img_size"] = size
     device = choose_device(args.device)
@@ -251,4 +272,6 @@ def open_model(args: argparse.Namespace, **preprocessing: Any) -> tuple[nn.Modul
     model = create_model(args.model, args.checkpoint, args.pretrained, args.ema, **arguments)
     model.to(device, memory_format=torch.channels_last)
     preprocessing = {key: value for key, value in preprocessing.items() if value is not None}
+    if size:
+        preprocessing["input_size"] = (resolve_data_config({}, model=model)["input_size"][0], *size)
     return model, device, resolve_data_config(preprocessing, model=model)

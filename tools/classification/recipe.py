@@ -118,7 +118,6 @@ CHOICES = {
 }
 AT_LEAST_ONE = ("epochs", "batch_size", "grad_accum", "repeated_augmentation", "log_every", "img_size", "save_every")
 AT_LEAST_ZERO = ("workers", "max_unreadable", "seed", "warmup_epochs", "lr", "weight_decay", "drop_path")
-LENGTHS = {"scale": 2, "ratio": 2, "mean": 3, "std": 3}
 
 
 def load_recipe(name: str, changes: list[str] = (), data_dir: str | None = None) -> Recipe:
@@ -189,10 +188,11 @@ def check(recipe: Recipe, name: str) -> None:
             value = getattr(recipe, key)
             if value is not None and value < least:
                 raise RecipeError(f"{name}: {key}: expected at least {least}, got {value}")
-    for key, length in LENGTHS.items():
+    channels = [3, recipe.model_args.get("in_chans", 3)]  # those of RGB are made into those of other channels
+    for key, lengths in {"scale": [2], "ratio": [2], "mean": channels, "std": channels}.items():
         numbers = getattr(recipe, key)
-        if numbers is not None and len(numbers) != length:
-            raise RecipeError(f"{name}: {key}: expected {length} numbers, got {numbers}")
+        if numbers is not None and len(numbers) not in lengths:
+            raise RecipeError(f"{name}: {key}: expected {lengths[-1]} numbers, got {numbers}")
     optimizers = list_optimizers()
     if recipe.opt.lower().removeprefix("lookahead_") not in optimizers:
         raise RecipeError(f"{name}: opt: no optimizer {recipe.opt!r} in timm{did_you_mean(recipe.opt, optimizers)}")

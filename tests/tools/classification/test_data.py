@@ -1,5 +1,6 @@
 """The order of images, what an epoch is made of, images that cannot be read."""
 
+import json
 import pickle
 import shutil
 import tarfile
@@ -8,11 +9,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp
+from timm.data.auto_augment import NAME_TO_OP, AugmentOp
 
 import image_data
 from classification.data import (
+    MOVES,
     DataError,
     Loader,
     Order,
@@ -20,8 +23,13 @@ from classification.data import (
     classes_of,
     collate,
     eval_transform,
+    image_mode,
+    on_colours,
     open_dataset,
+    seed_all,
+    train_transform,
 )
+from svit.images import MODES
 
 PREPROCESSING = {
     "input_size": (3, 16, 16),
@@ -258,6 +266,109 @@ def test_the_strongest_augmentation_works_with_this_pillow():
     image = image_data.digits("four", 0, 1)[0].convert("RGB")
     for name in ("Posterize", "PosterizeIncreasing", "SolarizeAdd", "SharpnessIncreasing"):
         AugmentOp(name, prob=1.0, magnitude=10)(image)
+
+
+def sideways(file, form, digit, **options) -> None:
+    """Writes a digit turned, with EXIF data that turn it back."""
+    exif = Image.Exif()
+    exif[0x112] = 6
+    digit.transpose(Image.Transpose.ROTATE_90).save(file, form, exif=exif, **options)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "torch/folder", "wds/digits"])
+def test_every_kind_of_data_is_read_upright_and_in_8_bits(kind, tmp_path):
+    digit = image_data.digits("four", 0, 1)[0]
+    expected = torch.tensor(np.asarray(digit).tolist()) / 255 * 2 - 1
+    root = tmp_path / "data"
+    folder = root / "val" / "four"
+    folder.mkdir(parents=True)
+    sideways(folder / "a.png", "PNG", digit)
+    sideways(folder / "b.TIF", "TIFF", digit)
+    Image.fromarray(np.asarray(digit).astype(np.uint16) * 257).save(folder / "c.png")
+    Image.fromarray(np.asarray(digit) / np.float32(255)).save(folder / "d.tiff")
+    digit.save(folder / "e.webp", lossless=True)
+    digit.save(folder / "f.bmp")
+    options = {}
+    if kind == "tar":
+        with tarfile.open(tmp_path / "data.tar", "w") as tar:
+            tar.add(folder, "four")
+        kind, root = "folder", tmp_path / "data.tar"
+    elif kind.startswith("wds"):
+        info = {"name": "validation", "filenames": ["0.tar"], "shard_lengths": [6], "num_samples": 6}
+        with tarfile.open(root / "0.tar", "w") as tar:
+            for file in sorted(folder.iterdir()):
+                image_data.add(tar, file.name, file.read_bytes())
+                image_data.add(tar, f"{file.stem}.cls", b"0")
+        (root / "_info.json").write_text(json.dumps({"splits": {"validation": info}}))
+        options = {"batch_size": 8}
+    for channels, mode in MODES.items():
+        preprocessing = {**PREPROCESSING, "input_size": (channels, 16, 16)}
+        preprocessing.update(mean=(0.5,) * channels, std=(0.5,) * channels)
+        assert image_mode(preprocessing) == mode
+        val = partial(open_dataset, kind, str(root), "validation", **options)
+        ((images, _),) = loader(val, transform=eval_transform(preprocessing), training=False, mode=mode).epoch()
+        wanted = expected.expand(6, channels, 16, 16).clone()
+        if channels in (2, 4):
+            wanted[:, -1] = 1
+        torch.testing.assert_close(images, wanted)
+
+
+def test_an_image_of_a_shard_that_cannot_be_converted_is_left_out(tmp_path, capfd):
+    shards = image_data.shards(tmp_path / "shards")
+    with tarfile.open(shards / "validation-0.tar", "w") as tar:
+        for number, image in enumerate(image_data.digits("four", 0, 2)):
+            image.save(tmp_path / "image.png")
+            image_data.add(tar, f"{number}.png", (tmp_path / "image.png").read_bytes())
+            image_data.add(tar, f"{number}.cls", b"0")
+    val = partial(open_dataset, "wds/digits", str(shards), "validation", batch_size=8)
+    data = loader(val, transform=eval_transform(PREPROCESSING), training=False, mode="no mode of Pillow's")
+    assert list(data.epoch()) == []
+    assert capfd.readouterr().err.count("unreadable, skipped: an image of class 0 (") == 2
+
+
+@pytest.mark.parametrize("channels", MODES)
+@pytest.mark.parametrize(
+    "policy", [None, "rand-m9-mstd0.5-inc1", "rand-mstd101-t3aw", "original", "v0r", "3a", "augmix", "augmix-b1"]
+)
+def test_augmentation_of_any_channels(channels, policy):
+    values = np.random.default_rng(0).integers(0, 256, (20, 24, channels), np.uint8)
+    preprocessing = {"input_size": (channels, 16, 16), "interpolation": "bicubic"}
+    preprocessing.update(mean=(0.5,) * channels, std=(0.5,) * channels)
+    transform = train_transform(preprocessing, auto_augment=policy, color_jitter=0.4, re_prob=0.5, re_mode="pixel")
+    found = []
+    for seed in range(40):
+        seed_all(seed)
+        found.append(transform(Image.fromarray(values.squeeze())))
+        assert found[-1].shape == (channels, 16, 16)
+        assert found[-1].isfinite().all()
+    assert torch.stack(found).std(0).min() > 0
+    pickle.loads(pickle.dumps(transform))  # processes that read may be started anew
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+@pytest.mark.parametrize("name", [name for name in NAME_TO_OP if not name.startswith(MOVES)])
+def test_what_changes_colours_leaves_alpha_alone(name, mode):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, len(mode)), np.uint8))
+    op, found = AugmentOp(name, prob=1.0, magnitude=9), []
+    for function in (op.aug_fn, partial(on_colours, op.aug_fn)):
+        seed_all(1)
+        op.aug_fn = function
+        found.append(op(image if found else image.convert(mode[:-1])))
+    assert found[1].mode == mode
+    assert found[1].convert(mode[:-1]).tobytes() == found[0].tobytes()
+    assert found[1].getchannel("A").tobytes() == image.getchannel("A").tobytes()
+
+
+def test_all_operations_on_colours_are_kept_from_alpha_and_no_others():
+    preprocessing = {"input_size": (4, 8, 8), "interpolation": "bilinear", "mean": (0.5,) * 4, "std": (0.5,) * 4}
+    for policy, jitters in (("rand-m9", 0), ("v0", 0), ("augmix", 0), ("3a", 1), (None, 1)):
+        _, *steps = train_transform(preprocessing, auto_augment=policy, color_jitter=0.4).transforms
+        assert [getattr(step, "func", None) for step in steps].count(on_colours) == jitters
+        policies = [getattr(step, "policy", [getattr(step, "ops", [])]) for step in steps]
+        ops = [op for policy_of_step in policies for group in policy_of_step for op in group]
+        assert bool(ops) == bool(policy)
+        for op in ops:
+            assert (getattr(op.aug_fn, "func", None) is on_colours) != op.name.startswith(MOVES)
 
 
 def test_a_class_that_one_split_lacks_is_named(tmp_path):

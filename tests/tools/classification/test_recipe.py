@@ -58,6 +58,7 @@ def test_a_recipe_starts_from_another(recipe):
         ("batch_size: null", "batch_size"),
         ("mean: 0.5", "mean"),
         ("mean: [0.5, 0.5]", r"mean: expected 3 numbers, got \[0.5, 0.5\]"),
+        ("std: [0.5, 0.5]\nmodel_args: {in_chans: 4}", r"std: expected 4 numbers, got \[0.5, 0.5\]"),
         ("scale: [0.5]", r"scale: expected 2 numbers, got \[0.5\]"),
         ("img_size: ???", "img_size: expected a value, which --set img_size=... gives, got none"),
         ("workers: -1", "workers: expected at least 0, got -1"),

@@ -1,0 +1,130 @@
+"""The one place that opens images: upright, 8 bits deep, of the channels that a model takes. docs/data.md says how."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from os import PathLike, fspath
+from statistics import fmean
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+__all__ = ["EXTENSIONS", "FORMATS", "MODES", "UnreadableImageError", "channel_values", "mode_of", "read_image"]
+
+# What Pillow recognizes without a decoder of its own; for some it starts another program.
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+Image.init()
+# In the order in which Pillow tries them, the frequent ones first.
+FORMATS = sorted((name for name in Image.ID if name not in NOT_DECODED), key=lambda name: name not in ("JPEG", "PNG"))
+# Of files, in lower case, with the dot.
+EXTENSIONS = frozenset(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+
+# Pillow's modes by the number of channels: grey and colour, without and with an alpha channel.
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+# Tags of a TIFF.
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+
+
+class UnreadableImageError(ValueError):
+    """A file is no image, or a damaged one; the message says why, and names the file where that has a path."""
+
+
+def read_image(file: str | PathLike | BinaryIO | Image.Image, mode: str = "RGB") -> Image.Image:
+    """An image as a person sees it: turned by its EXIF orientation, in 8 bits a channel.
+
+    Integers of more bits are divided by the largest of their type: 65535, or 2^31 - 1 if a value is above that. Floats
+    from 0 to 1 are taken as they are. Other floats, and integers some of which are negative, are scaled from the
+    image's own least and largest value; NaN is black. Where the EXIF data is damaged the image stays as it is stored.
+
+    Args:
+        file: a path, a binary file, or an image that Pillow has opened, which is left as it is.
+        mode: of the result, one of `MODES`; Pillow converts palettes, CMYK and transparency.
+
+    Raises:
+        UnreadableImageError: no such file, no image, or one that is cut short or of too many pixels.
+    """
+    try:
+        if isinstance(file, Image.Image):
+            return _converted(file, mode)
+        with Image.open(file, formats=FORMATS) as image:
+            return _converted(image, mode)
+    except Exception as error:  # of a damaged file, Pillow's decoders raise nearly anything
+        reason = _reason(error)
+        named = isinstance(file, str | PathLike)
+        raise UnreadableImageError(f"{fspath(file)}: cannot be read ({reason})" if named else reason) from error
+
+
+def mode_of(in_chans: int) -> str:
+    """Pillow's mode of images with so many channels.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if in_chans not in MODES:
+        modes = ", ".join(f"{channels} ({mode})" for channels, mode in MODES.items())
+        raise ValueError(f"in_chans: expected the channels of an image, one of {modes}, got {in_chans}")
+    return MODES[in_chans]
+
+
+def channel_values(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    """The mean or the standard deviation of each of `in_chans` channels, of `values` for other channels.
+
+    Grey gets the mean of the colours' values, a colour that of grey, an alpha channel 0.5. With as many values as
+    channels, or with other channels than those of `MODES`, they stay as they are.
+    """
+    if len(values) == in_chans or in_chans not in MODES:
+        return tuple(values)
+    colours = tuple(values[:3] if len(values) > 2 else values[:1])
+    if in_chans < 3:
+        colours = (fmean(colours),)
+    elif len(colours) == 1:
+        colours *= 3
+    return colours if in_chans in (1, 3) else (*colours, 0.5)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a format that Pillow reads"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    tags = getattr(image, "tag_v2", {})
+    image = image.copy()  # without the tags
+    # In place Pillow turns the pixels first, then rewrites the EXIF data, which may be damaged elsewhere.
+    with suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        image = _in_8_bits(image, tags)
+    if image.mode == "LAB":  # which Pillow converts to RGB alone
+        image = image.convert("RGB")
+    return image.convert(mode)
+
+
+def _in_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """One channel of integers or floats in mode L; `tags` are those of a TIFF."""
+    values = np.asarray(image)
+    if image.mode == "I" and tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,):
+        values = values.view(np.uint32)  # what Pillow holds as signed
+    black, white = _limits(values)
+    share = (values.astype(np.float64) - black) / ((white - black) or 1)
+    found = Image.fromarray((np.nan_to_num(share, nan=0).clip(0, 1) * 255).round().astype(np.uint8))
+    # White is zero: with 8 bits, Pillow sees to that.
+    return ImageOps.invert(found) if tags.get(PHOTOMETRIC) == 0 else found
+
+
+def _limits(values: np.ndarray) -> tuple[float, float]:
+    """The values that are black and white, as `read_image` says."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 0.0, 1.0
+    low, high = float(finite.min()), float(finite.max())
+    if low < 0:
+        return low, high
+    if np.issubdtype(values.dtype, np.floating):
+        return (0.0, 1.0) if high <= 1 else (low, high)
+    return 0.0, 65535.0 if high <= 65535 else float(np.iinfo(values.dtype).max)
