@@ -193,10 +193,10 @@ def planted(tree):
     def plant(path: Path, tree) -> None:
         path.mkdir()
         folders.append(path)
-        for name in tree[0]:
-            (path / name).touch()
         for name, inner in tree[1].items():
             plant(path / name, inner)
+        for name in tree[0] - set(tree[1]):
+            (path / name).touch()
         links.extend((path / name, number) for name, number in tree[2].items())
 
     outer = Path(tempfile.mkdtemp()).resolve()
