@@ -54,6 +54,7 @@ from classification.data import (
     image_mode,
     is_reader_gone,
     open_dataset,
+    print_contents,
     seed_all,
     train_transform,
 )
@@ -157,6 +158,9 @@ class Training:
             val = partial(val, num_samples=r.val_samples, **streams)
         with self.accelerator.main_process_first() if r.download else nullcontext():
             self.train_set, self.val_set = train(), val()
+        if self.accelerator.is_main_process:
+            print_contents("train", self.train_set)
+            print_contents("val", self.val_set)
         check_splits(self.train_set, self.val_set)
         self.classes = classes_of(self.train_set)
         self.num_classes = r.num_classes or (len(self.classes) if self.classes else None)
@@ -536,7 +540,7 @@ def start_from(model: nn.Module, checkpoint: str) -> None:
 
 def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     with replacing(path) as part:

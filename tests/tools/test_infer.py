@@ -60,6 +60,8 @@ def test_csv_and_table_say_the_same_as_json(digits, run):
     files = digits.files[::11]
     found = json.loads(run(*files, "--top", 3, "--format", "json")[1])
     _, out, _ = run(*files, "--top", 3, "--format", "csv")
+    assert out.count("\n") == 13
+    assert "\r" not in out
     rows = list(csv.DictReader(io.StringIO(out)))
     assert len(rows) == 12
     for row, (image, rank) in zip(rows, ((image, rank) for image in found for rank in range(3)), strict=True):
@@ -119,6 +121,21 @@ def test_folders_are_searched_to_their_end_for_images(tmp_path):
         (tmp_path / name).touch()
     assert list(find_images([tmp_path])) == [tmp_path / name for name in ("1.png", "b/2.JPG", "b/folder.png/3.jpeg")]
     assert list(find_images([tmp_path / "notes.txt"])) == [tmp_path / "notes.txt"]  # named, so tried
+
+
+def test_a_folder_with_links_and_clutter(digits, run, tmp_path):
+    """As the training sees it: hidden files are left out, links to folders followed, loops cut."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "photos" / "@eaDir").mkdir(parents=True)
+    for name in ("photos/1.png", "photos/._1.png", "photos/@eaDir/1.png", "store/2.png"):
+        shutil.copy(digits.files[0], tmp_path / name)
+    (tmp_path / "photos" / "more").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "back").symlink_to(tmp_path / "photos")
+    status, out, err = run(tmp_path / "photos", "--format", "json")
+    names = [str(tmp_path / "photos" / name) for name in ("1.png", "more/2.png")]
+    assert (status, [image["image"] for image in json.loads(out)]) == (0, names)
+    assert err.startswith(f"warning: {tmp_path / 'photos'}: left out ")
+    assert err.count("\n") == 1
 
 
 def test_what_cannot_be_done_is_said_in_a_line(digits, run, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import image_data
 import validate
@@ -130,6 +131,24 @@ def test_the_datas_names_where_the_checkpoint_has_none(digits, run, tmp_path):
     save_model(tmp_path / "nameless.safetensors", timm.create_model("test_svit", num_classes=5), "test_svit")
     _, found = run(checkpoint=tmp_path / "nameless.safetensors")
     assert set(found["classes"]) == set(image_data.CLASSES)
+
+
+def test_classes_of_the_same_name_in_words_keep_their_figures(run, tmp_path, capsys):
+    """ImageNet has two cranes: a bird and a machine."""
+    folders = ["n01440764", "n02012849", "n03126707"]
+    for count, folder in enumerate(folders, start=1):
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{number}.png")
+    weights = tmp_path / "cranes.safetensors"
+    save_model(weights, timm.create_model("test_svit", num_classes=3), "test_svit", folders)
+    status, found = run("--per-class", "--img-size", 32, root=tmp_path, checkpoint=weights)
+    assert status == 0
+    names = ["tench, Tinca tinca", "crane (n02012849)", "crane (n03126707)"]
+    assert {name: c["images"] for name, c in found["classes"].items()} == dict(zip(names, (1, 2, 3), strict=True))
+    out, err = capsys.readouterr()
+    assert all(out.count(name) == 1 for name in names)
+    assert "validation: 3 classes, 6 images: n01440764 1, n02012849 2, n03126707 3\n" in err
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import tarfile
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -26,6 +27,7 @@ from classification.data import (
     image_mode,
     on_colours,
     open_dataset,
+    print_contents,
     seed_all,
     train_transform,
 )
@@ -175,7 +177,115 @@ def test_a_split_that_is_not_there(tmp_path, root):
     assert "train" in classes_of(open_dataset("folder", str(photos / "test"), "validation"))
 
 
-def test_splits_of_the_same_images(tmp_path, root):
+LAYOUTS = {
+    "clutter": (
+        ".ipynb_checkpoints/x.jpg",
+        "one/.ipynb_checkpoints/x.jpg",
+        "two/@eaDir/x.jpg/M.jpg",
+        "__MACOSX/one/x.jpg",
+    ),
+    "a hidden file of macOS": ("one/._x.jpg", "one/x.jpg", "two/x.jpg"),
+    "a picture beside the classes": ("sheet.jpg", "one/x.jpg", "two/x.jpg"),
+    "by year": ("one/2020/x.jpg", "one/2021/x.jpg", "two/2020/x.jpg", "two/2020/5/x.jpg"),
+    "an empty class": ("one/x.jpg", "two/x.jpg", "void/notes.txt"),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "torch/image_folder", "tar", "tar of ./", "tar of a folder", "tar of tars"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_class_is_a_folder_on_the_first_level(tmp_path, kind, layout):
+    for split in ("train", "val"):
+        for name in (*LAYOUTS[layout], "one/1.png", "two/2.webp", "two/3.tif"):
+            file = tmp_path / split / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 3)).save(file) if file.suffix != ".txt" else file.touch()
+        arcname = {"tar of ./": ".", "tar of a folder": f"{split}/all"}.get(kind, "")
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            if kind == "tar of tars":
+                for name in ("one", "two"):
+                    with tarfile.open(tmp_path / f"{name}.tar", "w") as inner:
+                        inner.add(tmp_path / split / name, arcname="")
+                    tar.add(tmp_path / f"{name}.tar", arcname=f"./{name}.tar")
+            else:
+                tar.add(tmp_path / split, arcname=arcname)
+    if kind.startswith("tar"):
+        train, val = (open_dataset("folder", str(tmp_path / f"{split}.tar"), split) for split in ("train", "val"))
+    else:
+        train, val = (open_dataset(kind, str(tmp_path), split) for split in ("train", "validation"))
+    check_splits(train, val)
+    assert classes_of(train) == classes_of(val) == ["one", "two"]
+    images = {name for name in LAYOUTS[layout] if name.startswith(("one/", "two/")) and not name.count("/.")}
+    images = {name for name in images if "@" not in name} | {"one/1.png", "two/2.webp", "two/3.tif"}
+    assert len(train) == len(images)
+    found = Counter(int(train.reader[index][1]) for index in range(len(train)))
+    assert found == Counter(["one", "two"].index(name[:3]) for name in images)
+    for index in range(len(train)):
+        image, target = train[index]
+        assert image.size == (4, 3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_class_map_gives_the_numbers(tmp_path, root, packed):
+    data = root / "train"
+    if packed:
+        data = tmp_path / "train.tar"
+        with tarfile.open(data, "w") as tar:
+            tar.add(root / "train", arcname=".")
+    dataset = open_dataset("folder", str(data), "train", class_map={"two": 0, "one": 1})
+    assert classes_of(dataset) == ["two", "one"]
+    assert Counter(int(dataset.reader[i][1]) for i in range(len(dataset))) == {0: image_data.TRAIN, 1: image_data.TRAIN}
+    assert dataset.filename(0).removeprefix("./") == "one/00.png"
+
+
+def test_what_has_no_classes_is_refused(tmp_path):
+    (tmp_path / "flat" / "train" / "@eaDir").mkdir(parents=True)
+    Image.new("L", (4, 3)).save(tmp_path / "flat" / "train" / "1.png")
+    with tarfile.open(tmp_path / "flat.tar", "w") as tar:
+        tar.add(tmp_path / "flat" / "train", arcname=".")
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    (tmp_path / "photos.zip").touch()
+    for name, root, message in (
+        ("folder", "flat", "flat/train: no class folders, 1 images in it; expected a folder for each class"),
+        ("folder", "flat.tar", "flat.tar: no class folders in it, only 1 images beside the class folders"),
+        ("folder", "empty.tar", "empty.tar: no images in it"),
+        ("folder", "photos.zip", "expected a folder or a .tar file, got .*photos.zip"),
+        ("flder", "flat", "dataset: expected folder, or a name that starts with one of torch/, .*, got 'flder'"),
+        ("wsd/x", "flat", "dataset: expected folder, .*got 'wsd/x'"),
+        ("torch", "flat", "dataset: expected folder, .*got 'torch'"),
+        ("wds/x", "flat", "wds/x .*flat, split 'train': cannot be used"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_dataset(name, str(tmp_path / root), "train")
+
+
+def test_the_classes_of_a_split_and_what_was_left_out_are_printed(tmp_path, capsys):
+    root = image_data.folder(tmp_path / "data")
+    print_contents("train", open_dataset("folder", str(root), "train"))
+    counts = "four 16, one 16, three 16, two 16, zero 16"
+    assert capsys.readouterr() == (f"train: 5 classes, 80 images: {counts}\n", "")
+    (root / "train" / "one" / "00.png").rename(root / "train" / "one" / "00.heic2")
+    print_contents("train", open_dataset("folder", str(root), "train"))
+    assert capsys.readouterr() == (
+        "train: 5 classes, 79 images: four 16, one 15, three 16, two 16, zero 16\n",
+        "warning: train: left out 1 .heic2\n",
+    )
+    for number in range(30):
+        (root / "val" / f"more {number}").mkdir()
+        shutil.copy(root / "val" / "one" / "00.png", root / "val" / f"more {number}")
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(root / "val", arcname="")
+    for data in (root / "val", tmp_path / "val.tar"):
+        print_contents("val", open_dataset("folder", str(data), "val"))
+        out = capsys.readouterr().out
+        assert out.startswith("val: 35 classes, 70 images: four 8, more 0 1, more 1 1, more 2 1, ")
+        assert out.endswith("more 18 1 and 15 more; 1 to 8 images a class\n")
+
+
+def test_splits_of_the_same_images(tmp_path):
+    root = image_data.folder(tmp_path / "data")
+    (root / "train" / "one" / "1st").mkdir()
+    (root / "train" / "one" / "00.png").rename(root / "train" / "one" / "1st" / "00.png")
     train = open_dataset("folder", str(root), "train")
     for val in (root / "train", root / "train" / "one"):
         with pytest.raises(DataError, match="val: its images, those in .*, are images of the training"):
@@ -378,7 +488,19 @@ def test_a_class_that_one_split_lacks_is_named(tmp_path):
     check_splits(open_split("train"), open_split("validation"))
     for image in (root / "val" / "one").iterdir():
         image.unlink()
-    with pytest.raises(DataError, match="val: no images of 1 of 5 classes: one"):
+    lists = "train has four, one, three, two, zero; val has four, three, two, zero"
+    with pytest.raises(DataError, match=f"^val: no images of 1 of 5 classes: one; {lists}$"):
         check_splits(open_split("train"), open_split("validation"))
     with pytest.raises(DataError, match="train: no images of 1 of 5 classes: one"):
         check_splits(open_split("validation"), open_split("train"))
+
+
+def test_one_class_alone_is_a_folder_too_high_up(tmp_path):
+    root = image_data.folder(tmp_path / "data")
+    for split in ("train", "val"):
+        (root / split).rename(root / "images")
+        (root / split).mkdir()
+        (root / "images").rename(root / split / "images")
+    train, val = (open_dataset("folder", str(root), split) for split in ("train", "validation"))
+    with pytest.raises(DataError, match=r"train: one class alone, images, in .*train; expected the folder that holds"):
+        check_splits(train, val)
