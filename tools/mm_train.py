@@ -11,7 +11,6 @@ machines (torchrun's --nnodes and --rdzv-endpoint). docs/detection.md and docs/s
 import argparse
 import os
 import re
-import signal
 import sys
 import zipfile
 from pathlib import Path
@@ -19,8 +18,8 @@ from pickle import UnpicklingError
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.dist import get_world_size, is_main_process
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
 import processes
@@ -28,7 +27,7 @@ from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint, check_data
 from svit.adapters.configs import ConfigError, fit_to_machine, load_config
 from svit.adapters.images import ImageError
-from svit.adapters.saving import DivergedError, any_process
+from svit.adapters.saving import DivergedError, StopHook, Stopped
 from svit.convert import CheckpointError
 
 
@@ -153,41 +152,6 @@ def guard_checkpoints(config: Config) -> None:
     hook = hooks.setdefault("checkpoint", dict(type="CheckpointHook", interval=1))
     if hook is not None and hook.get("type") in ("CheckpointHook", "mmengine.CheckpointHook", CheckpointHook):
         hook["type"] = "FiniteCheckpointHook"
-
-
-class Stopped(Exception):
-    """A signal ended the run, after an iteration."""
-
-    def __init__(self, number: signal.Signals) -> None:
-        self.signal = number
-
-
-class StopHook(Hook):
-    """Ends the run after the iteration in which a signal came, so that no checkpoint is cut short.
-
-    A run that counts iterations is saved first. One that counts epochs is not: mmengine could not go on in the midst of
-    an epoch.
-    """
-
-    priority = "LOWEST"  # the checkpoint of this iteration, where it has one, comes first
-
-    def __init__(self, signals: list[signal.Signals]) -> None:
-        self.signals = signals
-
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        # To ask all processes takes time: so not after each iteration.
-        if get_world_size() > 1 and not self.every_n_train_iters(runner, 10):
-            return
-        if any_process(bool(self.signals)):
-            for hook in runner.hooks:
-                if isinstance(hook, CheckpointHook) and not hook.by_epoch:
-                    hook._save_checkpoint(runner)
-            raise Stopped(self.signals[0] if self.signals else signal.SIGTERM)
-
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        # Each process for itself: they may have different numbers of images.
-        if self.signals:
-            raise Stopped(self.signals[0])
 
 
 def use_amp(config: Config, dtype: str) -> None:

@@ -1,14 +1,15 @@
-"""Checkpoints of mmengine that hold numbers, in the folder of their own run."""
+"""Runs of mmengine that diverge, are moved or copied, or are asked to stop: what they leave can be gone on from."""
 
 import math
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.dist import all_reduce, barrier, get_comm_device, get_world_size, is_main_process
-from mmengine.hooks import CheckpointHook, EMAHook
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from svit.files import replacing
 
-__all__ = ["DivergedError", "FiniteCheckpointHook", "any_process"]
+__all__ = ["DivergedError", "FiniteCheckpointHook", "StopHook", "Stopped"]
 
 
 class DivergedError(RuntimeError):
@@ -95,6 +96,48 @@ class FiniteCheckpointHook(CheckpointHook):
             runner.message_hub.get_info(key) + 1 for key in ("epoch", "iter")
         )  # the loop's may be ahead
         return DivergedError(f"{what} in epoch {epoch}, iteration {iteration}; {advice}; {kept}")
+
+
+class Stopped(Exception):
+    """A signal ended the run."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.signal = number
+
+
+class StopHook(Hook):
+    """Ends the run after the iteration in which a signal came, so that no checkpoint is cut short.
+
+    A run that counts iterations is saved first. One that counts epochs is not: mmengine could not go on in the midst of
+    an epoch.
+
+    Args:
+        signals: empty until one comes; not changed here.
+
+    Raises:
+        Stopped: in all processes after the same iteration of the training.
+    """
+
+    priority = "LOWEST"  # a checkpoint that is due comes first
+
+    def __init__(self, signals: list[signal.Signals]) -> None:
+        self.signals = signals
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        # To ask all processes takes time: so not after each iteration.
+        if get_world_size() > 1 and not self.every_n_train_iters(runner, 10):
+            return
+        if any_process(bool(self.signals)):
+            for hook in runner.hooks:
+                if isinstance(hook, CheckpointHook) and not hook.by_epoch:
+                    hook._save_checkpoint(runner)
+            raise Stopped(self.signals[0] if self.signals else signal.SIGTERM)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        # Each process for itself: they may have different numbers of images.
+        if self.signals:
+            raise Stopped(self.signals[0])
 
 
 def own_file(told: Path, folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import signal
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from mmengine.model import BaseModel  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
 from svit.adapters.checkpoints import allow_mmengine_checkpoints  # noqa: E402
-from svit.adapters.saving import DivergedError  # noqa: E402
+from svit.adapters.saving import DivergedError, StopHook, Stopped  # noqa: E402
 
 
 class Model(BaseModel):
@@ -180,3 +181,55 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_along(tmp_path):
     a.rename(tmp_path / "c")  # and where the best one is nowhere, the run goes on without
     make(tmp_path / "d", scores=(0.5, 7.0), load_from=str(tmp_path / "c/epoch_2.pth"), resume=True).train()
     assert names(tmp_path / "d") == ["best_score_epoch_4.pth", "epoch_4.pth"]
+
+
+@pytest.mark.parametrize("by_epoch", [True, False], ids=["epochs", "iterations"])
+def test_a_signal_ends_the_run_after_its_iteration(tmp_path, by_epoch):
+    """What can be gone on from is saved, here in the fifth iteration, or, by epochs, was saved after the fourth."""
+    signals = []
+    runner = make(tmp_path, Ill(5, lambda runner: signals.append(signal.SIGINT)), StopHook(signals), by_epoch=by_epoch)
+    with pytest.raises(Stopped) as stopped:
+        runner.train()
+    assert stopped.value.signal == signal.SIGINT
+    newest = "epoch_2" if by_epoch else "iter_5"
+    best = "epoch_2" if by_epoch else "iter_4"
+    assert names(tmp_path) == [f"best_score_{best}.pth", f"{newest}.pth"]
+    allow_mmengine_checkpoints()
+    assert torch.load(tmp_path / f"{newest}.pth", weights_only=True)["meta"]["iter"] == (4 if by_epoch else 5)
+    seen = []
+    again = make(
+        tmp_path,
+        Ill(8, lambda runner: seen.append(runner.iter)),
+        by_epoch=by_epoch,
+        load_from=str(tmp_path / f"{newest}.pth"),
+        resume=True,
+    )
+    again.train()
+    whole = make(tmp_path / "whole", by_epoch=by_epoch)
+    whole.train()
+    assert torch.equal(again.model.weight, whole.model.weight)
+    assert seen == [7]
+
+
+def test_a_signal_in_an_evaluation(tmp_path):
+    signals = []
+
+    class Signal(Hook):
+        def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+            signals.append(signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="SIGTERM"):
+        make(tmp_path, Signal(), StopHook(signals)).train()
+    assert names(tmp_path) == ["epoch_1.pth"]
+
+
+def test_what_diverges_when_a_signal_comes_is_not_saved(tmp_path):
+    signals = []
+
+    def both(runner) -> None:
+        poison_weight(runner)
+        signals.append(signal.SIGINT)
+
+    with pytest.raises(DivergedError):
+        make(tmp_path, Ill(3, both), StopHook(signals), by_epoch=False).train()
+    assert names(tmp_path) == ["best_score_iter_2.pth", "iter_2.pth"]

@@ -943,7 +943,7 @@ def test_a_recipe_that_contradicts_its_checkpoint(tmp_path, frozen, other_cells,
 def test_what_a_recipe_may_change(tmp_path, frozen, other_cells):
     """Arguments that say the same, and those of training alone."""
     same = "model_args={n_iter: 2, stoken_size: [4, 2, 1, 1], drop_path_rate: 0.1, differentiable_association: true}"
-    arguments = ("--set", "batch_size=8", "epochs=1", f"checkpoint={other_cells[1]}", same)
+    arguments = ("--set", "batch_size=8", "epochs=1", "lr=1e-5", f"checkpoint={other_cells[1]}", same)
     assert run(frozen / "recipe.yaml", tmp_path / "out", *arguments) == 0
 
 
