@@ -136,7 +136,8 @@ def find_newest(config: Config) -> str | None:
     told = pointer.read_text().strip() if pointer.is_file() else ""
     if "://" in told:
         return told
-    out = ((config.get("default_hooks") or {}).get("checkpoint") or {}).get("out_dir")
+    hook = (config.get("default_hooks") or {}).get("checkpoint")
+    out = hook.get("out_dir") if isinstance(hook, dict) else None
     if out and Path(out) != folder:
         folder = Path(out, folder.name)
     if told:
@@ -148,10 +149,10 @@ def find_newest(config: Config) -> str | None:
 
 def guard_checkpoints(config: Config) -> None:
     """Puts FiniteCheckpointHook in the place of mmengine's hook, wherever that is what the config has."""
-    hooks = config.setdefault("default_hooks", {})
-    hook = hooks.setdefault("checkpoint", dict(type="CheckpointHook", interval=1))
-    if hook is not None and hook.get("type") in ("CheckpointHook", "mmengine.CheckpointHook", CheckpointHook):
-        hook["type"] = "FiniteCheckpointHook"
+    hooks = dict(config.get("default_hooks") or {})
+    hook = hooks.get("checkpoint", {"type": "CheckpointHook", "interval": 1})  # what mmengine adds by itself
+    if isinstance(hook, dict) and hook.get("type") in ("CheckpointHook", "mmengine.CheckpointHook", CheckpointHook):
+        config.default_hooks = {**hooks, "checkpoint": {**hook, "type": "FiniteCheckpointHook"}}
 
 
 def use_amp(config: Config, dtype: str) -> None:

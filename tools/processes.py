@@ -47,10 +47,8 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
     owner = os.getpid()
 
     def handle(number: int, _) -> None:
-        if os.getpid() != owner:  # a process that reads, forked from this one, which ends it
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
-            return
+        if os.getpid() != owner:
+            return  # A process that reads, forked from this one, is needed until this one ends it.
         came.append(signal.Signals(number))
         if len(came) > 1 and signal.SIGINT in came:
             raise KeyboardInterrupt

@@ -417,6 +417,7 @@ def test_checkpoints_in_another_folder_than_the_work_dir(tmp_path):
 @pytest.mark.parametrize(
     ("hooks", "expected"),
     [
+        (None, dict(type="FiniteCheckpointHook", interval=1)),
         (dict(), dict(type="FiniteCheckpointHook", interval=1)),
         (dict(checkpoint=dict(type="CheckpointHook", interval=5)), dict(type="FiniteCheckpointHook", interval=5)),
         (dict(checkpoint=dict(type="Own", interval=5)), dict(type="Own", interval=5)),
