@@ -10,24 +10,29 @@ machines (torchrun's --nnodes and --rdzv-endpoint). docs/detection.md and docs/s
 
 import argparse
 import os
+import re
 import sys
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import Runner
 
 import processes
 from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint, check_data
 from svit.adapters.configs import ConfigError, fit_to_machine, load_config
 from svit.adapters.images import ImageError
+from svit.adapters.saving import DivergedError, StopHook, Stopped
 from svit.convert import CheckpointError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 0 or 1."""
+    """Runs the command line; returns the exit status: 0, 1 after an error, 143 after SIGTERM, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--work-dir", metavar="DIR", help="logs and checkpoints; default: work_dirs/NAME_OF_CONFIG")
@@ -56,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         config.work_dir = args.work_dir or config.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
         config.launcher = args.launcher
         set_resume(config, args.resume)
+        guard_checkpoints(config)
         if args.amp:
             use_amp(config, args.amp)
         if args.auto_scale_lr:
@@ -72,8 +78,16 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return failed(error)
     try:
-        runner.train()
-    except (CheckpointError, ImageError, UnpicklingError) as error:
+        with processes.stop_signals() as signals:
+            runner.register_hook(StopHook(signals))
+            runner.train()
+    except Stopped as stopped:
+        if is_main_process():
+            newest = find_newest(config)
+            left = f"--resume goes on from {newest}" if newest else "there is no checkpoint yet"
+            print(f"{stopped.signal.name}: ended after an iteration; {left}")
+        return 128 + stopped.signal
+    except (CheckpointError, DivergedError, ImageError, UnpicklingError) as error:
         return failed(error)
     return 0
 
@@ -97,16 +111,48 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def set_resume(config: Config, resume: str | None) -> None:
     """Where to go on from; a work dir that holds another run is left alone."""
-    taken = Path(config.work_dir, "last_checkpoint").exists()
+    newest = find_newest(config)
+    if resume is None and config.get("resume") and not config.get("load_from"):
+        resume = "auto"
     if resume == "auto":
-        if taken:
-            config.resume, config.load_from = True, find_latest_checkpoint(config.work_dir)
+        if newest is not None:
+            config.resume, config.load_from = True, newest
         return
+    taken = newest is not None
     if resume is not None:
         config.resume, config.load_from = True, resume
-        taken = taken and Path(resume).resolve().parent != Path(config.work_dir).resolve()
+        taken = taken and Path(resume).resolve().parent != Path(newest).resolve().parent
     if taken and (resume is not None or not config.get("resume")):
         raise ConfigError(f"--work-dir: {config.work_dir} holds a run already; go on with --resume or name another")
+
+
+def find_newest(config: Config) -> str | None:
+    """The newest checkpoint of the run in the work dir.
+
+    mmengine writes down its whole path, which after the folder was moved or copied is another run's, or nobody's: the
+    name alone counts. Where that was not written whole, the newest file that was counts.
+    """
+    folder, pointer = Path(config.work_dir), Path(config.work_dir, "last_checkpoint")
+    told = pointer.read_text().strip() if pointer.is_file() else ""
+    if "://" in told:
+        return told
+    hook = (config.get("default_hooks") or {}).get("checkpoint")
+    out = hook.get("out_dir") if isinstance(hook, dict) else None
+    if out and Path(out) != folder:
+        folder = Path(out, folder.name)
+    if told:
+        return str(folder / Path(told).name)
+    numbers = {path: re.fullmatch(r"(?:epoch|iter)_(\d+)", path.stem) for path in folder.glob("*.pth")}
+    whole = [path for path, number in numbers.items() if number and zipfile.is_zipfile(path)]
+    return str(max(whole, key=lambda path: int(numbers[path][1]))) if whole else None
+
+
+def guard_checkpoints(config: Config) -> None:
+    """Puts FiniteCheckpointHook in the place of mmengine's hook, wherever that is what the config has."""
+    hooks = dict(config.get("default_hooks") or {})
+    hook = hooks.get("checkpoint", {"type": "CheckpointHook", "interval": 1})  # what mmengine adds by itself
+    if isinstance(hook, dict) and hook.get("type") in ("CheckpointHook", "mmengine.CheckpointHook", CheckpointHook):
+        config.default_hooks = {**hooks, "checkpoint": {**hook, "type": "FiniteCheckpointHook"}}
 
 
 def use_amp(config: Config, dtype: str) -> None:

@@ -1,12 +1,16 @@
-"""How a tool ends: alone or as one of several processes, when it is interrupted, and when nobody reads on."""
+"""How a tool ends: alone or as one of several processes, when a signal asks it to, and when nobody reads on."""
 
 import gc
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
+
+# What asks a tool to save and end: the system or a queue, and Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stream(io.TextIOWrapper):
@@ -56,8 +60,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        end_at_once()
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -67,3 +70,38 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         gc.collect()  # a model in a cycle of references still holds the group
         distributed.destroy_process_group()
     sys.exit(status)
+
+
+def end_at_once() -> NoReturn:
+    """Ends an interrupted process without waiting for other processes, nor for threads of libraries."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGINT)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """A list that is empty until SIGTERM or Ctrl-C comes, which then end nothing by themselves.
+
+    Raises:
+        KeyboardInterrupt: another signal came, and one of them was Ctrl-C. torchrun passes a second Ctrl-C on as
+            SIGTERM. SIGTERM alone may come any number of times, as some queues send it.
+    """
+    came: list[signal.Signals] = []
+    owner = os.getpid()
+
+    def handle(number: int, _) -> None:
+        if os.getpid() != owner:
+            return  # A process that reads, forked from this one, is needed until this one ends it.
+        came.append(signal.Signals(number))
+        if len(came) > 1 and signal.SIGINT in came:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -8,7 +8,7 @@
 RECIPE is a YAML file or the name of one in tools/recipes/; --set changes keys of it. One command serves a CPU, a GPU,
 many GPUs and many machines (torchrun's --nnodes and --rdzv-endpoint). The folder --output gets best.safetensors and
 last.safetensors (weights), state.pt (what --resume goes on from), log.csv, TensorBoard's events and recipe.yaml.
-SIGTERM saves the state and exits. docs/training.md tells more.
+SIGTERM and Ctrl-C save the state and exit. docs/training.md tells more.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,21 @@ from classification.data import (
     train_transform,
 )
 from classification.evaluation import Accuracy, evaluate
-from classification.models import ModelError, create_model, out_of_memory_as_error, read_weights, save_model
+from classification.models import (
+    ModelError,
+    create_model,
+    out_of_memory_as_error,
+    save_model,
+    start_from,
+    trained_arguments,
+)
 from classification.recipe import Recipe, RecipeError, load_recipe
-from svit.convert import CheckpointError, differences, summary
+from svit.convert import CheckpointError
 from svit.files import replacing
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 1 after an error, 143 after SIGTERM."""
+    """Runs the command line; returns the exit status: 0, 1 after an error, 143 after SIGTERM, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("--data-dir", metavar="DIR", help="in place of the recipe's data_dir")
@@ -88,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
             f"lower batch_size, now {recipe.batch_size}, and raise grad_accum by as much, which keeps the images of an "
             "update; or set grad_checkpointing=true, mixed_precision=bf16 or a smaller img_size"
         ):
-            finished = Training(recipe, output, args.resume, args.cpu).run()
-    except (RecipeError, DataError, ModelError, CheckpointError, TrainingError) as error:
+            stopped_by = Training(recipe, output, args.resume, args.cpu).run()
+    except (RecipeError, DataError, ModelError, CheckpointError, states.FolderError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -100,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {str(error).splitlines()[0]} If memory ran short, lower workers", file=sys.stderr)
         return 1
-    return 0 if finished else 128 + signal.SIGTERM
+    return 128 + stopped_by if stopped_by else 0
 
 
 class TrainingError(RuntimeError):
@@ -112,12 +119,13 @@ class Training:
 
     def __init__(self, recipe: Recipe, output: Path, resume: str | None, cpu: bool) -> None:
         self.recipe, self.output = recipe, output
-        found = output / states.NAME
-        if resume is None and found.exists():
-            raise TrainingError(f"--output: {output} holds a training already; go on with --resume or name another")
-        resume_from = found if resume == "auto" else Path(resume) if resume else None
-        if resume == "auto" and not found.exists():
-            resume_from = None
+        start = states.find_start(output, resume)
+        if recipe.checkpoint:
+            # A part of the recipe from here on, so that whoever reads the new weights knows of it too.
+            told = trained_arguments(recipe.checkpoint)
+            if recipe.img_size:
+                told.pop("img_size", None)
+            recipe.model_args = {**told, **recipe.model_args}
 
         self.sharded = recipe.parallel == "fsdp"
         self.accelerator = Accelerator(
@@ -130,8 +138,12 @@ class Training:
         images = recipe.batch_size * recipe.grad_accum * self.world
         self.settings = OmegaConf.to_container(OmegaConf.structured(recipe))
         self.state, tensors = states.State(self.settings, images), None
-        if resume_from is not None:
-            self.state, tensors = states.read(resume_from, self.settings, images)
+        self.saved = None  # epoch and update of the newest state
+        self.moves = start is not None and start.resolve() != (output / states.NAME).resolve()
+        if start is not None:
+            self.state, tensors = states.read(start, self.settings, images)
+            self.saved = self.state.epoch, self.state.update
+        self.best = states.find_best(start, self.state) if self.moves else None
 
         self.make_data()
         try:
@@ -187,7 +199,7 @@ class Training:
         if r.img_size:
             model.pretrained_cfg["input_size"] = (model.pretrained_cfg["input_size"][0], r.img_size, r.img_size)
         if r.checkpoint:
-            start_from(model, r.checkpoint)
+            start_from(model, r.checkpoint, arguments)
         if r.grad_checkpointing:
             model.set_grad_checkpointing()
         if r.channels_last and not self.sharded:  # shards are of contiguous weights; the images' format decides then
@@ -299,9 +311,12 @@ class Training:
     # Saving and going on
 
     def save(self, best: bool = False) -> None:
-        """Writes the state and the last weights, and these as the best ones if they are."""
-        loss = torch.as_tensor(self.state.loss, device=self.accelerator.device)
-        self.state.loss = self.accelerator.reduce(loss, "mean").item()
+        """Writes the state and the last weights, and these as the best ones if they are.
+
+        Raises:
+            TrainingError: the loss, a weight or a moment is not finite; in all processes. Nothing is written then.
+        """
+        self.state.loss = self.finite_loss()
         tensors = states.gather(self.plain, self.optimizer.optimizer, self.sharded)
         if self.ema is not None:
             tensors["ema"] = self.ema.module.state_dict()
@@ -321,7 +336,38 @@ class Training:
                     **(self.state.rows[-1] if self.state.rows and not self.state.update else {}),
                 )
             states.write(self.output / states.NAME, self.state, tensors)
+        self.saved = self.state.epoch, self.state.update
         self.accelerator.wait_for_everyone()
+
+    def finite_loss(self) -> float:
+        """The epoch's loss so far, of all processes, after a look at all that would be saved."""
+        parts = {"weights": self.plain.state_dict(), "optimizer's state": self.optimizer.optimizer.state_dict()}
+        if self.ema is not None:
+            parts["moving average"] = self.ema.module.state_dict()
+        lost = [float(not states.is_finite(part)) for part in parts.values()]
+        # One reduction for everything: the processes find out together, or one would wait for the others.
+        numbers = torch.tensor([float(self.state.loss), *lost], device=self.accelerator.device)
+        loss, *lost = self.accelerator.reduce(numbers, "mean").tolist()
+        lost = [f"the {name}" for name, share in zip(parts, lost, strict=True) if share]
+        if not math.isfinite(loss):
+            raise self.diverged(f"the loss is {loss}")
+        if lost:
+            raise self.diverged(f"not all numbers of {' and '.join(lost)} are finite")
+        return loss
+
+    def diverged(self, what: str) -> TrainingError:
+        r, state = self.recipe, self.state
+        advice = [f"lower lr (now {r.lr:g})", f"raise warmup_epochs (now {r.warmup_epochs:g})"]
+        advice.append(f"lower clip_grad (now {r.clip_grad:g})" if r.clip_grad else "set clip_grad=1")
+        if r.mixed_precision:
+            advice.append(f"set mixed_precision=null (now {r.mixed_precision})")
+        kept = "nothing of it is saved"
+        if self.saved:
+            kept += (
+                f": --resume goes on from epoch {self.saved[0]}, update {self.saved[1]}, with the same recipe; another "
+                f"one starts from its weights in a new folder, with checkpoint={self.output / 'last.safetensors'}"
+            )
+        return TrainingError(f"{what} in epoch {state.epoch}, update {state.update}; {', '.join(advice)}; {kept}")
 
     def restore(self, tensors: dict[str, Any]) -> None:
         states.scatter(self.plain, self.optimizer.optimizer, self.sharded, tensors)
@@ -332,8 +378,12 @@ class Training:
 
     # Training
 
-    def run(self) -> bool:
-        """Trains to the end; returns False if SIGTERM came before."""
+    def run(self) -> signal.Signals | None:
+        """Trains to the end; returns the signal that ended it before, if one did."""
+        with processes.stop_signals() as self.signals:
+            return self.train_all()
+
+    def train_all(self) -> signal.Signals | None:
         first = self.accelerator.is_main_process
         if first:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -343,31 +393,35 @@ class Training:
                 part.write_text(OmegaConf.to_yaml(self.settings))
             if self.state.rows:  # which a kill may have kept from the log
                 write_log(self.output / "log.csv", self.state.rows)
+            if self.best is not None:
+                states.copy(self.best, self.output / states.BEST)
+        if self.moves:
+            self.save()
         board = SummaryWriter(self.output, purge_step=self.total) if first else None
         bar = tqdm(total=self.recipe.epochs * self.updates, initial=self.total, disable=None if first else True)
         try:
-            with sigterm() as self.asked_to_stop:
-                while self.state.epoch < self.recipe.epochs:
-                    trained = self.train_epoch(board, bar)
-                    # Before the evaluation, too: what sends SIGTERM may not wait for the end of a long one.
-                    self.save()
-                    if not (trained and self.finish_epoch(board, bar)):
-                        if first:
-                            bar.write("SIGTERM: saved; --resume goes on from here")
-                        return False
+            while self.state.epoch < self.recipe.epochs:
+                stopped_by = self.train_epoch(board, bar)
+                # Before the evaluation, too: what sends a signal may not wait for the end of a long one.
+                self.save()
+                stopped_by = stopped_by or self.finish_epoch(board, bar)
+                if stopped_by:
+                    if first:
+                        bar.write(f"{stopped_by.name}: saved; --resume goes on from here")
+                    return stopped_by
         finally:
             bar.close()
             if board is not None:
                 board.close()
-        return True
+        return None
 
     @property
     def total(self) -> int:
         """Updates done in all."""
         return self.state.epoch * self.updates + self.state.update
 
-    def train_epoch(self, board: SummaryWriter | None, bar: tqdm) -> bool:
-        """Trains to the end of the epoch; returns False if SIGTERM came before."""
+    def train_epoch(self, board: SummaryWriter | None, bar: tqdm) -> signal.Signals | None:
+        """Trains to the end of the epoch; returns the signal that ended it before, if one did."""
         r, state = self.recipe, self.state
         self.set_drop_path(state.epoch)
         batches = self.train.epoch(state.epoch, state.update * r.grad_accum)
@@ -383,11 +437,13 @@ class Training:
             if state.update % r.log_every == 0 or state.update == self.updates:
                 self.log(board, bar, loss)
             # To ask all processes takes time: so not after each update.
-            if (self.world == 1 or self.total % max(10 // r.grad_accum, 1) == 0) and self.shall_stop():
-                return False
+            if self.world == 1 or self.total % max(10 // r.grad_accum, 1) == 0:
+                stopped_by = self.shall_stop()
+                if stopped_by:
+                    return stopped_by
             if r.save_every and self.total % r.save_every == 0 and state.update < self.updates:
                 self.save()
-        return True
+        return None
 
     def step(self, batches: Iterator) -> torch.Tensor:
         """One update; returns its mean loss on this process, without waiting for it."""
@@ -432,31 +488,32 @@ class Training:
             for module, original in self.drop_paths:
                 module.drop_prob = original * rate / self.recipe.drop_path
 
-    def shall_stop(self) -> bool:
-        """Whether SIGTERM came to any process; all of them must ask."""
+    def shall_stop(self) -> signal.Signals | None:
+        """The signal that came to any process, if one did; all of them must ask."""
         if self.world == 1:
-            return bool(self.asked_to_stop)
-        asked = torch.tensor(float(bool(self.asked_to_stop)), device=self.accelerator.device)
-        return self.accelerator.reduce(asked, "sum").item() > 0
+            return self.signals[0] if self.signals else None
+        came = [float(number in self.signals) for number in processes.STOP_SIGNALS]
+        came = self.accelerator.reduce(torch.tensor(came, device=self.accelerator.device), "sum").tolist()
+        return next((number for number, count in zip(processes.STOP_SIGNALS, came, strict=True) if count), None)
 
     def log(self, board: SummaryWriter | None, bar: tqdm, loss: torch.Tensor) -> None:
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} in epoch {self.state.epoch}, update {self.state.update}; "
-                "lower lr, raise warmup_epochs or set clip_grad"
-            )
+        # The whole epoch's too: one loss that was not finite, in any process, is not forgotten.
+        losses = torch.stack([loss, torch.as_tensor(self.state.loss, device=loss.device)])
+        value, total = self.accelerator.reduce(losses, "mean").tolist()
+        if not math.isfinite(total):
+            raise self.diverged(f"the loss is {total}")
         bar.set_postfix(epoch=self.state.epoch, loss=f"{value:.3f}")
         if board is not None:
             board.add_scalar("train/loss", value, self.total)
             board.add_scalar("train/lr", max(group["lr"] for group in self.optimizer.param_groups), self.total)
 
-    def finish_epoch(self, board: SummaryWriter | None, bar: tqdm) -> bool:
-        """Evaluates, logs and saves; returns False if SIGTERM came before the end of the evaluation."""
+    def finish_epoch(self, board: SummaryWriter | None, bar: tqdm) -> signal.Signals | None:
+        """Evaluates, logs and saves; returns the signal that came before the end of the evaluation, if one did."""
         state = self.state
         found = self.evaluate()
-        if self.shall_stop():
-            return False
+        stopped_by = self.shall_stop()
+        if stopped_by:
+            return stopped_by
         row = {
             "epoch": state.epoch,
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
@@ -468,7 +525,10 @@ class Training:
         }
         state.rows.append(row)
         state.epoch, state.update, state.loss = state.epoch + 1, 0, 0.0
-        better, state.best = found.top1 > state.best, max(state.best, found.top1)
+        # Logits that are not finite may seem to be right.
+        better = found.top1 > state.best and math.isfinite(found.loss)
+        if better:
+            state.best = found.top1
         self.save(best=better)
         if self.accelerator.is_main_process:
             for key in ("train_loss", "val_loss", "top1", "top5"):
@@ -478,7 +538,7 @@ class Training:
                 f"epoch {row['epoch']}: train loss {row['train_loss']:.3f}, val loss {row['val_loss']:.3f}, "
                 f"top-1 {row['top1']:.2f}, top-5 {row['top5']:.2f}, best {state.best:.2f}"
             )
-        return True
+        return None
 
     def evaluate(self) -> Accuracy:
         # Processes may have different numbers of batches, and one may have none. So not the wrapped model, which may
@@ -499,43 +559,11 @@ class Training:
         )
 
     def until_stopped(self, batches: Iterator) -> Iterator:
-        """The batches up to the one in which SIGTERM comes to this process."""
+        """The batches up to the one in which a signal comes to this process."""
         for batch in batches:
             yield batch
-            if self.asked_to_stop:
+            if self.signals:
                 return
-
-
-@contextmanager
-def sigterm() -> Iterator[list]:
-    """A list that is empty until SIGTERM comes."""
-    came = []
-    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def start_from(model: nn.Module, checkpoint: str) -> None:
-    """Loads a checkpoint to fine-tune from; a head of another number of classes is left as it is.
-
-    Raises:
-        CheckpointError: it cannot be read or is of another model.
-    """
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint: no such file: {checkpoint}")
-    weights, expected = read_weights(path), model.state_dict()
-    classifier = model.pretrained_cfg.get("classifier") or ()
-    for name in (classifier,) if isinstance(classifier, str) else classifier:
-        for key in (f"{name}.weight", f"{name}.bias"):
-            if key in weights and key in expected and weights[key].shape != expected[key].shape:
-                weights[key] = expected[key]
-    problems = summary(differences(weights, expected))
-    if problems:
-        raise CheckpointError(f"checkpoint: {checkpoint} does not fit the model; {problems}")
-    model.load_state_dict(weights)
 
 
 def write_log(path: Path, rows: list[dict[str, Any]]) -> None:

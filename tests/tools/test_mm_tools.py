@@ -24,7 +24,7 @@ import mm_infer  # noqa: E402
 import mm_test  # noqa: E402
 import mm_train  # noqa: E402
 from mm_data import TILE, ade_folder, coco_folder  # noqa: E402
-from svit.adapters import find_config  # noqa: E402
+from svit.adapters import ConfigError, find_config  # noqa: E402
 from svit.adapters.checkpoints import allow_mmengine_checkpoints  # noqa: E402
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -370,7 +370,116 @@ def test_resume_without_a_run_keeps_load_from(tmp_path):
     assert (config.load_from, config.resume) == ("whole.pth", False)
     (tmp_path / "last_checkpoint").write_text("epoch_3.pth")
     mm_train.set_resume(config, "auto")
-    assert (config.load_from, config.resume) == ("epoch_3.pth", True)
+    assert (config.load_from, config.resume) == (str(tmp_path / "epoch_3.pth"), True)
+
+
+@pytest.mark.parametrize("moved", [True, False], ids=["moved", "copied"])
+@pytest.mark.parametrize("asked", ["auto", None], ids=["--resume", "the config"])
+def test_resume_takes_the_checkpoint_beside(tmp_path, moved, asked):
+    """mmengine writes down the whole path of a checkpoint, that of the folder where it was written."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    (old / "iter_20.pth").touch()
+    (old / "last_checkpoint").write_text(str(old / "iter_20.pth"))
+    shutil.copytree(old, new)
+    if moved:
+        shutil.rmtree(old)
+    config = Config(dict(work_dir=str(new), resume=asked is None))
+    mm_train.set_resume(config, asked)
+    assert (config.load_from, config.resume) == (str(new / "iter_20.pth"), True)
+
+
+def test_resume_after_a_kill_while_the_newest_was_written_down(tmp_path):
+    """The file that names the newest checkpoint is empty; a checkpoint that was cut short does not count."""
+    for number in (8, 9, 10):
+        torch.save({"number": number}, tmp_path / f"epoch_{number}.pth")
+    torch.save({}, tmp_path / "best_coco_bbox_mAP_epoch_11.pth")
+    (tmp_path / "epoch_11.pth").write_bytes((tmp_path / "epoch_10.pth").read_bytes()[:-50])
+    (tmp_path / "last_checkpoint").write_text("")
+    config = Config(dict(work_dir=str(tmp_path)))
+    mm_train.set_resume(config, "auto")
+    assert config.load_from == str(tmp_path / "epoch_10.pth")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        mm_train.set_resume(Config(dict(work_dir=str(tmp_path))), None)
+
+
+def test_checkpoints_in_another_folder_than_the_work_dir(tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "last_checkpoint").write_text("/elsewhere/work/epoch_3.pth")
+    hooks = dict(checkpoint=dict(type="CheckpointHook", out_dir=str(tmp_path / "out")))
+    config = Config(dict(work_dir=str(work), default_hooks=hooks))
+    assert mm_train.find_newest(config) == str(tmp_path / "out" / "work" / "epoch_3.pth")
+    (work / "last_checkpoint").write_text("s3://runs/work/epoch_3.pth")
+    assert mm_train.find_newest(config) == "s3://runs/work/epoch_3.pth"
+
+
+@pytest.mark.parametrize(
+    ("hooks", "expected"),
+    [
+        (None, dict(type="FiniteCheckpointHook", interval=1)),
+        (dict(), dict(type="FiniteCheckpointHook", interval=1)),
+        (dict(checkpoint=dict(type="CheckpointHook", interval=5)), dict(type="FiniteCheckpointHook", interval=5)),
+        (dict(checkpoint=dict(type="Own", interval=5)), dict(type="Own", interval=5)),
+        (dict(checkpoint=None), None),
+    ],
+)
+def test_checkpoints_are_guarded(hooks, expected):
+    config = Config(dict(default_hooks=hooks))
+    mm_train.guard_checkpoints(config)
+    assert config.default_hooks.checkpoint == expected
+
+
+@pytest.mark.parametrize("trained", ["segmentation"], indirect=True)
+def test_a_run_that_diverges(trained, tmp_path):
+    """Status 1 and what to change; the good checkpoints stay, and nothing that is no number is the best."""
+    _, config = trained
+    work = tmp_path / "work"
+    options = ["optim_wrapper.optimizer.lr=1e30", "param_scheduler=[]", "train_cfg.val_interval=1"]
+    done = subprocess.run(
+        command(
+            "mm_train.py", config, "--work-dir", work, "--cfg-options", *options, "default_hooks.checkpoint.interval=1"
+        ),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "in epoch 1, iteration " in error
+    assert "lower optim_wrapper.optimizer.lr" in error
+    assert "Traceback" not in done.stderr
+    for file in work.glob("*.pth"):
+        assert all(value.isfinite().all() for value in weights(file).values()), file
+
+
+@pytest.mark.parametrize("trained", ["segmentation"], indirect=True)
+def test_ctrl_c(trained, tmp_path):
+    """Saves, says so in one line, and goes on to the weights of the run that nothing disturbed."""
+    _, config = trained
+    work = tmp_path / "work"
+    process = subprocess.Popen(
+        command("mm_train.py", config, "--work-dir", work),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 600
+    while saved(work / "last_checkpoint") < 10:
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    newest = work / f"iter_{saved(work / 'last_checkpoint')}.pth"
+    assert output.splitlines()[-1] == f"SIGINT: ended after an iteration; --resume goes on from {newest}"
+    moved = work.rename(tmp_path / "moved")
+    run("mm_train.py", config, "--work-dir", moved, "--resume")
+    expected, found = weights(config.parent / "work" / LAST["segmentation"]), weights(moved / LAST["segmentation"])
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def test_image_that_is_none(config):

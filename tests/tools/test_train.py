@@ -13,14 +13,21 @@ from pathlib import Path
 
 import psutil
 import pytest
+import timm
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 import image_data
+import processes
 import train
 import validate
+from classification import state as states
+from classification.evaluation import Accuracy
 from classification.models import create_model, read_metadata, save_model
+from svit.files import replacing
 
 TOOLS = Path(__file__).parents[2] / "tools"
 ENDS_THREADS = Path(__file__).with_name("ends_threads.py")
@@ -205,15 +212,17 @@ def test_a_training_killed_at_several_moments_goes_on_exactly(tmp_path, recipe, 
     assert not list(out.glob(".part-*"))
 
 
-def test_sigterm_saves_and_exits(tmp_path, recipe, uninterrupted):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits(tmp_path, recipe, uninterrupted, number, status):
     out = tmp_path / "out"
     process = start(recipe, out, "--set", "save_every=3", "workers=1")
     while updates_saved(out) < 3 and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 143, output
-    assert "--resume goes on from here" in output
+    assert process.returncode == status, output
+    assert output.strip().splitlines()[-1] == f"{number.name}: saved; --resume goes on from here"
+    assert "Traceback" not in output
     assert 3 < updates_saved(out) < 40
     assert run(recipe, out, "--resume") == 0
     assert same_training(out, uninterrupted)
@@ -305,7 +314,8 @@ def test_two_processes_train_like_one(tmp_path, frozen, parallel, steps):
 
 
 @pytest.mark.parametrize(
-    ("parallel", "ended_by"), [("ddp", signal.SIGKILL), ("fsdp", signal.SIGKILL), ("ddp", signal.SIGTERM)]
+    ("parallel", "ended_by"),
+    [("ddp", signal.SIGKILL), ("fsdp", signal.SIGKILL), ("ddp", signal.SIGTERM), ("ddp", signal.SIGINT)],
 )
 def test_two_processes_that_are_ended_go_on(tmp_path, frozen, parallel, ended_by):
     recipe, whole, out = frozen / "recipe.yaml", tmp_path / "whole", tmp_path / "out"
@@ -315,10 +325,10 @@ def test_two_processes_that_are_ended_go_on(tmp_path, frozen, parallel, ended_by
     process = start(recipe, out, *arguments, launcher=TWO_PROCESSES)
     while updates_saved(out) < 5 and process.poll() is None:
         time.sleep(0.02)
-    if ended_by == signal.SIGTERM:
-        process.terminate()  # torchrun passes it on
+    if ended_by != signal.SIGKILL:
+        process.send_signal(ended_by)  # torchrun passes it on
         output, _ = process.communicate(timeout=60)
-        assert "SIGTERM: saved; --resume goes on from here" in output
+        assert f"{ended_by.name}: saved; --resume goes on from here" in output
         assert updates_saved(out) in (10, 20, 30)  # where the processes ask each other
         rows = torch.load(out / "state.pt", weights_only=True)["state"]["rows"]
         assert len(rows) == updates_saved(out) // 10 - 1  # before the evaluation
@@ -568,7 +578,9 @@ def test_out_of_memory_says_what_to_lower(tmp_path, recipe, monkeypatch, capsys)
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path, recipe, capsys):
     message = error_of(capsys, recipe, tmp_path / "out", "--set", "lr=1e30", "clip_grad=null", "log_every=1")
     assert "the loss is nan" in message or "the loss is inf" in message
-    assert "lower lr" in message
+    assert "lower lr (now 1e+30), raise warmup_epochs (now 0.5), set clip_grad=1; nothing of it is saved" in message
+    assert "mixed_precision" not in message
+    assert not (tmp_path / "out" / "state.pt").exists()
 
 
 def test_validate_finds_what_the_training_logged(tmp_path, uninterrupted, data, capsys):
@@ -579,3 +591,371 @@ def test_validate_finds_what_the_training_logged(tmp_path, uninterrupted, data, 
         row = list(csv.DictReader(file))[-1]
     assert f"{float(row['top1']):g}" in capsys.readouterr().out
     assert json.loads(out.read_text())["top1"] == pytest.approx(float(row["top1"]))
+
+
+# Nothing that is not finite is saved
+
+
+def all_finite(output: Path) -> bool:
+    tensors = torch.utils._pytree.tree_flatten(torch.load(output / "state.pt", weights_only=True))[0]
+    files = [load_file(output / "last.safetensors"), *map(load_file, output.glob("best.safetensors"))]
+    tensors += [tensor for file in files for tensor in file.values()]
+    return all(tensor.isfinite().all() for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
+def poison_weights(training) -> None:
+    next(training.plain.parameters()).data[0] = float("nan")
+
+
+def poison_statistics(training) -> None:
+    next(b for name, b in training.plain.named_buffers() if "running_var" in name)[0] = float("inf")
+
+
+def poison_moments(training) -> None:
+    next(iter(training.optimizer.optimizer.state.values()))["exp_avg"][0] = float("-inf")
+
+
+def poison_average(training) -> None:
+    next(training.ema.module.parameters()).data[0] = float("nan")
+
+
+def poisoned(monkeypatch, update, poison) -> None:
+    """Calls `poison` right after that update, the first time that it is done."""
+    step, left = train.Training.step, [update]
+
+    def stepped(self, batches):
+        loss = step(self, batches)
+        if self.total == update and left:
+            left.pop()
+            return poison(self) or loss
+        return loss
+
+    monkeypatch.setattr(train.Training, "step", stepped)
+
+
+@pytest.mark.parametrize(
+    ("poison", "what"),
+    [
+        (poison_weights, "not all numbers of the weights are finite"),
+        (poison_statistics, "not all numbers of the weights are finite"),
+        (poison_moments, "not all numbers of the optimizer's state are finite"),
+        (poison_average, "not all numbers of the moving average are finite"),
+        (lambda training: torch.tensor(float("inf")), "the loss is inf"),
+    ],
+    ids=["weights", "statistics", "moments", "average", "loss"],
+)
+def test_what_is_not_finite_is_not_saved(tmp_path, recipe, uninterrupted, monkeypatch, capsys, poison, what):
+    """In the last update before a save; the loss is not looked at before."""
+    out = tmp_path / "out"
+    poisoned(monkeypatch, 13, poison)
+    message = error_of(capsys, recipe, out, "--set", "save_every=2")
+    assert f"error: {what} in epoch 1, update 4; lower lr (now 0.002)" in message
+    assert "lower clip_grad (now 1); nothing of it is saved: --resume goes on from epoch 1, update 2, with" in message
+    assert f"checkpoint={out / 'last.safetensors'}" in message
+    assert updates_saved(out) == 12
+    assert all_finite(out)
+    assert run(recipe, out, "--resume") == 0
+    assert same_training(out, uninterrupted)
+
+
+@pytest.mark.parametrize("update", [9, 7], ids=["at the end of an epoch", "when a signal comes"])
+def test_what_is_not_finite_is_not_saved_either(tmp_path, recipe, monkeypatch, capsys, update):
+    def poison(training):
+        poison_weights(training)
+        if update == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    poisoned(monkeypatch, update, poison)
+    assert "not all numbers of the weights are finite" in error_of(capsys, recipe, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if "tfevents" not in path.name) == ["recipe.yaml"]
+
+
+def test_a_loss_is_not_forgotten(tmp_path, recipe, monkeypatch, capsys):
+    """One update of which nothing is left but the loss, long before the next look."""
+    poisoned(monkeypatch, 2, lambda training: torch.tensor(float("nan")))
+    message = error_of(capsys, recipe, tmp_path / "out", "--set", "log_every=6")
+    assert "the loss is nan in epoch 0, update 6" in message
+
+
+def test_accumulated_steps_that_diverge(tmp_path, frozen, capsys):
+    arguments = ("--set", "batch_size=4", "grad_accum=2", "lr=1e30", "save_every=1")
+    message = error_of(capsys, frozen / "recipe.yaml", tmp_path / "out", *arguments)
+    assert "in epoch 0, update 2" in message
+    assert updates_saved(tmp_path / "out") == 1
+    assert all_finite(tmp_path / "out")
+
+
+def test_gradients_that_a_scaler_leaves_out_are_no_error(tmp_path, frozen, monkeypatch):
+    """As mixed_precision=fp16 has them on a GPU, where the first scales are too large."""
+
+    def accelerator(**arguments):
+        made = Accelerator(**arguments)
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return made
+
+    def stepped(self, batches):
+        if self.total >= 2:
+            return step(self, batches)
+        handle = next(self.plain.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+        loss = step(self, batches)
+        handle.remove()
+        return loss
+
+    scales = []
+    step, write = train.Training.step, states.write
+    monkeypatch.setattr(train, "Accelerator", accelerator)
+    monkeypatch.setattr(train.Training, "step", stepped)
+    monkeypatch.setattr(states, "write", lambda path, *a: (scales.append(a[1]["scaler"]["scale"]), write(path, *a)))
+    out = tmp_path / "out"
+    assert run(frozen / "recipe.yaml", out, "--set", "batch_size=8", "epochs=1", "save_every=1") == 0
+    assert scales[:3] == [512, 256, 256]  # two updates were skipped, and saved
+    assert all_finite(out)
+
+
+def test_logits_that_are_not_finite_are_not_the_best(tmp_path, recipe, monkeypatch):
+    evaluate, seen = train.evaluate, []
+
+    def evaluated(*arguments, **options):
+        found = evaluate(*arguments, **options)
+        seen.append(found)
+        return Accuracy(found.count, found.count, found.count, float("nan"), [], []) if len(seen) == 2 else found
+
+    monkeypatch.setattr(train, "evaluate", evaluated)
+    out = tmp_path / "out"
+    assert run(recipe, out) == 0
+    state = torch.load(out / "state.pt", weights_only=True)["state"]
+    top1 = [row["top1"] for row in state["rows"]]
+    assert top1[1] == 100
+    assert state["best"] == read_metadata(out / "best.safetensors")["facts"]["top1"] == max(top1[:1] + top1[2:])
+
+
+# A process of which the loss alone is none, and what the others do.
+ONE_OF_TWO = """
+import os, sys
+sys.path.insert(0, {tools!r})
+import processes, train
+
+step = train.Training.step
+
+
+def one_of_two(self, batches):
+    loss = step(self, batches)
+    return loss * float("nan") if self.rank == 1 and self.total == 4 else loss
+
+
+train.Training.step = one_of_two
+processes.run(train.main)
+"""
+
+
+@pytest.mark.parametrize(
+    "changes", [("save_every=5",), ("log_every=5",), ("save_every=5", "parallel=fsdp")], ids=["save", "log", "fsdp"]
+)
+def test_two_processes_agree_that_it_diverged(tmp_path, frozen, changes):
+    (tmp_path / "tool.py").write_text(ONE_OF_TWO.format(tools=str(TOOLS)))
+    launcher = (*TWO_PROCESSES, tmp_path / "tool.py")
+    command = [*launcher, frozen / "recipe.yaml", "--output", tmp_path / "out", "--set", "batch_size=4", *changes]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2, done.stderr  # neither waits for the other one until torchrun ends it
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("error: the loss is nan in epoch 0, update 5; ")
+    assert not (tmp_path / "out" / "state.pt").exists()
+
+
+def test_a_state_that_is_not_finite_is_refused(tmp_path, recipe, uninterrupted, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    state = torch.load(out / "state.pt", weights_only=True)
+    state["optimizer"]["state"][0]["exp_avg_sq"][0] = float("nan")
+    torch.save(state, out / "state.pt")
+    assert f"{out / 'state.pt'}: holds weights or moments that are not finite" in error_of(
+        capsys, recipe, out, "--resume"
+    )
+
+
+def test_weights_that_are_not_finite_are_no_start(tmp_path, recipe, uninterrupted, capsys):
+    file = tmp_path / "lost.safetensors"
+    weights = load_file(uninterrupted / "best.safetensors")
+    weights["head.fc.bias"][1] = float("inf")
+    save_file(weights, file)
+    message = error_of(capsys, recipe, tmp_path / "out", "--set", f"checkpoint={file}")
+    assert f"checkpoint: {file} holds numbers that are not finite, in head.fc.bias" in message
+
+
+# Ctrl-C
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, recipe, monkeypatch):
+    """In the midst of the save that the first one asked for."""
+    out = tmp_path / "out"
+    poisoned(monkeypatch, 7, lambda training: os.kill(os.getpid(), signal.SIGINT))
+    write = states.write
+
+    def interrupted(path, state, tensors):
+        if state.update == 8:
+            with replacing(path) as part:
+                part.write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+        write(path, state, tensors)
+
+    monkeypatch.setattr(states, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, out, "--set", "save_every=4")
+    assert updates_saved(out) == 4
+    assert not list(out.glob(".part-*"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupted_tool_says_so_in_one_line():
+    code = f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import os, signal, processes\n"
+    code += "processes.run(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_sigterm_may_come_twice_but_not_after_ctrl_c():
+    with processes.stop_signals() as came:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert came == [signal.SIGTERM, signal.SIGTERM]
+    with processes.stop_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):  # torchrun's answer to a second Ctrl-C
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+# Going on in another folder
+
+
+def test_a_training_goes_on_whole_in_another_folder(tmp_path, recipe, uninterrupted, monkeypatch):
+    """Broken off after its best epoch, which the new folder has from the start."""
+    old, out = tmp_path / "old", tmp_path / "out"
+    rows = torch.load(uninterrupted / "state.pt", weights_only=True)["state"]["rows"]
+    best = max(range(4), key=lambda epoch: rows[epoch]["top1"])
+    stop = min(10 * (best + 1), 38) + 1
+    with monkeypatch.context() as patch:
+        poisoned(patch, stop, lambda training: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(recipe, old) == 143
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    with monkeypatch.context() as patch:
+        poisoned(patch, stop + 1, lambda training: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(recipe, out, "--resume", str(old / "state.pt")) == 143
+    assert {"best.safetensors", "last.safetensors", "log.csv", "recipe.yaml", "state.pt"} <= set(os.listdir(out))
+    for name in ("best.safetensors", "log.csv", "recipe.yaml"):
+        assert (out / name).read_bytes() == before[name]
+    assert run(recipe, out, "--resume") == 0
+    assert same_training(out, uninterrupted)
+    assert same_weights(out / "best.safetensors", uninterrupted / "best.safetensors")
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+
+
+def test_a_finished_training_is_whole_in_another_folder(tmp_path, recipe, uninterrupted):
+    out = tmp_path / "out"
+    assert run(recipe, out, "--resume", str(uninterrupted / "state.pt")) == 0
+    assert same_training(out, uninterrupted)
+    for name in ("best.safetensors", "recipe.yaml", "log.csv"):
+        assert (out / name).read_bytes() == (uninterrupted / name).read_bytes()
+
+
+def test_two_trainings_are_never_mixed(tmp_path, recipe, uninterrupted, capsys):
+    state, out = str(uninterrupted / "state.pt"), tmp_path / "out"
+    out.mkdir()
+    for name in ("state.pt", "best.safetensors", "last.safetensors", "log.csv"):
+        (out / name).write_bytes(b"another's")
+        message = error_of(capsys, recipe, out, "--resume", state)
+        assert f"--output: {out} holds a training already ({name}), and {state} is another state" in message
+        assert f"--output: {out} holds a training already ({name})" in error_of(capsys, recipe, out)
+        assert [path.name for path in out.iterdir()] == [name]
+        assert (out / name).read_bytes() == b"another's"
+        (out / name).unlink()
+    (out / "best.safetensors").write_bytes(b"another's")
+    message = error_of(capsys, recipe, out, "--resume")
+    assert f"--output: {out} holds a training without its state.pt (best.safetensors)" in message
+
+
+def test_a_state_without_its_best_weights(tmp_path, recipe, uninterrupted, capsys):
+    old, out = tmp_path / "old", tmp_path / "out"
+    old.mkdir()
+    shutil.copy(uninterrupted / "state.pt", old)
+    message = error_of(capsys, recipe, out, "--resume", str(old / "state.pt"))
+    assert f"resume: {old / 'state.pt'} has no best.safetensors beside it, of top-1 " in message
+    model = create_model("test_svit", num_classes=5)
+    save_model(old / "best.safetensors", model, "test_svit", recipe={"seed": 5}, top1=100.0)
+    message = error_of(capsys, recipe, out, "--resume", str(old / "state.pt"))
+    assert f"resume: {old / 'best.safetensors'} is not of the training of {old / 'state.pt'}" in message
+    assert not out.exists()
+
+
+def test_a_kill_in_the_very_first_save(tmp_path, recipe, uninterrupted):
+    """One command again and again: the weights that came before the state are no other training's."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "last.safetensors").write_bytes(b"the weights of a state that did not follow")
+    assert run(recipe, out, "--resume") == 0
+    assert same_training(out, uninterrupted)
+
+
+# The model of a checkpoint to start from
+
+CELLS = {"stoken_size": [4, 2, 1, 1], "n_iter": 2, "stem_stride": 2}
+
+
+@pytest.fixture
+def other_cells(tmp_path):
+    """A checkpoint of a training with other arguments than the model's own, some of training alone."""
+    torch.manual_seed(1)
+    model = create_model("test_svit", num_classes=5, **CELLS)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.normal_(module.weight, std=(2 / module.weight[0].numel()) ** 0.5)
+    file = tmp_path / "other.safetensors"
+    recipe = {"model": "test_svit", "model_args": {**CELLS, "drop_path_rate": 0.5, "proj_drop_rate": 0.25}}
+    save_model(file, model, "test_svit", list(image_data.CLASSES), recipe=recipe)
+    return model.eval(), file
+
+
+def test_fine_tuning_goes_on_with_the_model_of_the_checkpoint(tmp_path, frozen, other_cells):
+    """With a rate of 0 the weights stay, and so does the function; who reads the new file knows of the arguments."""
+    model, file = other_cells
+    out, images = tmp_path / "out", torch.randn(2, 3, 32, 32)
+    arguments = ("--set", "batch_size=8", "epochs=1", "lr=0", "sched=none", f"checkpoint={file}")
+    assert run(frozen / "recipe.yaml", out, *arguments) == 0
+    assert read_metadata(out / "last.safetensors")["facts"]["recipe"]["model_args"] == CELLS
+    assert torch.equal(create_model("test_svit", out / "last.safetensors")(images), model(images))
+    assert not torch.allclose(create_model("test_svit", num_classes=5)(images), model(images))
+    assert run(frozen / "recipe.yaml", out, "--resume", *arguments) == 0
+    assert OmegaConf.load(out / "recipe.yaml").model_args == CELLS
+
+
+@pytest.mark.parametrize("change", ["n_iter: 1", "stoken_size: [8, 4, 2, 1]"])
+def test_a_recipe_that_contradicts_its_checkpoint(tmp_path, frozen, other_cells, capsys, change):
+    key, _, given = change.partition(": ")
+    arguments = ("--set", "batch_size=8", f"checkpoint={other_cells[1]}", f"model_args={{{change}}}")
+    message = error_of(capsys, frozen / "recipe.yaml", tmp_path / "out", *arguments)
+    assert f"was trained with model_args {key}: {CELLS[key]}, the model is made with {given}; leave it out" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_recipe_may_change(tmp_path, frozen, other_cells):
+    """Arguments that say the same, and those of training alone."""
+    same = "model_args={n_iter: 2, stoken_size: [4, 2, 1, 1], drop_path_rate: 0.1, differentiable_association: true}"
+    arguments = ("--set", "batch_size=8", "epochs=1", "lr=1e-5", f"checkpoint={other_cells[1]}", same)
+    assert run(frozen / "recipe.yaml", tmp_path / "out", *arguments) == 0
+
+
+def test_timm_and_the_checkpoint_of_another_model(other_cells):
+    """As docs/finetuning.md has it: timm reads weights alone, so the arguments are given; feature maps too."""
+    model, file = other_cells
+    images = torch.randn(2, 3, 32, 32)
+    again = timm.create_model("test_svit", num_classes=5, checkpoint_path=file, **CELLS).eval()
+    assert torch.equal(again(images), model(images))
+    told = read_metadata(file)["facts"]["recipe"]["model_args"]
+    backbone = timm.create_model(
+        "test_svit", features_only=True, pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), **told
+    )
+    maps = model.forward_intermediates(images, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(backbone.eval()(images), maps, strict=True))

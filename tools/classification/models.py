@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors
@@ -16,7 +17,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 import svit  # noqa: F401  registers the models
-from svit.convert import CheckpointError, differences, read_state_dict, summary
+from svit.convert import CheckpointError, differences, listing, read_state_dict, summary
 from svit.files import replacing
 from svit.images import MODES, channel_values
 from svit.models.original import from_original, is_original
@@ -24,6 +25,9 @@ from svit.names import did_you_mean, distinct
 
 # What a checkpoint tells of its model, as timm's pretrained_cfg names it.
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+# Arguments of `timm.create_model` that do not make it another model; neither do those that drop something in training.
+NOT_THE_MODEL = ("num_classes", "backend", "differentiable_association")
 
 
 class ModelError(ValueError):
@@ -120,6 +124,54 @@ def load_weights(model: nn.Module, checkpoint: str | Path, ema: bool = False) ->
     except RuntimeError as error:
         problems = summary(differences(state_dict, model.state_dict())) or error
         raise CheckpointError(f"{checkpoint}: does not fit the model; {problems}") from error
+
+
+def trained_arguments(checkpoint: str | Path) -> dict[str, Any]:
+    """The `model_args` that a checkpoint of tools/train.py was trained with, as far as they make the model another one.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    if not Path(checkpoint).is_file():
+        raise CheckpointError(f"checkpoint: no such file: {checkpoint}")
+    told = read_metadata(checkpoint)["facts"].get("recipe", {}).get("model_args", {})
+    return {key: value for key, value in told.items() if "drop" not in key and key not in NOT_THE_MODEL}
+
+
+def start_from(model: nn.Module, checkpoint: str | Path, arguments: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Loads a checkpoint to fine-tune from; a head of another number of classes is left as it is.
+
+    Args:
+        model: made with `arguments`.
+        checkpoint: the file.
+        arguments: of `timm.create_model`, which must be those that the checkpoint tells. The shapes of many weights do
+            not depend on them: other cells would go unnoticed.
+
+    Raises:
+        CheckpointError: it cannot be read, is of another model, or its numbers are not finite.
+    """
+    told = trained_arguments(checkpoint)
+    told.pop("img_size", None)  # which fine-tuning may change
+    for key, value in told.items():
+        given = json.loads(json.dumps(arguments.get(key)))  # lists for tuples
+        if given != value:
+            raise CheckpointError(
+                f"checkpoint: {checkpoint} was trained with model_args {key}: {value}, the model is made with "
+                f"{given if key in arguments else 'its default'}; leave it out of model_args to take the checkpoint's"
+            )
+    weights, expected = read_weights(Path(checkpoint)), model.state_dict()
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    for name in (classifier,) if isinstance(classifier, str) else classifier:
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in weights and key in expected and weights[key].shape != expected[key].shape:
+                weights[key] = expected[key]
+    problems = summary(differences(weights, expected))
+    if problems:
+        raise CheckpointError(f"checkpoint: {checkpoint} does not fit the model; {problems}")
+    lost = [key for key, value in weights.items() if not value.isfinite().all()]
+    if lost:
+        raise CheckpointError(f"checkpoint: {checkpoint} holds numbers that are not finite, in {listing(lost)}")
+    model.load_state_dict(weights)
 
 
 def read_weights(path: Path, ema: bool = False) -> dict[str, torch.Tensor]:

@@ -1,0 +1,172 @@
+"""Runs of mmengine that diverge, are moved or copied, or are asked to stop: what they leave can be gone on from."""
+
+import math
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import all_reduce, barrier, get_comm_device, get_world_size, is_main_process
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import AmpOptimWrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch.utils._pytree import tree_leaves
+
+from svit.files import replacing
+
+__all__ = ["DivergedError", "FiniteCheckpointHook", "StopHook", "Stopped"]
+
+
+class DivergedError(RuntimeError):
+    """The loss, a weight or a moment is not finite; the message says where and what to change."""
+
+
+@HOOKS.register_module()
+class FiniteCheckpointHook(CheckpointHook):
+    """mmengine's CheckpointHook, which it takes the place of, for runs that may diverge, be moved or be copied.
+
+    A loss that is not finite ends the run at once, and so does a weight or an optimizer's moment that is not, before
+    anything is written or an older checkpoint removed: in all processes, as all are asked. A metric that is not finite
+    is never the best.
+
+    The path of the best checkpoint, which a checkpoint tells, may lead into another folder: that of the run before it
+    was moved or copied, or of the run that this one goes on from. The file beside is taken then, or a copy is made, so
+    that the next best one does not remove another run's.
+
+    Raises:
+        DivergedError: after an iteration, or before a checkpoint would be written.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        folder = Path(runner.work_dir)
+        if self.out_dir is not None:
+            folder = Path(self.out_dir, folder.name)
+        for key, told in runner.message_hub.runtime_info.items():
+            # A store of another kind has one address from everywhere.
+            if key.startswith("best_ckpt") and told and "://" not in f"{told} {self.out_dir}":
+                runner.message_hub.update_info(key, own_file(Path(told), folder))
+        super().before_train(runner)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        # mmengine has waited for the loss already, to log it.
+        loss = torch.as_tensor((outputs or {}).get("loss", 0.0)).detach().sum().item()
+        if any_process(not math.isfinite(loss)):
+            raise self.diverged(runner, f"the loss is {loss}")
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+
+    def _save_checkpoint(self, runner: Runner) -> None:
+        self.check(runner)
+        super()._save_checkpoint(runner)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, Any]) -> None:
+        if self.save_best:
+            self.check(runner)
+            # None is passed over, but infinity would be the best for ever.
+            lost = [k for k, v in metrics.items() if isinstance(v, (float, np.floating)) and not math.isfinite(v)]
+            metrics = {**metrics, **dict.fromkeys(lost)}
+        super()._save_best_checkpoint(runner, metrics)
+
+    def check(self, runner: Runner) -> None:
+        """Looks at all that a checkpoint holds; all processes must call it."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        averages = [hook.ema_model.state_dict() for hook in runner.hooks if isinstance(hook, EMAHook)]
+        parts = {
+            "weights": model.state_dict(),
+            "optimizer's state": runner.optim_wrapper.state_dict(),
+            "moving average": averages,
+        }
+        lost = [f"the {name}" for name, part in parts.items() if not is_finite(part)]
+        if any_process(bool(lost)):
+            what = " and ".join(lost) or "what another process holds"
+            raise self.diverged(runner, f"not all numbers of {what} are finite")
+
+    def diverged(self, runner: Runner, what: str) -> DivergedError:
+        advice = "lower optim_wrapper.optimizer.lr, lengthen the warmup in param_scheduler, set optim_wrapper.clip_grad"
+        if isinstance(runner.optim_wrapper, AmpOptimWrapper):
+            advice += ", take --amp bfloat16 or none"
+        kept = "nothing of it is saved"
+        newest = self.last_ckpt or (runner._load_from if runner._resume else None)
+        if newest:
+            kept += f": --resume {newest} goes on from there, load_from={newest} starts from its weights"
+        epoch, iteration = (
+            runner.message_hub.get_info(key) + 1 for key in ("epoch", "iter")
+        )  # the loop's may be ahead
+        return DivergedError(f"{what} in epoch {epoch}, iteration {iteration}; {advice}; {kept}")
+
+
+class Stopped(Exception):
+    """A signal ended the run."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.signal = number
+
+
+class StopHook(Hook):
+    """Ends the run after the iteration in which a signal came, so that no checkpoint is cut short.
+
+    A run that counts iterations is saved first. One that counts epochs is not: mmengine could not go on in the midst of
+    an epoch.
+
+    Args:
+        signals: empty until one comes; not changed here.
+
+    Raises:
+        Stopped: in all processes after the same iteration of the training.
+    """
+
+    priority = "LOWEST"  # a checkpoint that is due comes first
+
+    def __init__(self, signals: list[signal.Signals]) -> None:
+        self.signals = signals
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        # To ask all processes takes time: so not after each iteration.
+        if get_world_size() > 1 and not self.every_n_train_iters(runner, 10):
+            return
+        if any_process(bool(self.signals)):
+            for hook in runner.hooks:
+                if isinstance(hook, CheckpointHook) and not hook.by_epoch:
+                    hook._save_checkpoint(runner)
+            raise Stopped(self.signals[0] if self.signals else signal.SIGTERM)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        # Each process for itself: they may have different numbers of images.
+        if self.signals:
+            raise Stopped(self.signals[0])
+
+
+def own_file(told: Path, folder: Path) -> str | None:
+    """The file of that name in `folder`, copied there if it is not; None where there is none anywhere."""
+    own = folder / told.name
+    if is_main_process() and not own.is_file() and told.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(own) as part:
+            shutil.copyfile(told, part)
+    barrier()
+    return str(own) if own.is_file() else None
+
+
+def is_finite(tensors: Any) -> bool:
+    """Whether all numbers of the tensors in nested dicts and lists are."""
+    answers = [
+        leaf.isfinite().all()
+        for leaf in tree_leaves(tensors)
+        if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    ]
+    # One answer is waited for, on the device that has most of them.
+    device = max((answer.device for answer in answers), key=lambda device: device.type != "cpu", default=None)
+    return not answers or bool(torch.stack([answer.to(device) for answer in answers]).all())
+
+
+def any_process(answer: bool) -> bool:
+    """Whether the answer of any process is yes; all must ask."""
+    if get_world_size() == 1:
+        return answer
+    count = torch.tensor(float(answer), device=get_comm_device())
+    all_reduce(count)
+    return count.item() > 0
