@@ -8,7 +8,7 @@ training goes on exactly from anywhere, whatever the number of processes that re
 import os
 import random
 import sys
-import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,14 +17,33 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import ImageDataset, create_dataset, create_transform
+from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar, extract_tarinfos
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+
+from svit.folders import (
+    EXTENSIONS,
+    FolderError,
+    classes_of_files,
+    find_classes,
+    first,
+    is_clutter,
+    listing,
+    natural_key,
+    subfolders,
+)
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
-SPLITS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test", "testing")
+# Names of a folder of class folders or a tar file, and how names of timm's other data start.
+FOLDERS = ("folder", "torch/folder", "torch/image_folder")
+PREFIXES = ("torch", "wds", "hfds", "hfids", "tfds")
+
+# Folders that timm takes for the same split, and all names that look like a split's.
+SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test", "testing"))
+SPLITS = [name for names in SYNONYMS for name in names]
 
 
 class DataError(ValueError):
@@ -56,36 +75,125 @@ def is_reader_gone(error: RuntimeError) -> bool:
 
 
 def open_dataset(name: str, root: str, split: str, **options: Any) -> Dataset:
-    """A dataset of timm's readers, without a transform.
+    """A dataset of class folders, of a tar file, or of timm's other readers, without a transform.
 
     Raises:
         DataError: no such dataset, no such split, or no images in it.
     """
     kind = name.partition("/")[0].lower()
-    if kind != "hfds" and kind != "hfids" and not options.get("download") and not Path(root).exists():
+    if name not in FOLDERS and (kind not in PREFIXES or kind == name):
+        prefixes = ", ".join(f"{prefix}/" for prefix in PREFIXES)
+        raise DataError(f"dataset: expected folder, or a name that starts with one of {prefixes}, got {name!r}")
+    if kind != "hfds" and kind != "hfids" and not options.get("download") and not os.path.exists(root):
         raise DataError(f"data_dir: no such folder or file: {root}")
     try:
-        dataset = create_dataset("" if name == "folder" else name, root=root, split=split, **options)
+        if name in FOLDERS:
+            return open_folder(root, split, options.get("class_map"))
+        dataset = create_dataset(name, root=root, split=split, **options)
         if len(dataset) == 0:
             raise RuntimeError("it holds no images")
-    except (RuntimeError, AssertionError, ImportError, OSError, ValueError, tarfile.TarError) as error:
-        raise DataError(f"{name} {root}, split {split!r}: cannot be used: {error}") from error
-    if Path(root).is_dir() and location(dataset) == Path(root).resolve():
-        # timm takes the whole folder where it does not find the split: right for a folder of classes alone.
-        others = [path.name for path in sorted(Path(root).iterdir()) if path.name in SPLITS and has_folders(path)]
+    except DataError:
+        raise
+    except Exception as error:  # the readers, what they read with, and a download can raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{name} {root}, split {split!r}: cannot be used: {reason}") from error
+    return dataset
+
+
+def open_folder(root: str, split: str, class_map: str | dict[str, int] | None = None) -> ImageDataset:
+    """A dataset of the class folders below `root`, or below the folder of the split in it, or of a tar file.
+
+    Args:
+        root: the folder or file.
+        split: its folder goes by this name or another of `SYNONYMS`; without any `root` holds the class folders.
+        class_map: timm's, numbers by class in place of those in natural order; other classes are left out.
+
+    Raises:
+        DataError: it has folders of other splits alone, or is neither a folder nor a tar file.
+        FolderError: no class folders, or no images in them.
+    """
+    path = Path(root)
+    if not path.is_dir():
+        if path.suffix != ".tar":
+            raise DataError(f"data_dir: expected a folder or a .tar file, got {root}")
+        return ImageDataset(root, reader=TarReader(root, class_map))
+    split = split.partition("[")[0]
+    names = (split, *(name for names in SYNONYMS[:2] if split in names for name in names))
+    found = next((path / name for name in names if (path / name).is_dir()), None)
+    if found is None:
+        others = [name for name in sorted(subfolders(path)) if name.lower() in SPLITS and subfolders(path / name)]
         if others:
             raise DataError(f"data_dir: {root} has no folder of the split {split!r}, only {', '.join(others)}")
-    return dataset
+    return ImageDataset(str(found or path), reader=FolderReader(str(found or path), class_map))
+
+
+class FolderReader(ReaderImageFolder):
+    """timm's reader, of the layout that docs/data.md defines: a class is a folder on the first level.
+
+    Attributes:
+        left_out: how many of what is no image of a class, for `listing`.
+    """
+
+    def __init__(self, root: str, class_map: str | dict[str, int] | None = None) -> None:
+        self.root = root
+        classes, images, self.left_out = find_classes(root)
+        self.samples, self.class_to_idx = with_class_map(images, classes, class_map, root)
+
+
+class TarReader(ReaderImageInTar):
+    """timm's reader, with the classes that `FolderReader` has of the unpacked file; `left_out` counts images alone.
+
+    A folder that holds all the others, as `tar -cf train.tar train` packs it, is no class.
+    """
+
+    def __init__(self, root: str, class_map: str | dict[str, int] | None = None) -> None:
+        try:
+            packed, _, _, tarfiles = extract_tarinfos(root, extensions=EXTENSIONS, sort=False)
+        except ValueError as error:  # timm's, where there is none
+            raise FolderError(f"{root}: no images in it ({error})") from error
+        self.root, self.root_is_tar, self.cache_tarfiles, self.tar_state = root, True, True, tarfiles[0][1]
+        self.left_out = Counter()
+        files, names = [], []
+        for file, _, inner in sorted(packed, key=lambda item: natural_key(item[0].path)):
+            # A tar file within the tar file is a folder.
+            parts = Path(Path(inner.name).stem if inner else "", file.path.lstrip("/")).parts
+            if any(map(is_clutter, parts)):
+                self.left_out["hidden"] += 1
+            else:
+                files.append((file, None, inner))
+                names.append("/".join(parts))
+        names = without_common_folder(names)
+        classes, images, beside = classes_of_files(files, names)
+        if beside:
+            self.left_out["images beside the class folders"] = beside
+        if not classes:
+            raise FolderError(f"{root}: no class folders in it, only {listing(self.left_out)}")
+        samples, self.class_to_idx = with_class_map(images, classes, class_map, root)
+        self.samples, self.targets = [sample for sample, _ in samples], [number for _, number in samples]
+
+
+def without_common_folder(names: list[str]) -> list[str]:
+    """Paths within a tar file without the folders that hold all class folders."""
+    while len({name.partition("/")[0] for name in names if "/" in name}) == 1 and any(n.count("/") > 1 for n in names):
+        names = [name.partition("/")[2] if "/" in name else name for name in names]
+    return names
+
+
+def with_class_map(
+    images: list[tuple], classes: list[str], class_map: str | dict[str, int] | None, root: str
+) -> tuple[list[tuple], dict[str, int]]:
+    """Images with the numbers that a class map gives their classes, and the numbers by class."""
+    if not class_map:
+        return images, {name: number for number, name in enumerate(classes)}
+    numbers = load_class_map(class_map, root)
+    images = [(file, numbers[classes[number]]) for file, number in images if classes[number] in numbers]
+    return images, numbers
 
 
 def location(dataset: Dataset) -> Path | None:
     """The folder or tar file that a dataset's images are in; None of other kinds of data."""
     reader = getattr(dataset, "reader", None)
-    return Path(reader.root).resolve() if isinstance(reader, ReaderImageFolder | ReaderImageInTar) else None
-
-
-def has_folders(path: Path) -> bool:
-    return path.is_dir() and any(inside.is_dir() for inside in path.iterdir())
+    return Path(reader.root).resolve() if isinstance(reader, FolderReader | TarReader) else None
 
 
 def classes_of(dataset: Dataset) -> list[str] | None:
@@ -102,23 +210,49 @@ def classes_of(dataset: Dataset) -> list[str] | None:
     return list(names) if names else None
 
 
+def summary(dataset: Dataset, limit: int = 20) -> str:
+    """Classes and images of a dataset in words, as far as it tells, such as "2 classes, 5 images: cat 3, dog 2"."""
+    names = classes_of(dataset)
+    reader = getattr(dataset, "reader", dataset)
+    numbers = getattr(reader, "targets", None)  # of a tar file, and of torchvision's
+    if numbers is None and hasattr(reader, "samples"):
+        numbers = [number for _, number in reader.samples]
+    told = f"{len(dataset)} images"
+    if not names:
+        return told
+    counts = Counter(map(int, numbers)) if numbers is not None else None
+    each = [name if counts is None else f"{name} {counts[number]}" for number, name in enumerate(names)]
+    told = f"{len(names)} classes, {told}: {first(each, limit)}"
+    if counts and len(names) > limit:
+        told += f"; {min(counts.values())} to {max(counts.values())} images in a class"
+    return told
+
+
+def left_out(dataset: Dataset) -> str:
+    """What the scan of class folders or a tar file left out, in words; else ""."""
+    return listing(getattr(getattr(dataset, "reader", None), "left_out", Counter()))
+
+
 def check_splits(train: Dataset, val: Dataset) -> None:
     """Both splits must have the same classes; folders are numbered by their own names, so others would be mixed up.
 
     Raises:
-        DataError: they are the same images, or a class is missing in one of them.
+        DataError: they are the same images, a class is missing in one of them, or there is only one class.
     """
     a, b = location(train), location(val)
     if a and b and (a == b or a in b.parents or b in a.parents):
         raise DataError(f"val: its images, those in {b}, are images of the training, which has those in {a}")
     ours, theirs = classes_of(train), classes_of(val)
+    if a and ours and len(ours) == 1:
+        raise DataError(f"train: one class alone, {ours[0]}, in {a}; expected the folder that holds the class folders")
     if ours is None or theirs is None or ours == theirs:
         return
+    both = f"train has {first(ours, 20)}; val has {first(theirs, 20)}"
     for names, others, where in ((ours, theirs, "val"), (theirs, ours, "train")):
         missing = [name for name in names if name not in others]
         if missing:
-            raise DataError(f"{where}: no images of {len(missing)} of {len(names)} classes: {', '.join(missing[:10])}")
-    raise DataError(f"val: its classes are in another order than train's: {theirs[:10]}, expected {ours[:10]}")
+            raise DataError(f"{where}: no images of {len(missing)} of {len(names)} classes: {first(missing)}; {both}")
+    raise DataError(f"val: its classes are in another order than train's; {both}")
 
 
 class Images(Dataset):
