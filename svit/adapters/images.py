@@ -175,7 +175,7 @@ class Checked:
         if self.values is None:
             return
         counts, seen = zip(*all_gather_object((self.looked_at, self.seen)), strict=True)
-        flaw = self.values.flaw_of_all(sorted(set().union(*seen))) if sum(counts) else None
+        flaw = self.values.flaw_of_all(np.array(sorted(set().union(*seen)))) if sum(counts) else None
         if flaw:
             folder = self.dataset.data_prefix.get("seg_map_path")
             raise ImageError(f"masks in {folder}: {flaw} (in the {sum(counts)} looked at)")

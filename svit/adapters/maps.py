@@ -41,7 +41,7 @@ def check_maps(model: Config, backbone: TimmBackbone) -> None:
     # The heads alone matter; a small backbone is built at once.
     light = deepcopy(dict(model))
     light["backbone"] = dict(type="TimmBackbone", arch="test_svit")
-    built = build(light, "model")
+    built = build(light, "model", "meta", "cpu")  # without memory for the weights, if that works
     for name in ("rpn_head", "bbox_head", "mask_head"):
         if isinstance(getattr(built, name, None), nn.Module) and isinstance(model.get(name), dict):
             check_dense_head(getattr(built, name), f"model.{name}", maps)
@@ -54,10 +54,10 @@ def check_maps(model: Config, backbone: TimmBackbone) -> None:
             check_decode_head(head, where, maps)
 
 
-def build(part: dict, where: str) -> nn.Module:
-    """A part of the model without memory for its weights, or with it where that is not to be had."""
+def build(part: dict, where: str, *devices: str) -> nn.Module:
+    """A part of the model, on the first of the devices that works."""
     errors = []
-    for device in ("meta", "cpu"):
+    for device in devices:
         try:
             with torch.device(device):
                 return MODELS.build(deepcopy(part))
@@ -87,28 +87,26 @@ def through_neck(neck: Any, maps: Maps) -> Maps | None:
         levels = len(expected) - part.get("start_level", 0)
         if part.get("end_level", -1) in (-1, len(expected) - 1) and part.get("num_outs", levels) < levels:
             raise ConfigError(f"{where}.num_outs: expected {levels} or more, one a map, got {part['num_outs']}")
-        module = build(part, where).eval()
-        if any(param.is_meta for param in module.parameters()):
-            module = module.to_empty(device="cpu")
+        module = build(part, where, "cpu").eval()
         try:
             with torch.no_grad():
                 tensors = module(tensors)
         except Exception:  # it may need more than the maps
             return None
-        if not isinstance(tensors, (list, tuple)) or not all(
-            isinstance(t, torch.Tensor) and t.ndim == 4 for t in tensors
-        ):
+        if not isinstance(tensors, (list, tuple)) or not all(torch.is_tensor(t) and t.ndim == 4 for t in tensors):
             return None
     return Maps([t.shape[1] for t in tensors], [size // t.shape[-1] for t in tensors], "the neck's maps")
+
+
+def mismatch(what: str, expected: Any, maps: Maps, given: Any) -> ConfigError:
+    return ConfigError(f"{what}: expected {expected}, the channels of {maps.source}, got {given}")
 
 
 def check_dense_head(head: nn.Module, where: str, maps: Maps) -> None:
     """A head that looks at every place of all maps."""
     given = getattr(head, "in_channels", None)
     if isinstance(given, int) and len(set(maps.channels)) == 1 and given != maps.channels[0]:
-        raise ConfigError(
-            f"{where}.in_channels: expected {maps.channels[0]}, the channels of {maps.source}, got {given}"
-        )
+        raise mismatch(f"{where}.in_channels", maps.channels[0], maps, given)
     strides = getattr(getattr(head, "prior_generator", None), "strides", None)
     if strides is None:
         return
@@ -136,9 +134,7 @@ def check_roi_head(head: nn.Module, maps: Maps) -> None:
                 )
             used = maps.channels[: len(strides or ())]
             if isinstance(channels, int) and used and any(channels != expected for expected in used):
-                raise ConfigError(
-                    f"{where}.out_channels: expected {used[0]}, the channels of {maps.source}, got {channels}"
-                )
+                raise mismatch(f"{where}.out_channels", used[0], maps, channels)
         for part in heads if extractors else []:
             given, expected = getattr(part, "in_channels", None), getattr(extractors[0], "out_channels", None)
             if isinstance(given, int) and isinstance(expected, int) and given != expected:
@@ -161,11 +157,10 @@ def check_decode_head(head: dict, where: str, maps: Maps) -> None:
         indices = list(range(len(maps.channels)))
     wanted = [indices] if isinstance(indices, int) else list(indices)
     if any(not -len(maps.channels) <= i < len(maps.channels) for i in wanted):
-        raise ConfigError(
-            f"{where}.in_index: expected numbers below {len(maps.channels)}, of {maps.source}, got {indices}"
-        )
+        count = len(maps.channels)
+        raise ConfigError(f"{where}.in_index: expected numbers of {maps.source}, below {count}, got {indices}")
     expected = [maps.channels[i] for i in wanted]
     given = [channels] if one else list(channels)
     if given != expected:
         right = expected[0] if one and len(expected) == 1 else expected
-        raise ConfigError(f"{where}.in_channels: expected {right}, the channels of {maps.source}, got {channels}")
+        raise mismatch(f"{where}.in_channels", right, maps, channels)
