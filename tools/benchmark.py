@@ -31,6 +31,7 @@ import timm
 import torch
 from torch import nn
 
+import processes
 import svit
 from classification.models import ModelError, create_model, has_fixed_size
 from svit.files import replacing
@@ -451,4 +452,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    processes.run(main)

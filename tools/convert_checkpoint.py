@@ -9,6 +9,7 @@ The weights under "model" are taken, whose top-1 is the published one; `--ema` t
 import argparse
 import sys
 
+import processes
 from svit.convert import MODELS, CheckpointError, convert
 
 
@@ -32,4 +33,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)

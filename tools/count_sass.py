@@ -20,6 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import processes
+
 ARCHITECTURE = re.compile(r"\s*arch = (\w+)")
 FUNCTION = re.compile(r"\s*Function\s*:\s*(\w+)|\.text\.(\w+):")
 LABEL = re.compile(r"(\.?L\w+):")
@@ -135,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    processes.run(main)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import processes
 from svit.files import replacing
 
 TOOLS = Path(__file__).parent
@@ -91,4 +92,4 @@ next, from the environment of this demo (`source .venv-demo/bin/activate`):
 
 
 if __name__ == "__main__":
-    main()
+    processes.run(main)

@@ -28,6 +28,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
+import processes
 from classification.models import class_names, create_model
 from svit.files import replacing
 
@@ -299,4 +300,4 @@ def first_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)

@@ -23,6 +23,7 @@ import timm
 from tabulate import tabulate
 from torch import nn
 
+import processes
 import svit  # noqa: F401  registers the models
 from svit.files import replacing
 from svit.names import did_you_mean
@@ -233,4 +234,4 @@ def write(target: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)

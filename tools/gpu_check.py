@@ -37,6 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # a checkout that is not installed
 
+import processes  # noqa: E402
 from gpu import machine, worker  # noqa: E402
 from gpu.items import START, Batch, Item, Setup, Stage  # noqa: E402
 from gpu.report import CRASHED, CUT, FAILED, HUNG, OK, Report, ReportError  # noqa: E402
@@ -233,4 +234,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)

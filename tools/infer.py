@@ -10,24 +10,24 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
 from tabulate import tabulate
-from timm.data import get_img_extensions
 from tqdm import tqdm
 
+import processes
 from classification.data import DataError, eval_transform
 from classification.models import ModelError, add_model_arguments, class_names, open_model, out_of_memory_as_error
 from svit.convert import CheckpointError
+from svit.folders import FolderError, find_images
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 1 after an error, also if an image could not be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="a file or a folder, searched to its end")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="a file, or a folder with all below it")
     add_model_arguments(parser, "--model")
     parser.add_argument("--top", metavar="K", type=int, default=5, help="classes an image; default: 5")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with out_of_memory_as_error("lower --batch-size or --img-size"):
             found, unreadable = infer(args)
-    except (ModelError, CheckpointError, DataError) as error:
+    except (ModelError, CheckpointError, DataError, FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     show(found, args.format)
@@ -50,7 +50,7 @@ def infer(args: argparse.Namespace) -> tuple[list[dict], list[tuple[Path, Except
     for option, value in (("--top", args.top), ("--batch-size", args.batch_size)):
         if value < 1:
             raise DataError(f"{option}: expected at least 1, got {value}")
-    paths = list(find_images(args.images))
+    paths = find_images(args.images)
     model, device, preprocessing = open_model(args)
     transform = eval_transform(preprocessing)
     names = class_names(model)
@@ -78,25 +78,6 @@ def infer(args: argparse.Namespace) -> tuple[list[dict], list[tuple[Path, Except
     return found, unreadable
 
 
-def find_images(paths: list[Path]) -> Iterator[Path]:
-    """The files named and the images in the folders named, sorted.
-
-    Raises:
-        DataError: a path does not exist, or a folder holds no image.
-    """
-    for path in paths:
-        if path.is_dir():
-            kinds = get_img_extensions(as_set=True)
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds and p.is_file())
-            if not inside:
-                raise DataError(f"{path}: no images in this folder")
-            yield from inside
-        elif path.exists():
-            yield path
-        else:
-            raise DataError(f"{path}: no such file or folder")
-
-
 def show(found: list[dict], form: str) -> None:
     if form == "json":
         print(json.dumps(found, indent=1))
@@ -107,7 +88,7 @@ def show(found: list[dict], form: str) -> None:
         for rank, top in enumerate(image["classes"], start=1)
     ]
     if form == "csv":
-        writer = csv.DictWriter(sys.stdout, ["image", "rank", "class", "index", "probability"])
+        writer = csv.DictWriter(sys.stdout, ["image", "rank", "class", "index", "probability"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return
@@ -119,4 +100,4 @@ def show(found: list[dict], form: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)

@@ -8,7 +8,6 @@ package.
 """
 
 import argparse
-import sys
 from collections import Counter
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +16,7 @@ import numpy as np
 from mmengine.config import DictAction
 from PIL import Image
 
+import processes
 from classification.models import choose_device
 from mm_train import drop_start_weights, failed
 from svit.adapters.checkpoints import refuse_foreign_objects
@@ -119,4 +119,4 @@ def segmentor(config, checkpoint: str, device: str, score: float):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)

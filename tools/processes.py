@@ -1,24 +1,69 @@
-"""How a tool ends that may be one of several processes."""
+"""How a tool ends: alone or as one of several processes, when it is interrupted, and when nobody reads on."""
 
 import gc
+import io
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from torch import distributed
 
+class Stream(io.TextIOWrapper):
+    """stdout or stderr; where it cannot be written to, the process ends.
 
-def run(main: Callable[[], int]) -> NoReturn:
-    """Ends the process with the status that `main` returns, and before that its threads that talk to the others.
-
-    A thread of gloo lets go of its tensors a moment after a collective returns; where Python is being shut down by
-    then, that aborts the process (https://github.com/pytorch/pytorch/pull/179291). The threads end with the last
-    reference to their group. Those that FSDP leaves in caches of DTensor cannot be reached; they have at least the
-    time that collecting takes.
+    In silence and with status 141 where the reader is gone, as in `| head`: that is what a shell calls the end by
+    SIGPIPE, a signal that would come from sockets and other pipes too. Else, as on a full disk, with a line and 1.
     """
-    status = main()
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        stream.flush()
+        buffering = dict(line_buffering=stream.line_buffering, write_through=stream.write_through)
+        # What the encoding lacks, say of a file's name, is no error.
+        super().__init__(stream.buffer, stream.encoding, "backslashreplace", **buffering)
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self.end(error)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self.end(error)
+
+    def end(self, error: OSError) -> NoReturn:
+        # What is left in the buffer is written when Python ends, and must find somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        sys.exit(f"error: the output cannot be written ({error.strerror})")
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a tool and ends the process with the status that `main` returns, or 130 after Ctrl-C.
+
+    Before that it ends the threads that talk to other processes. A thread of gloo lets go of its tensors a moment after
+    a collective returns; where Python is being shut down by then, that aborts the process
+    (https://github.com/pytorch/pytorch/pull/179291). The threads end with the last reference to their group. Those that
+    FSDP leaves in caches of DTensor cannot be reached; they have at least the time that collecting takes.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is not None:  # else it was closed from the start, and print does nothing
+            setattr(sys, name, Stream(getattr(sys, name)))
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    distributed = sys.modules.get("torch.distributed")
     # After an error the others may be waiting for this process, and NCCL ends a group together: torchrun stops them.
-    if status != 1 and distributed.is_initialized():
+    if status != 1 and distributed and distributed.is_initialized():
         gc.collect()  # a model in a cycle of references still holds the group
         distributed.destroy_process_group()
     sys.exit(status)

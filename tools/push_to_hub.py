@@ -23,6 +23,7 @@ from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from torch import nn
 
+import processes
 from classification.models import CheckpointError, ModelError, create_model, read_metadata
 from svit.files import replacing
 from svit.models import SViT
@@ -274,4 +275,4 @@ def without_places(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)

@@ -53,6 +53,7 @@ from classification.data import (
     eval_transform,
     is_reader_gone,
     open_dataset,
+    print_contents,
     seed_all,
 )
 from classification.evaluation import Accuracy, evaluate
@@ -155,6 +156,9 @@ class Training:
             val = partial(val, num_samples=r.val_samples, **streams)
         with self.accelerator.main_process_first() if r.download else nullcontext():
             self.train_set, self.val_set = train(), val()
+        if self.accelerator.is_main_process:
+            print_contents("train", self.train_set)
+            print_contents("val", self.val_set)
         check_splits(self.train_set, self.val_set)
         self.classes = classes_of(self.train_set)
         self.num_classes = r.num_classes or (len(self.classes) if self.classes else None)
@@ -534,7 +538,7 @@ def start_from(model: nn.Module, checkpoint: str) -> None:
 
 def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     with replacing(path) as part:

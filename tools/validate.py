@@ -22,7 +22,8 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from classification.data import DataError, Loader, classes_of, eval_transform, open_dataset
+import processes
+from classification.data import DataError, Loader, classes_of, eval_transform, open_dataset, print_contents
 from classification.evaluation import evaluate
 from classification.models import ModelError, add_model_arguments, class_names, open_model, out_of_memory_as_error
 from svit.convert import CheckpointError
@@ -91,6 +92,7 @@ def validate(args: argparse.Namespace) -> dict:
         workers=args.workers,
         limit=args.max_unreadable,
     )
+    print_contents(args.split, loader.dataset, sys.stderr)
     names = names_of_classes(model, classes_of(loader.dataset))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
     autocast = partial(torch.autocast, device.type, dtype) if dtype else nullcontext
@@ -158,4 +160,4 @@ def print_result(result: dict, per_class: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)

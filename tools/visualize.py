@@ -21,8 +21,10 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
+import processes
 from classification.models import choose_device, class_names, create_model, out_of_memory_as_error
 from svit.files import replacing
+from svit.folders import find_images
 from svit.layers import SuperTokenAttention
 from svit.visualize import check_point, draw_attention, draw_iterations, draw_super_tokens, last_of_stages, watch
 
@@ -69,7 +71,7 @@ class InputError(ValueError):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 0 or 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
+    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a file, or a folder with all below it")
     parser.add_argument("--model", metavar="NAME", required=True, help="a model of timm with super-token attention")
     parser.add_argument("--checkpoint", metavar="FILE", help="its weights; without any they are random")
     parser.add_argument("--pretrained", action="store_true", help="timm's weights, or those that come with svit")
@@ -99,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="default: the GPU if there is one")
     args = parser.parse_args(argv)
     try:
+        args.images = [i for path in args.images for i in (find_images([path]) if path.is_dir() else [path])]
         check(args)
         photos = {image: read_photo(image) for image in args.images}
         model = load_model(args.model, args.checkpoint, args.pretrained, args.device)
@@ -216,4 +219,4 @@ def prediction(logits: torch.Tensor, names: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)

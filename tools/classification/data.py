@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -210,27 +210,28 @@ def classes_of(dataset: Dataset) -> list[str] | None:
     return list(names) if names else None
 
 
-def summary(dataset: Dataset, limit: int = 20) -> str:
-    """Classes and images of a dataset in words, as far as it tells, such as "2 classes, 5 images: cat 3, dog 2"."""
-    names = classes_of(dataset)
+def print_contents(split: str, dataset: Dataset, file: TextIO | None = None) -> None:
+    """Prints the classes of a split and their images, as far as the data tells, and warns of what was left out.
+
+    Args:
+        split: its name.
+        dataset: of `open_dataset`.
+        file: default: stdout. Warnings go to stderr.
+    """
     reader = getattr(dataset, "reader", dataset)
     numbers = getattr(reader, "targets", None)  # of a tar file, and of torchvision's
-    if numbers is None and hasattr(reader, "samples"):
-        numbers = [number for _, number in reader.samples]
-    told = f"{len(dataset)} images"
-    if not names:
-        return told
-    counts = Counter(map(int, numbers)) if numbers is not None else None
-    each = [name if counts is None else f"{name} {counts[number]}" for number, name in enumerate(names)]
-    told = f"{len(names)} classes, {told}: {first(each, limit)}"
-    if counts and len(names) > limit:
-        told += f"; {min(counts.values())} to {max(counts.values())} images in a class"
-    return told
-
-
-def left_out(dataset: Dataset) -> str:
-    """What the scan of class folders or a tar file left out, in words; else ""."""
-    return listing(getattr(getattr(dataset, "reader", None), "left_out", Counter()))
+    if numbers is None:
+        numbers = [number for _, number in getattr(reader, "samples", ())]
+    counts = Counter(map(int, numbers))
+    names = classes_of(dataset) or []
+    told = f"{split}: {len(names)} classes, {len(dataset)} images" if names else f"{split}: {len(dataset)} images"
+    if names:
+        told += ": " + first([f"{name} {counts[i]}" if counts else name for i, name in enumerate(names)], 20)
+    if counts and len(names) > 20:
+        told += f"; {min(counts.values())} to {max(counts.values())} images a class"
+    print(told, file=file, flush=True)
+    if left_out := getattr(reader, "left_out", None):
+        print(f"warning: {split}: left out {listing(left_out)}", file=sys.stderr)
 
 
 def check_splits(train: Dataset, val: Dataset) -> None:

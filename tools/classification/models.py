@@ -19,7 +19,7 @@ import svit  # noqa: F401  registers the models
 from svit.convert import CheckpointError, differences, read_state_dict, summary
 from svit.files import replacing
 from svit.models.original import from_original, is_original
-from svit.names import did_you_mean
+from svit.names import did_you_mean, distinct
 
 # What a checkpoint tells of its model, as timm's pretrained_cfg names it.
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -166,7 +166,8 @@ def read_metadata(checkpoint: str | Path) -> dict[str, Any]:
 def class_names(model: nn.Module) -> list[str]:
     """Names of a model's classes: those of its checkpoint, ImageNet's where it has 1000 of them, else numbers.
 
-    Folders of ImageNet are named by WordNet ("n01440764"); such names are put into words ("tench, Tinca tinca").
+    Folders of ImageNet are named by WordNet ("n01440764"); such names are put into words ("tench, Tinca tinca"). No two
+    are the same: ImageNet's cranes are "crane (n02012849)", the bird, and "crane (n03126707)".
     """
     names, info = model.pretrained_cfg.get("label_names"), timm.data.ImageNetInfo()
     if not names or len(names) != model.num_classes:
@@ -174,9 +175,10 @@ def class_names(model: nn.Module) -> list[str]:
             return [str(index) for index in range(model.num_classes)]
         names = info.label_names()
     try:
-        return [info.label_name_to_description(name) for name in names]
+        words = [info.label_name_to_description(name) for name in names]
     except KeyError:  # not WordNet's
-        return list(names)
+        words = names
+    return distinct(words, names)
 
 
 def choose_device(name: str | None) -> torch.device:
