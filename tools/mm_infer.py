@@ -1,7 +1,7 @@
 """Draws what a detector of MMDetection or a segmentor of MMSegmentation finds in images.
 
     python tools/mm_infer.py mask-rcnn_svit-s_fpn_1x_coco epoch_12.pth street.jpg --out found.png
-    python tools/mm_infer.py svit-s_upernet_8xb2-160k_ade20k-512x512 iter_160000.pth a.jpg b.jpg --out pictures/
+    python tools/mm_infer.py svit-s_upernet_8xb2-160k_ade20k-512x512 iter_160000.pth a.jpg photos/ --out pictures/
 
 Boxes, masks and scores, or the classes laid over the image. CONFIG is a file or the name of one that comes with the
 package.
@@ -20,18 +20,21 @@ import processes
 from classification.models import choose_device
 from mm_train import drop_start_weights, failed
 from svit.adapters.checkpoints import refuse_foreign_objects
-from svit.adapters.checks import check_checkpoint
+from svit.adapters.checks import check_backbone, check_checkpoint
 from svit.adapters.configs import ConfigError, load_config
-from svit.adapters.images import problem_with
+from svit.adapters.images import first, problem_with
 from svit.files import replacing
+from svit.folders import find_images
+from svit.images import UnreadableImageError, read_image
+from svit.names import distinct
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 0 or 1."""
+    """Runs the command line; returns the exit status: 1 after an error, also if an image could not be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of the whole model, as mm_train.py writes it")
-    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
+    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a file, or a folder with all below it")
     parser.add_argument(
         "--out", metavar="PATH", type=Path, required=True, help="a picture, or a folder, where several are drawn"
     )
@@ -47,36 +50,54 @@ def main(argv: list[str] | None = None) -> int:
         device = str(choose_device(args.device))
         config = load_config(args.config, args.cfg_options)
         drop_start_weights(config)
+        check_backbone(config)
         check_checkpoint(config, args.checkpoint)
         draw = segmentor if config.get("default_scope") == "mmseg" else detector
         look = draw(config, args.checkpoint, device, args.score)
     except (ValueError, UnpicklingError) as error:
         return failed(error)
+    unreadable = 0
     for image, target in targets.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        picture, found = look(str(image))
-        with replacing(target) as part:
-            Image.fromarray(picture).save(part)
+        try:
+            pixels = np.asarray(read_image(image))
+        except UnreadableImageError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            unreadable += 1
+            continue
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture, found = look(pixels)
+            with replacing(target) as part:
+                Image.fromarray(picture).save(part)
+        except OSError as error:
+            return failed(ConfigError(f"{target}: cannot be written ({error.strerror or error})"))
         print(f"{image} -> {target}: {found}")
+    if unreadable:
+        return failed(ConfigError(f"{unreadable} of {len(targets)} images could not be read; the others are drawn"))
     return 0
 
 
-def plan(images: list[Path], out: Path) -> dict[Path, Path]:
-    """Which picture goes where; every image is looked at before the first is drawn."""
-    for image in images:
-        problem = problem_with(image)
-        if problem:
-            raise ConfigError(f"{image}: {problem}")
-    if len(images) == 1 and out.suffix and not out.is_dir():
+def plan(paths: list[Path], out: Path) -> dict[Path, Path]:
+    """Which picture goes where, for the images named and those in the folders named.
+
+    Raises:
+        ConfigError: none is an image, or two would go to the same place, to an image's, or nowhere.
+        FolderError: see `find_images`.
+    """
+    images = find_images(paths)
+    if all(problem_with(image) for image in images):  # the others, one by one, are no reason not to start
+        raise ConfigError(f"no image to draw in: {first(f'{image}: {problem_with(image)}' for image in images)}")
+    one = len(images) == 1 == len(paths) and not paths[0].is_dir()
+    if one and out.suffix and not out.is_dir():
         if not out.parent.is_dir():
             raise ConfigError(f"--out: there is no folder {out.parent}")
-        if out.suffix.lower() not in Image.registered_extensions():
+        if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
             raise ConfigError(f"--out: expected the name of a picture, such as found.png, or a folder, got {out}")
         targets = {images[0]: out}
     else:
         if out.exists() and not out.is_dir():
             raise ConfigError(f"--out: expected a folder for {len(images)} images, got {out}")
-        targets = {image: out / f"{image.stem}.png" for image in images}
+        targets = {image: out / picture_name(image, paths) for image in images}
     if len(set(targets.values())) < len(images):
         raise ConfigError(f"--out: two of the images would be drawn to the same file in {out}")
     replaced = {image.resolve() for image in images} & {target.resolve() for target in targets.values()}
@@ -85,37 +106,56 @@ def plan(images: list[Path], out: Path) -> dict[Path, Path]:
     return targets
 
 
+def picture_name(image: Path, paths: list[Path]) -> Path:
+    """Where a picture goes below the folder of all: as the image lies in the folder named, or its name alone."""
+    folder = next((path for path in paths if image != path and image.is_relative_to(path)), image.parent)
+    return image.relative_to(folder).with_suffix(".png")
+
+
 def detector(config, checkpoint: str, device: str, score: float):
-    """A function from an image's path to the picture (H, W, 3) and what was found in words."""
+    """A function from an RGB image (H, W, 3) to the picture (H, W, 3) and what was found in words."""
     from mmdet.apis import DetInferencer
 
     inferencer = DetInferencer(model=config, weights=checkpoint, device=device, show_progress=False)
-    classes = inferencer.model.dataset_meta["classes"]
+    classes = distinct(inferencer.model.dataset_meta["classes"])
 
-    def look(image: str) -> tuple[np.ndarray, str]:
-        result = inferencer(image, return_vis=True, pred_score_thr=score)
-        found = result["predictions"][0]
-        counts = Counter(classes[i] for i, s in zip(found["labels"], found["scores"], strict=True) if s >= score)
-        return result["visualization"][0], ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing"
+    def look(image: np.ndarray) -> tuple[np.ndarray, str]:
+        found = inferencer(bgr(image), return_datasamples=True)["predictions"][0]
+        # Here and not by the inferencer, which would take the channels for RGB.
+        inferencer.visualizer.add_datasample("image", image, found, draw_gt=False, pred_score_thr=score)
+        instances = found.pred_instances
+        counts = Counter(classes[i] for i in instances.labels[instances.scores >= score].tolist())
+        words = ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing"
+        return inferencer.visualizer.get_image(), words
 
     return look
 
 
 def segmentor(config, checkpoint: str, device: str, score: float):
-    """A function from an image's path to the picture (H, W, 3) and what was found in words."""
+    """A function from an RGB image (H, W, 3) to the picture (H, W, 3) and what was found in words."""
     from mmseg.apis import MMSegInferencer
 
     inferencer = MMSegInferencer(model=config, weights=checkpoint, device=device)
-    classes = inferencer.model.dataset_meta["classes"]
+    meta = inferencer.model.dataset_meta
+    classes = distinct(meta["classes"])
+    inferencer.visualizer.set_dataset_meta(**meta)
+    inferencer.visualizer.alpha = 0.8
 
-    def look(image: str) -> tuple[np.ndarray, str]:
-        result = inferencer(image, return_vis=True)
-        labels, counts = np.unique(result["predictions"], return_counts=True)
+    def look(image: np.ndarray) -> tuple[np.ndarray, str]:
+        found = inferencer(bgr(image), return_datasamples=True)
+        # Here and not by the inferencer, which would take the channels for RGB.
+        inferencer.visualizer.add_datasample("image", image, found, draw_gt=False)
+        labels, counts = np.unique(found.pred_sem_seg.data.cpu().numpy(), return_counts=True)
         order = np.argsort(-counts)
         shares = [f"{counts[i] / counts.sum():.0%} {classes[labels[i]]}" for i in order]
-        return result["visualization"], ", ".join(shares)
+        return inferencer.visualizer.get_image(), ", ".join(shares)
 
     return look
+
+
+def bgr(image: np.ndarray) -> np.ndarray:
+    """The order of channels in which OpenCV loads images for the pipelines."""
+    return np.ascontiguousarray(image[..., ::-1])
 
 
 if __name__ == "__main__":

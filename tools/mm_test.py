@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 import processes
 from mm_train import add_common_arguments, drop_start_weights, failed, start_processes
 from svit.adapters.checkpoints import refuse_foreign_objects
-from svit.adapters.checks import check_checkpoint, check_data
+from svit.adapters.checks import check_backbone, check_checkpoint, check_data
 from svit.adapters.configs import ConfigError, load_config
 from svit.adapters.images import ImageError
 from svit.files import replacing
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         config.launcher = args.launcher
         config.load_from, config.resume = args.checkpoint, False
         drop_start_weights(config)
+        check_backbone(config)
         check_checkpoint(config, args.checkpoint)
         check_data(config, "test")
         start_processes(config)

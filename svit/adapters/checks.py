@@ -1,29 +1,40 @@
 """What a config asks for, looked at before a long run: checkpoints, folders, annotations, numbers of classes."""
 
 import inspect
-import json
-from collections.abc import Iterator, Sequence
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATASETS, MODELS
+from PIL import Image
 
 from svit.convert import CheckpointError, differences, listing, read_state_dict, summary
+from svit.folders import EXTENSIONS, walk
 
+from .annotations import AnnotationFiles, check_classes, check_filter, read_annotations
 from .backbone import TimmBackbone, is_address
 from .checkpoints import allow_mmengine_checkpoints
 from .configs import ConfigError
+from .images import Sizes, is_turned
+from .maps import check_maps
 
 __all__ = ["check_backbone", "check_checkpoint", "check_data"]
 
 
 def check_backbone(config: Config) -> None:
-    """Builds the backbone and loads the file that it starts from, to see whether that works.
+    """Builds the backbone and loads the file that it starts from, to see whether that works and the rest fits its maps.
 
     Raises:
+        ConfigError: the neck or a head expects other maps than it gets; says which.
         CheckpointError: there is no such file, it cannot be read, or it is of another model; says where to get the
             weights and how to do without.
         ValueError: an argument of the backbone is wrong; names it.
@@ -34,6 +45,7 @@ def check_backbone(config: Config) -> None:
             backbone = TimmBackbone(**arguments)
         except TypeError as error:
             raise ConfigError(f"model.backbone: {error}") from error
+        check_maps(config.model, backbone)
         if not is_address((backbone.init_cfg or {}).get("checkpoint", "")):
             backbone.init_weights()
 
@@ -65,22 +77,38 @@ def check_checkpoint(config: Config, file: str, backbone_only: bool = False) -> 
 
 
 def check_data(config: Config, *splits: str) -> None:
-    """Whether folders and annotations of the splits ('train', 'val', 'test') are there and can be read.
+    """Looks at the folders and annotations of the splits ('train', 'val', 'test'), and fits the config to them.
+
+    Annotations in COCO's format that had to be put right (`check_annotations`) are written to `work_dir`, or to a
+    temporary folder if the config has none, and the config is pointed there; a warning says what was done. A
+    segmentor's pipelines get a `CheckMask` behind each `LoadAnnotations`. A test split without annotations gets an
+    evaluator that writes the results to `work_dir`; a warning says where.
 
     Raises:
-        ConfigError: a folder or file is missing, annotations are no JSON or not COCO's, a class is not in
-            them, or a head has another number of classes.
+        ConfigError: a folder or file is missing, annotations are no JSON or not COCO's or wrong, a class is not in
+            them, no image is left, or a head has another number of classes.
     """
     for split in splits:
         loader = config.get(f"{split}_dataloader") or {}
-        for dataset in datasets(loader.get("dataset")):
-            check_dataset(dataset, f"{split}_dataloader.dataset")
+        evaluators = config.get(f"{split}_evaluator") if split != "train" else None
+        evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators or {}]
+        files = AnnotationFiles(split, config.get("work_dir"))
+        parts = list(datasets(loader.get("dataset")))
+        without = []
+        for dataset in parts:
+            found = check_dataset(dataset, f"{split}_dataloader.dataset", files, evaluates_masks(evaluators))
+            if not found and split != "test":
+                raise ConfigError(f"{split}_dataloader.dataset: expected annotations, {source(dataset)} has none")
+            without += [] if found else [dataset]
             if classes_of(dataset):
                 check_heads(config.model, classes_of(dataset))
-        evaluators = config.get(f"{split}_evaluator") if split != "train" else None
-        for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators or {}]:
+        if without:
+            write_results_only(config, without, evaluators)
+        for evaluator in evaluators:
             if evaluator.get("ann_file"):
-                check_annotations(Path(evaluator["ann_file"]), f"{split}_evaluator.ann_file")
+                check_evaluator(evaluator, f"{split}_evaluator", parts, files)
+        add_mask_checks(parts, config.model)
+        files.write()
 
 
 def datasets(dataset: dict | None) -> Iterator[dict]:
@@ -94,28 +122,239 @@ def datasets(dataset: dict | None) -> Iterator[dict]:
         yield from datasets(part)
 
 
-def check_dataset(dataset: dict, where: str) -> None:
+def check_dataset(dataset: dict, where: str, files: AnnotationFiles, needs_masks: bool) -> bool:
+    """Returns whether the data set has annotations."""
     if "://" in str(dataset.get("data_root")):  # a store of another kind is left alone
-        return
+        return True
     root = Path(dataset.get("data_root") or "")
     if not root.is_dir():
         raise ConfigError(f"{where}.data_root: no such folder: {root}. Give yours with --data-root")
-    suffixes = {"img_path": "img_suffix", "seg_map_path": "seg_map_suffix"}  # of mmseg, which lists the folders
+    if "img_suffix" in parameters(dataset):  # of mmseg, which lists the folders
+        return check_folders(dataset, where)
     for key, prefix in (dataset.get("data_prefix") or {}).items():
-        folder = root / prefix
-        if prefix and not folder.is_dir():
-            raise ConfigError(f"{where}.data_prefix.{key}: no such folder: {folder}")
-        suffix = option(dataset, suffixes[key]) if key in suffixes else None
-        if suffix and next(folder.rglob(f"*{suffix}"), None) is None:
-            raise ConfigError(f"{where}.data_prefix.{key}: no file that ends in {suffix} in {folder}")
-    if dataset.get("ann_file"):
-        file = root / dataset["ann_file"]
-        found = check_annotations(file, f"{where}.ann_file")
+        if prefix and not (root / prefix).is_dir():
+            raise ConfigError(f"{where}.data_prefix.{key}: no such folder: {root / prefix}")
+    if not dataset.get("ann_file"):
+        return True
+    file = root / dataset["ann_file"]
+    if file.suffix != ".json":
+        if not file.is_file():
+            raise ConfigError(f"{where}.ann_file: no such file: {file}")
+        return True
+    classes = classes_of(dataset)
+    if not is_coco(type_of(dataset)):
+        content = read_annotations(file, f"{where}.ann_file")
+        check_classes(content, file, f"{where}.metainfo.classes", classes, in_order=False)
+        return "annotations" in content
+    needs_masks = needs_masks or any(step.get("with_mask") for step in steps(dataset))
+    size_of = size_reader(dataset, root)
+    content = files.check(
+        dataset, file, f"{where}.ann_file", f"{where}.metainfo.classes", classes, needs_masks, size_of
+    )
+    if content.get("annotations") and not dataset.get("test_mode"):
+        check_filter(content, file, where, classes, dataset.get("filter_cfg") or {})
+    return bool(content.get("annotations"))
+
+
+def source(dataset: dict) -> str:
+    """Where a data set's annotations should be."""
+    return str(Path(dataset.get("data_root") or "", dataset.get("ann_file") or masks_folder(dataset) or "."))
+
+
+def is_coco(kind: type) -> bool:
+    """Whether a type of data set reads files in COCO's format as CocoDataset does."""
+    try:
+        from mmdet.datasets import CocoDataset
+    except ImportError:
+        return False
+    return issubclass(kind, CocoDataset) and all(
+        getattr(kind, name) is getattr(CocoDataset, name) for name in ("load_data_list", "parse_data_info", "COCOAPI")
+    )
+
+
+def size_reader(dataset: dict, root: Path) -> Callable[[str], tuple[int, int] | None]:
+    """A function from the name of an image to its width and height as the pipeline loads it, None if it cannot."""
+    loader = next((step for step in steps(dataset) if name_of(step) == "LoadImageFromFile"), {})
+    turned = is_turned(loader.get("color_type", "color"), loader.get("imdecode_backend", "cv2"))
+    folder = root / ((dataset.get("data_prefix") or {}).get("img") or "")
+
+    def size_of(name: str) -> tuple[int, int] | None:
+        with suppress(Exception), Image.open(folder / name) as image:
+            return Sizes.of(image)[turned]
+        return None
+
+    return size_of
+
+
+def steps(part: Any) -> Iterator[dict]:
+    """The transforms in a data set's pipeline, and those inside of others."""
+    if isinstance(part, dict):
+        if "type" in part and "pipeline" not in part:
+            yield part
+        part = list(part.values())
+    if isinstance(part, (list, tuple)):
+        for inner in part:
+            yield from steps(inner)
+
+
+def name_of(part: dict) -> str:
+    """The name of a part's type, without that of its package."""
+    kind = part["type"]
+    return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+
+
+def check_folders(dataset: dict, where: str) -> bool:
+    """Looks at the folders of images and masks of a data set of mmseg; returns whether it has masks."""
+    prefixes = dataset.get("data_prefix") or {}
+    root = Path(dataset.get("data_root") or "")
+    images = root / (prefixes.get("img_path") or "")
+    if not images.is_dir():
+        raise ConfigError(f"{where}.data_prefix.img_path: no such folder: {images}")
+    suffix = option(dataset, "img_suffix")
+    found, others = files_in(images, suffix, f"{where}.data_prefix.img_path")
+    if not found:
+        raise ConfigError(f"{where}.data_prefix.img_path: no file that ends in {suffix} in {images}")
+    if others and not dataset.get("ann_file"):
+        warnings.warn(
+            f"{where}: {len(others)} images in {images} do not end in img_suffix={suffix!r} and are left out: "
+            f"{listing(others)}",
+            stacklevel=2,
+        )
+    if dataset.get("ann_file") and not (root / dataset["ann_file"]).exists():
+        raise ConfigError(f"{where}.ann_file: no such file: {root / dataset['ann_file']}")
+    folder = masks_folder(dataset)
+    if folder is None:
+        return False
+    if not (root / folder).is_dir():
+        if dataset.get("test_mode") or where.startswith("test"):
+            return False
+        raise ConfigError(f"{where}.data_prefix.seg_map_path: no such folder: {root / folder}")
+    suffix = option(dataset, "seg_map_suffix")
+    masks, _ = files_in(root / folder, suffix, f"{where}.data_prefix.seg_map_path")
+    if not masks:
+        if where.startswith("test"):
+            return False
+        raise ConfigError(f"{where}.data_prefix.seg_map_path: no file that ends in {suffix} in {root / folder}")
+    return True
+
+
+def masks_folder(dataset: dict) -> str | None:
+    """The `seg_map_path` of a data set of mmseg, None if it has none."""
+    default = parameters(dataset).get("data_prefix")
+    prefixes = dataset.get("data_prefix") or (default.default if default else {})
+    return prefixes.get("seg_map_path")
+
+
+def files_in(folder: Path, suffix: str, where: str) -> tuple[set[str], list[str]]:
+    """The names of files in a folder and below it that end in `suffix`, and those of other images.
+
+    Raises:
+        ConfigError: a link leads in a circle, or mmseg would read files that are hidden or not the user's.
+    """
+    left_out: Counter[str] = Counter()
+    names = [os.path.relpath(entry.path, folder) for entry in walk(folder, left_out)]
+    for what in left_out:
+        if "link" in what:
+            raise ConfigError(f"{where}: {folder} holds a {what}, which MMSegmentation would follow again and again")
+    found = {name for name in names if name.endswith(suffix)}
+    if any(what.endswith("/") for what in left_out):
+        stray = set(list_dir_or_file(str(folder), list_dir=False, suffix=suffix, recursive=True)) - found
+        if stray:
+            raise ConfigError(
+                f"{where}: MMSegmentation would read {len(stray)} files in folders of {folder} that are hidden or a "
+                f"system's: {listing(sorted(stray))}. Remove them"
+            )
+    return found, sorted(name for name in names if name not in found and Path(name).suffix.lower() in EXTENSIONS)
+
+
+def evaluates_masks(evaluators: Sequence[dict]) -> bool:
+    return any("segm" in (evaluator.get("metric") or ()) for evaluator in evaluators)
+
+
+def check_evaluator(evaluator: dict, where: str, parts: list[dict], files: AnnotationFiles) -> None:
+    """Whether an evaluator's annotations can be used, and are those of the split's images."""
+    file = Path(evaluator["ann_file"])
+    if "://" in str(evaluator["ann_file"]):
+        return
+    if name_of(evaluator) != "CocoMetric" or file.suffix != ".json":
+        if not file.is_file():
+            raise ConfigError(f"{where}.ann_file: no such file: {file}")
+        return
+    images = {image["id"] for content in files.contents.values() for image in content["images"]}
+    classes = next((classes_of(dataset) for dataset in parts), ())
+    size_of = next((size_reader(part, Path(part.get("data_root") or "")) for part in parts), lambda name: None)
+    name = f"{where}.ann_file"
+    content = files.check(evaluator, file, name, name, classes, evaluates_masks([evaluator]), size_of)
+    missing = images - {image["id"] for image in content["images"]}
+    if missing:
+        raise ConfigError(
+            f"{where}.ann_file: {file} lacks {len(missing)} images of the data set that is evaluated, by their ids: "
+            f"{listing(sorted(missing, key=str))}"
+        )
+
+
+def write_results_only(config: Config, without: list[dict], evaluators: Sequence[dict]) -> None:
+    """Has the evaluators of a test split without annotations write the results, and compute nothing."""
+    folder = Path(config.get("work_dir") or tempfile.mkdtemp(prefix="results-"), "results").resolve()
+    annotations = source(without[0])
+    for evaluator in filter(None, evaluators):
+        kind = name_of(evaluator)
+        if kind == "CocoMetric":
+            own = dict(outfile_prefix=str(folder / Path(annotations).stem))
+            evaluator["ann_file"] = annotations  # for the images and categories; another split's would not fit
+        elif kind == "IoUMetric":
+            own = dict(output_dir=str(folder))
+        else:
+            raise ConfigError(f"test_evaluator: {kind} needs annotations, {annotations} has none")
+        evaluator.update({key: evaluator.get(key) or value for key, value in own.items()}, format_only=True)
+    for dataset in without:
+        if "img_suffix" in parameters(dataset):
+            check_names(dataset)
+            dataset["data_prefix"] = dict(img_path=(dataset.get("data_prefix") or {}).get("img_path") or "")
+            dataset["pipeline"] = [step for step in dataset["pipeline"] if name_of(step) != "LoadAnnotations"]
+    warnings.warn(f"{annotations} has no annotations: results are written to {folder}, no metrics", stacklevel=2)
+
+
+def check_names(dataset: dict) -> None:
+    """IoUMetric names its results after the images, without their folders."""
+    folder = Path(dataset.get("data_root") or "", (dataset.get("data_prefix") or {}).get("img_path") or "")
+    names, _ = files_in(folder, option(dataset, "img_suffix"), "test_dataloader.dataset.data_prefix.img_path")
+    twice = [name for name, count in Counter(Path(name).stem for name in names).items() if count > 1]
+    if twice:
+        raise ConfigError(
+            f"test_dataloader.dataset: images of {folder} have the same name, {listing(twice)}; "
+            "the results of one would replace the other's"
+        )
+
+
+def add_mask_checks(parts: list[dict], model: dict) -> None:
+    """Puts a `CheckMask` behind the `LoadAnnotations` of mmseg's data sets."""
+    for dataset in parts:
         classes = classes_of(dataset)
-        unknown = [name for name in classes if found is not None and name not in found]
-        if unknown:  # mmdet would train without them and fail at the first evaluation
-            has = listing(sorted(found))
-            raise ConfigError(f"{where}.metainfo.classes: {listing(unknown)} no category of {file}, which has {has}")
+        if "reduce_zero_label" in parameters(dataset) and classes and "pipeline" in dataset:
+            head = model.get("decode_head")
+            head = head[-1] if isinstance(head, (list, tuple)) else head or {}
+            ignored = dataset.get("ignore_index", head.get("ignore_index", 255))
+            if ignored != 255:
+                dataset["ignore_index"] = ignored
+            check = dict(type="CheckMask", num_classes=len(classes), ignore_index=ignored)
+            dataset["pipeline"] = after_annotations(dataset["pipeline"], check)
+
+
+def after_annotations(pipeline: Sequence, check: dict) -> list:
+    """A pipeline, and those inside of its transforms, with `check` after each `LoadAnnotations`."""
+    found = []
+    for step in pipeline:
+        if isinstance(step, (list, tuple)):
+            found.append(after_annotations(step, check))
+            continue
+        if step.get("transforms"):
+            step = type(step)({**step, "transforms": after_annotations(step["transforms"], check)})
+        if name_of(step) != "CheckMask":
+            found.append(step)
+        if name_of(step) == "LoadAnnotations":
+            found.append(dict(check))
+    return found
 
 
 def classes_of(dataset: dict) -> Sequence[str]:
@@ -126,8 +365,14 @@ def classes_of(dataset: dict) -> Sequence[str]:
 
 def option(dataset: dict, name: str) -> Any:
     """An argument of a data set: the config's own, else its type's default, else None."""
-    default = inspect.signature(type_of(dataset)).parameters.get(name)
+    default = parameters(dataset).get(name)
     return dataset.get(name, default.default if default else None)
+
+
+def parameters(dataset: dict) -> Mapping[str, inspect.Parameter]:
+    """The arguments that a data set's type and those that it is derived from take, with their defaults."""
+    kinds = [kind for kind in reversed(type_of(dataset).__mro__) if kind is not object]
+    return {name: value for kind in kinds for name, value in inspect.signature(kind.__init__).parameters.items()}
 
 
 def type_of(dataset: dict) -> type:
@@ -152,20 +397,3 @@ def check_heads(model: Any, classes: Sequence[str], name: str = "model") -> None
     elif isinstance(model, (list, tuple)):
         for i, value in enumerate(model):
             check_heads(value, classes, f"{name}.{i}")
-
-
-def check_annotations(file: Path, where: str) -> set[str] | None:
-    """Names of the categories in a file of COCO's format; None for a file that is no JSON by its name."""
-    if not file.is_file():
-        raise ConfigError(f"{where}: no such file: {file}")
-    if file.suffix != ".json":
-        return None
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:  # also bytes that are no text
-        raise ConfigError(f"{where}: {file} is not JSON ({error})") from error
-    wanted = ("images", "annotations", "categories")
-    missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise ConfigError(f"{where}: {file} is not in COCO's format, it has no {', '.join(missing)}")
-    return {category["name"] for category in content["categories"]}

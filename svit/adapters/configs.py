@@ -120,7 +120,7 @@ def fit_to_machine(config: Config) -> None:
     """Without a GPU: processes that talk over gloo, and BatchNorm in place of SyncBN, which needs a GPU."""
     if torch.cuda.is_available():
         return
-    config.env_cfg.dist_cfg = dict(backend="gloo")
+    config.env_cfg = {**(config.get("env_cfg") or {}), "dist_cfg": dict(backend="gloo")}
     config.model_wrapper_cfg = {
         "type": "MMDistributedDataParallel",
         "broadcast_buffers": False,

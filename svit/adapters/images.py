@@ -1,18 +1,64 @@
-"""A look at every file of the data sets before the first iteration."""
+"""A look at every file of the data sets before the first iteration, and at every mask when it is loaded."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
 
+import cv2
+import numpy as np
 from mmengine.dist import all_gather_object, get_dist_info
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, TRANSFORMS
 from mmengine.runner import Runner
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-__all__ = ["CheckImagesHook", "ImageError"]
+from .masks import NUMBERS, WIDE_NUMBERS, MaskValues, in_words, values_of
+
+__all__ = ["CheckImagesHook", "CheckMask", "ImageError", "Sizes", "is_turned"]
+
+# Masks of each data set whose pixels are looked at before training; of all others it is the header.
+SAMPLE = 64
+EXIF_ORIENTATION = 0x0112
+# What OpenCV reads wherever it is installed; it is asked about others.
+READ_BY_OPENCV = {"JPEG", "PNG", "BMP"}
+DAMAGED = "not an image, or a damaged one"
 
 
 class ImageError(ValueError):
-    """Images or masks are missing or cannot be decoded; the message names them."""
+    """Images or masks are missing, cannot be decoded or do not fit each other; the message names them."""
+
+    def __init__(self, message: str) -> None:
+        # From a worker of a DataLoader it comes with the worker's traceback before it.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
+
+
+class Sizes(NamedTuple):
+    """Width and height of an image as it is stored, and as it is turned by its EXIF orientation."""
+
+    stored: tuple[int, int]
+    upright: tuple[int, int]
+
+    @classmethod
+    def of(cls, image: Image.Image) -> "Sizes":
+        """By the header. Pillow and OpenCV always turn a TIFF; in a PNG Pillow would look for EXIF data to its end."""
+        sideways = False
+        if image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info):
+            with suppress(Exception):  # damaged EXIF data turn nothing
+                sideways = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+        return cls(image.size, image.size[::-1] if sideways else image.size)
+
+    def flaw(self, turned: bool, expected: tuple, what: str) -> str | None:
+        """That an image is loaded in another size than expected, and what to do about it; None if it is not."""
+        loaded = self.upright if turned else self.stored
+        if tuple(expected) == loaded:
+            return None
+        text = f"the image is loaded as {in_pixels(loaded)}, {what} {in_pixels(expected)} pixels"
+        if tuple(expected) not in self:
+            return text
+        color_type = "color_ignore_orientation" if turned else "color"
+        does = "turns it" if turned else "would turn it"
+        return f"{text}; its EXIF orientation {does}: set color_type='{color_type}' in the pipelines' LoadImageFromFile"
 
 
 @HOOKS.register_module()
@@ -20,8 +66,10 @@ class CheckImagesHook(Hook):
     """Opens every image and mask of the training and validation data before training starts.
 
     Only the header is read, some tenths of a millisecond a file, so that a file that is missing, empty or no image
-    stops the run at once instead of after hours. Processes share the work. `custom_hooks=[]` in a config leaves it out,
-    for data that Pillow cannot open.
+    stops the run at once instead of after hours. So does an image whose size is not that of its annotations or its
+    mask, a mask in colours, and class numbers that do not exist in the masks that are read to their end: `SAMPLE` of
+    them, evenly spread, and all of more than 8 bits. Processes share the work. `custom_hooks=[]` in a config leaves it
+    out, for data that Pillow cannot open.
 
     Args:
         decode: read each file to its end, which also finds those that are cut short, and takes as long as an epoch's
@@ -45,33 +93,156 @@ class CheckImagesHook(Hook):
         check_images(runner.test_dataloader.dataset, self.decode)
 
 
-def check_images(dataset, decode: bool = False) -> None:
-    """Opens every file that a data set of mmengine's (`get_data_info`) names."""
-    bad = {}
-    rank, processes = get_dist_info()
-    for info in map(dataset.get_data_info, range(rank, len(dataset), processes)):
-        for key in ("img_path", "seg_map_path"):
-            file = info.get(key)
-            if file is not None and "://" not in str(file):  # a store of another kind is left alone
-                problem = problem_with(file, decode)
-                if problem:
-                    bad[str(file)] = problem
-    bad = {file: problem for part in all_gather_object(bad) for file, problem in part.items()}
-    if bad:
-        raise ImageError(f"{len(bad)} of the images cannot be read: {first(f'{f} ({p})' for f, p in bad.items())}")
+@TRANSFORMS.register_module()
+class CheckMask:
+    """Stops at a mask that holds a number of no class; stands after MMSegmentation's `LoadAnnotations`.
+
+    The tools put it into every pipeline of a segmentor: the loss would end in an index out of range, on a GPU in an
+    assertion of the device, neither of which names the mask.
+
+    Args:
+        num_classes: of the data set.
+        ignore_index: a value that is no class, beside 255.
+
+    Raises:
+        ImageError: names the mask, its values and those expected.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+
+    def __call__(self, results: dict) -> dict:
+        labels = results["gt_seg_map"]
+        if ((labels >= self.num_classes) & (labels != 255) & (labels != self.ignore_index)).any():
+            values = np.unique(labels).astype(int)
+            if results.get("reduce_zero_label"):  # as they stand in the file
+                values = np.sort(np.where(values == 255, 0, values + 1))
+            # The map from a type's classes to the config's has been applied.
+            expected = MaskValues(self.num_classes, results.get("reduce_zero_label"), None, self.ignore_index)
+            raise ImageError(f"mask {results['seg_map_path']}: {in_words(values)}; expected {expected}")
+        return results
 
 
-def problem_with(file, decode: bool = False) -> str | None:
-    """What is wrong with an image, None if nothing is."""
+def check_images(dataset: Any, decode: bool = False) -> None:
+    """Opens every file that a data set of mmengine's (`get_data_info`) names, or those that it is made of.
+
+    Raises:
+        ImageError: see `CheckImagesHook`.
+    """
+    for part in parts(dataset):
+        Checked(part, decode).run()
+
+
+def parts(dataset: Any) -> Iterator[Any]:
+    """The data sets that one is made of: each once, however often its images are repeated."""
+    inner = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
+    for part in inner:
+        yield from [dataset] if part is None else parts(part)
+
+
+class Checked:
+    """One data set, and what was found in its files."""
+
+    def __init__(self, dataset: Any, decode: bool) -> None:
+        self.dataset, self.decode = dataset, decode
+        self.bad: dict[str, str] = {}
+        self.looked_at, self.seen = 0, set()  # masks whose pixels were, and their values
+        transforms = getattr(getattr(dataset, "pipeline", None), "transforms", [])
+        loader = next((t for t in transforms if hasattr(t, "color_type")), None)
+        color_type, backend = getattr(loader, "color_type", "color"), getattr(loader, "imdecode_backend", "cv2")
+        self.turned = is_turned(color_type, backend)
+        self.by_opencv = loader is not None and backend in ("cv2", None)
+        classes = (getattr(dataset, "metainfo", None) or {}).get("classes")
+        self.values = None
+        if classes and hasattr(dataset, "reduce_zero_label"):  # of MMSegmentation
+            label_map, ignore_index = (getattr(dataset, name, None) for name in ("label_map", "ignore_index"))
+            self.values = MaskValues(len(classes), dataset.reduce_zero_label, label_map, ignore_index)
+
+    def run(self) -> None:
+        rank, processes = get_dist_info()
+        every = max(1, len(self.dataset) // SAMPLE)
+        for i in range(rank, len(self.dataset), processes):
+            info = self.dataset.get_data_info(i)
+            image_flaw = partial(self.image_flaw, info=info)
+            sizes = self.look(info.get("img_path"), image_flaw)
+            in_sample = self.decode or i // processes % every == 0
+            self.look(info.get("seg_map_path"), partial(self.mask_flaw, sizes=sizes, in_sample=in_sample))
+        bad = {file: problem for part in all_gather_object(self.bad) for file, problem in part.items()}
+        if bad:
+            named = first(f"{file} ({problem})" for file, problem in bad.items())
+            raise ImageError(f"{len(bad)} of the images cannot be read or used: {named}")
+        if self.values is None:
+            return
+        counts, seen = zip(*all_gather_object((self.looked_at, self.seen)), strict=True)
+        flaw = self.values.flaw_of_all(np.array(sorted(set().union(*seen)))) if sum(counts) else None
+        if flaw:
+            folder = self.dataset.data_prefix.get("seg_map_path")
+            raise ImageError(f"masks in {folder}: {flaw} (in the {sum(counts)} looked at)")
+
+    def look(self, file: Any, flaw_of: Callable[[Image.Image], str | None]) -> Sizes | None:
+        """Opens a file and notes what is wrong with it; returns its sizes, None if it cannot be opened."""
+        if file is None or "://" in str(file):  # a store of another kind is left alone
+            return None
+        problem, sizes = None, None
+        try:
+            with Image.open(file) as image:
+                sizes = Sizes.of(image)
+                problem = flaw_of(image)
+                if self.decode:
+                    image.load()
+        except FileNotFoundError:
+            problem = "no such file"
+        except Exception:  # of a damaged file, Pillow's decoders raise nearly anything
+            problem = DAMAGED
+        if problem:
+            self.bad[str(file)] = problem
+        return sizes
+
+    def image_flaw(self, image: Image.Image, info: dict) -> str | None:
+        """What is wrong with an image by its header."""
+        if self.by_opencv and image.format not in READ_BY_OPENCV:
+            if image.format == "TIFF" and image.mode in ("I", "F"):
+                return "a TIFF of 32 bits, which OpenCV does not read"
+            if not cv2.haveImageReader(str(info["img_path"])):
+                return f"{image.format}, which OpenCV does not read"
+        annotated = info.get("width"), info.get("height")
+        return None if None in annotated else Sizes.of(image).flaw(self.turned, annotated, "its annotations are of")
+
+    def mask_flaw(self, mask: Image.Image, sizes: Sizes | None, in_sample: bool) -> str | None:
+        """What is wrong with a mask: by its header, and by its pixels if it is one of the sample."""
+        flaw = sizes and sizes.flaw(self.turned, mask.size, "this mask is")
+        if flaw or self.values is None:
+            return flaw
+        if mask.mode not in NUMBERS | WIDE_NUMBERS:
+            return f"a mask in colours (mode {mask.mode}); expected one channel of class numbers, {self.values}"
+        if not in_sample and mask.mode in NUMBERS:
+            return None
+        values = values_of(mask)
+        self.seen.update(values.tolist())
+        self.looked_at += 1
+        flaw = self.values.flaw(values)
+        return flaw and f"a mask of {flaw}"
+
+
+def is_turned(color_type: str, backend: str | None) -> bool:
+    """Whether mmcv turns an image as its EXIF data say, where `LoadImageFromFile` has these arguments."""
+    return backend in ("cv2", "pillow", None) and color_type in ("color", "grayscale")
+
+
+def in_pixels(size: tuple) -> str:
+    return " x ".join(map(str, size))
+
+
+def problem_with(file: Any) -> str | None:
+    """What is wrong with an image by its header, None if nothing is."""
     try:
-        with Image.open(file) as image:
-            if decode:
-                image.load()
+        with Image.open(file):
             return None
     except FileNotFoundError:
         return "no such file"
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        return "not an image, or a damaged one"
+    except Exception:
+        return DAMAGED
 
 
 def first(names: Iterable[str], limit: int = 5) -> str:

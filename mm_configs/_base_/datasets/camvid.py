@@ -32,8 +32,9 @@ metainfo = dict(
 )
 dataset = dict(type="BaseSegDataset", data_root=data_root, metainfo=metainfo, img_suffix=".jpg", seg_map_suffix=".png")
 
+# color_ignore_orientation: masks refer to the pixels as they are stored, not as EXIF data turn them.
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadImageFromFile", color_type="color_ignore_orientation"),
     dict(type="LoadAnnotations"),
     dict(type="RandomResize", scale=(480, 360), ratio_range=(0.75, 1.5), keep_ratio=True),
     dict(type="RandomCrop", crop_size=(256, 256), cat_max_ratio=0.75),
@@ -41,7 +42,11 @@ train_pipeline = [
     dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
-test_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
+test_pipeline = [
+    dict(type="LoadImageFromFile", color_type="color_ignore_orientation"),
+    dict(type="LoadAnnotations"),
+    dict(type="PackSegInputs"),
+]
 
 train_dataloader = dict(
     batch_size=8,

@@ -1,8 +1,9 @@
 # COCO 2017, boxes and masks; a data set of your own in this format: docs/detection.md.
 data_root = "data/coco/"
 backend_args = None
+# color_ignore_orientation: boxes and masks refer to the pixels as they are stored, not as EXIF data turn them.
 load = [
-    dict(type="LoadImageFromFile", backend_args=backend_args),
+    dict(type="LoadImageFromFile", color_type="color_ignore_orientation", backend_args=backend_args),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
 ]
 
@@ -30,6 +31,7 @@ train_dataloader = dict(
         data_root=data_root,
         ann_file="annotations/instances_train2017.json",
         data_prefix=dict(img="train2017/"),
+        # Not to train on: images without an object, and those whose shorter side has less than 32 pixels.
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
         pipeline=train_pipeline,
         backend_args=backend_args,

@@ -1,7 +1,10 @@
 # COCO 2017, boxes alone.
 _base_ = "coco.py"
 
-load = [dict(type="LoadImageFromFile", backend_args=None), dict(type="LoadAnnotations", with_bbox=True)]
+load = [
+    dict(type="LoadImageFromFile", color_type="color_ignore_orientation", backend_args=None),
+    dict(type="LoadAnnotations", with_bbox=True),
+]
 train_pipeline = [
     *load,
     dict(type="Resize", scale=(1333, 800), keep_ratio=True),

@@ -4,7 +4,7 @@ _base_ = "coco.py"
 
 short_sides = [(480 + 32 * i, 1333) for i in range(11)]
 train_pipeline = [
-    dict(type="LoadImageFromFile", backend_args=None),
+    dict(type="LoadImageFromFile", color_type="color_ignore_orientation", backend_args=None),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="RandomFlip", prob=0.5),
     dict(

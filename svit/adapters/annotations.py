@@ -1,0 +1,398 @@
+"""Annotations in COCO's format: what a config needs of them is put right or refused before work starts."""
+
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from pycocotools import mask as coco_mask
+
+from svit.convert import listing
+from svit.files import replacing
+
+from .configs import ConfigError
+
+__all__ = ["AnnotationFiles", "Findings", "check_annotations", "check_classes", "check_filter", "read_annotations"]
+
+# Objects that MMDetection leaves out by itself, as two of COCO 2017's 860,001 are: more than this share is an error.
+TOLERATED = 1 / 1000
+BOX = "[x, y, width, height] in pixels"
+MASK = "polygons of 3 points or more, [[x1, y1, x2, y2, x3, y3, ...], ...], or an RLE of the image's size"
+
+
+class Findings:
+    """What was found how often, and where first: one line a kind."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, list] = {}
+
+    def add(self, kind: str, name: Any) -> None:
+        self.kinds.setdefault(kind, []).append(name)
+
+    def __bool__(self) -> bool:
+        return bool(self.kinds)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.kinds.values()))
+
+    def __str__(self) -> str:
+        return "".join(f"\n  {len(names)} {kind}: {first(names)}" for kind, names in self.kinds.items())
+
+
+def first(names: Iterable, limit: int = 5) -> str:
+    names = list(map(str, names))
+    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
+
+
+class AnnotationFiles:
+    """The annotations in COCO's format of one split: each file is read and checked once, and written if put right.
+
+    Args:
+        split: its name, for the files written.
+        folder: where to, None for a temporary folder.
+    """
+
+    def __init__(self, split: str, folder: str | None) -> None:
+        self.split, self.folder = split, folder
+        self.contents: dict[Path, dict] = {}
+        self.fixed: dict[Path, Findings] = {}
+        self.users: list[tuple[Path, dict]] = []
+
+    def check(self, user: dict, file: Path, where: str, classes_where: str, classes: Sequence[str], *args: Any) -> dict:
+        """Reads and checks a file for a part of the config that has it as `ann_file`; returns its content.
+
+        Args:
+            where, classes_where: names of the file and of the classes in the config, for messages.
+            classes: see `check_classes`.
+            args: the last ones of `check_annotations`.
+        """
+        file = file.absolute()
+        self.users.append((file, user))
+        if file not in self.contents:
+            content = read_annotations(file, where)
+            check_classes(content, file, classes_where, classes)
+            self.fixed[file], left_out = check_annotations(content, file, where, classes, *args)
+            self.contents[file] = content
+            if left_out:
+                warnings.warn(f"{file}: objects that MMDetection leaves out, by their ids:{left_out}", stacklevel=2)
+        return self.contents[file]
+
+    def write(self) -> None:
+        """Writes those files that had to be put right, and points to them whatever has them as `ann_file`."""
+        for file, fixed in self.fixed.items():
+            if not fixed:
+                continue
+            folder = Path(self.folder, "annotations") if self.folder else Path(tempfile.mkdtemp(prefix="annotations-"))
+            folder.mkdir(parents=True, exist_ok=True)
+            target = folder.resolve() / f"{self.split}-{file.name}"
+            with replacing(target) as part:
+                part.write_text(json.dumps(self.contents[file]))
+            for user in [user for used, user in self.users if used == file]:
+                user["ann_file"] = str(target)
+            warnings.warn(f"{file} was put right, in {target}; by their ids:{fixed}", stacklevel=2)
+
+
+def read_annotations(file: Path, where: str) -> dict:
+    """The content of a JSON file in COCO's format; `annotations` may be missing, as in the test-dev split.
+
+    Raises:
+        ConfigError: there is no such file, it is no JSON, or it lacks `images` or `categories`.
+    """
+    if not file.is_file():
+        raise ConfigError(f"{where}: no such file: {file}")
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:  # also bytes that are no text
+        raise ConfigError(f"{where}: {file} is not JSON ({error})") from error
+    lists = ("images", "annotations", "categories")
+    found = content if isinstance(content, dict) else {}
+    missing = [key for key in lists if key not in found]
+    if missing and missing != ["annotations"]:
+        raise ConfigError(f"{where}: {file} is not in COCO's format, it has no {', '.join(missing)}")
+    for key in lists:
+        if not isinstance(found.get(key, []), list) or not all(isinstance(entry, dict) for entry in found.get(key, [])):
+            raise ConfigError(f"{where}: {file} is not in COCO's format; expected {key} to be a list of objects")
+    return found
+
+
+def check_annotations(
+    content: dict,
+    file: Path,
+    where: str,
+    classes: Sequence[str],
+    with_masks: bool,
+    size_of: Callable[[str], tuple[int, int] | None],
+) -> tuple[Findings, Findings]:
+    """Looks at every entry, and writes into `content` what has one right answer.
+
+    Put right: `width` and `height` of an image, from its file; a box, from the mask; boxes that reach beyond the image,
+    cut at its edge; `area`, from the mask or the box; a missing `iscrowd`, 0; ids of annotations that are no positive
+    whole numbers, for which the evaluation counts no match; polygons of one or two points beside others; a single
+    polygon that is not in a list.
+
+    Args:
+        content: as `read_annotations` gives it.
+        file, where: its path, and where in the config that stands, for messages.
+        classes: names of the config's classes; none for all categories of the file.
+        with_masks: the config trains or evaluates masks.
+        size_of: width and height of an image by its `file_name`, None if it cannot be read.
+
+    Returns:
+        What was put right, and what MMDetection leaves out: objects outside their image or smaller than a pixel, and
+        those whose polygons have less than three points.
+
+    Raises:
+        ConfigError: anything else that is wrong, all of it in one message with the ids; also more than `TOLERATED` of
+            the objects left out.
+    """
+    wrong, fixed, left_out = Findings(), Findings(), Findings()
+    sizes = check_images(content["images"], size_of, wrong, fixed)
+    used = check_categories(content["categories"], classes, wrong)
+    annotations = content.get("annotations", [])
+    number_annotations(annotations, wrong, fixed)
+    beyond = []
+    for entry in annotations:
+        if entry.get("image_id") is None or not known(entry["image_id"], sizes):
+            wrong.add("annotations whose image_id is none of the images'", entry["id"])
+        elif not known(entry.get("category_id"), used):
+            numbers = first(sorted(used, key=str), 10)
+            wrong.add(f"annotations whose category_id is none of the categories' ({numbers})", entry["id"])
+        else:
+            needs_mask = with_masks and used[entry["category_id"]]
+            check_object(entry, sizes[entry["image_id"]], needs_mask, wrong, fixed, left_out, beyond)
+    if len(beyond) > 1 and 2 * len(beyond) > len(annotations):
+        wrong.kinds[f"boxes that reach beyond their image; expected {BOX}, not two corners"] = beyond
+    elif beyond:
+        fixed.kinds["boxes that reached beyond their image, cut at its edge"] = beyond
+    if len(left_out) > TOLERATED * len(annotations):
+        for kind, ids in left_out.kinds.items():
+            wrong.kinds.setdefault(kind, []).extend(ids)
+    if wrong:
+        raise ConfigError(f"{where}: {file} cannot be used as it is; by their ids:{wrong}")
+    return fixed, left_out
+
+
+def known(key: Any, table: dict) -> bool:
+    return isinstance(key, (int, str, float)) and key in table
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and isfinite(value)
+
+
+def check_images(images: list[dict], size_of, wrong: Findings, fixed: Findings) -> dict[Any, tuple[float, float]]:
+    """Width and height of each image by its id."""
+    sizes = {}
+    for position, image in enumerate(images):
+        key, name = image.get("id"), image.get("file_name")
+        if not isinstance(key, (int, str)):
+            wrong.add("images without an id; by their places in the list", position)
+            continue
+        if key in sizes:
+            wrong.add("images of the same id as another", key)
+        width, height = image.get("width"), image.get("height")
+        if not isinstance(name, str) or not name:
+            wrong.add("images without a file_name", key)
+        elif not (is_number(width) and is_number(height) and width > 0 and height > 0):
+            width, height = size_of(name) or (None, None)
+            if width is None:
+                wrong.add("images without width and height, whose file cannot be read", f"{key} ({name})")
+            else:
+                image["width"], image["height"] = width, height
+                fixed.add("images without width and height, taken from their files", key)
+        sizes[key] = (width or 1, height or 1)
+    return sizes
+
+
+def check_categories(categories: list[dict], classes: Sequence[str], wrong: Findings) -> dict[Any, bool]:
+    """Whether each category, by its id, is one of the config's classes."""
+    names = {}
+    for position, category in enumerate(categories):
+        key, name = category.get("id"), category.get("name")
+        if not isinstance(key, (int, str)) or not isinstance(name, str):
+            wrong.add("categories without an id or a name; by their places in the list", position)
+        elif key in names:
+            wrong.add("categories of the same id as another", key)
+        else:
+            names[key] = name
+    wanted = set(classes) or set(names.values())
+    return {key: name in wanted for key, name in names.items()}
+
+
+def number_annotations(annotations: list[dict], wrong: Findings, fixed: Findings) -> None:
+    ids = {entry["id"] for entry in annotations if type(entry.get("id")) is int}
+    following, seen = max(ids, default=0), set()
+    for entry in annotations:
+        key = entry.get("id")
+        if type(key) is not int or key <= 0:
+            following = max(following, 0) + 1
+            entry["id"] = following
+            fixed.add("annotations whose id was no positive number, numbered anew", f"{key!r} is now {following}")
+        elif key in seen:
+            wrong.add("annotations of the same id as another", key)
+        seen.add(key if type(key) is int else following)
+
+
+def check_object(
+    entry: dict,
+    size: tuple[float, float],
+    needs_mask: bool,
+    wrong: Findings,
+    fixed: Findings,
+    left_out: Findings,
+    beyond: list,
+) -> None:
+    """One annotation: its mask, box and area."""
+    key, (width, height) = entry["id"], size
+    segmentation = entry.get("segmentation")
+    mask_is_good = False
+    if segmentation:
+        flaw = check_mask(entry, width, height, fixed)
+        mask_is_good = flaw is None
+        if needs_mask and flaw == "short":
+            left_out.add(f"objects whose polygons have less than 3 points; expected {MASK}", key)
+        elif needs_mask and flaw:
+            wrong.add(f"objects whose segmentation is {flaw}; expected {MASK}", key)
+    elif needs_mask:
+        what = "an empty segmentation" if "segmentation" in entry else "no segmentation"
+        wrong.add(f"objects with {what}; expected {MASK}, since the config trains or evaluates masks", key)
+
+    box = entry.get("bbox")
+    if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
+        if box or not mask_is_good:
+            wrong.add(f"objects whose bbox is no list of four numbers; expected {BOX}", key)
+            return
+        box = entry["bbox"] = box_of(entry["segmentation"], width, height)
+        fixed.add("objects without a bbox, taken from their masks", key)
+    x, y, w, h = box
+    if min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0) or w < 1 or h < 1:
+        found = box_of(entry["segmentation"], width, height) if mask_is_good else box
+        if found[2] >= 1 and found[3] >= 1 and found != box:
+            x, y, w, h = entry["bbox"] = found
+            fixed.add("objects whose bbox had no size or lay outside the image, taken from their masks", key)
+        elif w < 1 or h < 1:
+            left_out.add(f"objects whose bbox is smaller than one pixel; expected {BOX}", key)
+        else:
+            left_out.add(f"objects whose bbox lies outside its image; expected {BOX}", key)
+    elif x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
+        beyond.append(key)
+        x, y = max(x, 0), max(y, 0)
+        w, h = min(box[0] + w, width) - x, min(box[1] + h, height) - y
+        entry["bbox"] = [x, y, w, h]
+
+    area = entry.get("area")
+    if not (is_number(area) and area > 0) and w >= 1 and h >= 1:
+        measured = area_of(entry["segmentation"], width, height) if mask_is_good else 0
+        entry["area"] = measured or float(w * h)
+        fixed.add("objects without area, taken from their masks or boxes", key)
+    elif not is_number(area):
+        entry["area"] = 0.0
+        fixed.add("objects without area or size, 0", key)
+    if entry.get("iscrowd") is None:  # the evaluation would end in a KeyError
+        entry["iscrowd"] = 0
+        fixed.add("objects without iscrowd, 0", key)
+
+
+def check_mask(entry: dict, width: float, height: float, fixed: Findings) -> str | None:
+    """What is wrong with a segmentation that is not empty: 'short' for less than three points, None for nothing."""
+    segmentation = entry["segmentation"]
+    if isinstance(segmentation, dict):
+        counts, size = segmentation.get("counts"), segmentation.get("size")
+        if not isinstance(counts, (str, list)) or not isinstance(size, list):
+            return "an RLE without counts or size"
+        if size != [height, width]:
+            return f"an RLE of {size}, of an image of {[height, width]}"
+        if isinstance(counts, list) and not (
+            all(type(n) is int and n >= 0 for n in counts) and sum(counts) == height * width
+        ):
+            return "an RLE whose counts do not add up to the image"
+        return None
+    if not isinstance(segmentation, list):
+        return "neither a list nor an RLE"
+    if all(map(is_number, segmentation)):
+        segmentation = entry["segmentation"] = [segmentation]
+        fixed.add("objects whose only polygon was not in a list", entry["id"])
+    for polygon in segmentation:
+        try:
+            finite = isfinite(sum(polygon))  # of anything but numbers a TypeError
+        except TypeError:
+            return "no list of polygons"
+        if not isinstance(polygon, list) or not finite or len(polygon) % 2:
+            return "a polygon of other than pairs of finite numbers"
+    good = [polygon for polygon in segmentation if len(polygon) >= 6]
+    if not good:
+        return "short"
+    if len(good) < len(segmentation):
+        entry["segmentation"] = good
+        fixed.add("objects with polygons of less than 3 points beside others, which were dropped", entry["id"])
+    return None
+
+
+def rle_of(segmentation: list | dict, width: float, height: float) -> dict:
+    if isinstance(segmentation, list):
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, int(height), int(width)))
+    if isinstance(segmentation["counts"], list):
+        return coco_mask.frPyObjects(segmentation, int(height), int(width))
+    return segmentation
+
+
+def box_of(segmentation: list | dict, width: float, height: float) -> list[float]:
+    """The box [x, y, width, height] of a mask inside of its image."""
+    if isinstance(segmentation, dict):
+        return coco_mask.toBbox(rle_of(segmentation, width, height)).tolist()
+    xs = [min(max(x, 0), width) for polygon in segmentation for x in polygon[::2]]
+    ys = [min(max(y, 0), height) for polygon in segmentation for y in polygon[1::2]]
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def area_of(segmentation: list | dict, width: float, height: float) -> float:
+    return float(coco_mask.area(rle_of(segmentation, width, height)))
+
+
+def check_classes(content: dict, file: Path, where: str, classes: Sequence[str], in_order: bool = True) -> None:
+    """Whether the config's classes are categories of the file, and stand in its order.
+
+    Raises:
+        ConfigError: one is none, or they stand in another order.
+    """
+    names = [category.get("name") for category in content["categories"]]
+    unknown = [name for name in classes if name not in names]
+    if unknown:  # mmdet would train without them and fail at the first evaluation
+        has = listing(sorted(map(str, names)))
+        raise ConfigError(f"{where}: {listing(unknown)} no category of {file}, which has {has}")
+    found = [name for name in names if name in classes]
+    if (
+        in_order and classes and found != list(classes)
+    ):  # mmdet numbers them in the file's order, and names them in the config's
+        raise ConfigError(
+            f"{where}: expected the categories of {file} in their order, {tuple(found)}, got {tuple(classes)}"
+        )
+
+
+def check_filter(content: dict, file: Path, where: str, classes: Sequence[str], filter_cfg: dict) -> None:
+    """Counts what `filter_cfg` of a CocoDataset leaves of a training's images; warns of those left out by their size.
+
+    Raises:
+        ConfigError: no image is left; says why.
+    """
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    wanted = set(classes) or set(names.values())
+    found = {entry["image_id"] for entry in content["annotations"] if names[entry["category_id"]] in wanted}
+    images, least = content["images"], filter_cfg.get("min_size", 0)
+    empty = [image["id"] for image in images if image["id"] not in found] if filter_cfg.get("filter_empty_gt") else []
+    small = [image for image in images if min(image["width"], image["height"]) < least]
+    sizes = first(f"{image['file_name']} of {image['width']} x {image['height']}" for image in small)
+    by_size = f"{len(small)} are smaller than filter_cfg.min_size={least} ({sizes})"
+    if len({*empty, *(image["id"] for image in small)}) < len(images):
+        if small:
+            warnings.warn(f"{where}: of the {len(images)} images in {file}, {by_size} and left out", stacklevel=2)
+        return
+    reasons = [by_size] if small else []
+    if empty:
+        reasons.append(f"{len(empty)} have no object of the classes (filter_cfg.filter_empty_gt=True)")
+    raise ConfigError(
+        f"{where}: no image is left to train on: of {len(images)} in {file}, {', '.join(reasons) or 'none'}"
+    )
