@@ -8,6 +8,7 @@ package.
 """
 
 import argparse
+import sys
 from collections import Counter
 from pathlib import Path
 from pickle import UnpicklingError

@@ -265,7 +265,7 @@ NO_MASK = "expected polygons of 3 points or more"
         (lambda c: c.update(annotations=[]), "expected annotations, .*a.json has none"),
         (
             lambda c: c["categories"].reverse(),
-            r"metainfo.classes: expected the categories of .*a.json in their order, \('dime', 'coin'\), got \('coin', 'd",
+            r"metainfo.classes: expected the categories of .*a.json in their order, \('dime', 'coin'\), got \('coin'",
         ),
     ],
 )
@@ -458,7 +458,11 @@ def test_refused_or_fit_for_training_and_evaluation(shared_root, damages):
         try:
             checked = check(shared_root, found)
         except ConfigError as error:
-            assert str(shared_root / "annotations/a.json") in str(error) or "no image" in str(error)
+            message = str(error)
+        else:
+            message = None
+        if message is not None:
+            assert str(shared_root / "annotations/a.json") in message or "no image" in message
             return
         # The sizes in the file are the images' own business: CheckImagesHook compares them.
         dataset = DATASETS.build(checked.train_dataloader.dataset)
