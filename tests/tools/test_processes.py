@@ -82,8 +82,11 @@ def test_names_that_the_output_cannot_encode():
     assert run(r"print('\udcff')") == (0, "\\udcff\n", "")
 
 
+CLOSED = "print('out')\nprint('err', file=sys.stderr)\nsys.stderr.write('err')\nsys.stdout.flush()\nreturn 3"
+
+
 def test_an_output_that_was_closed_from_the_start():
-    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *tool("print('out')\nprint('err', file=sys.stderr)\nreturn 3")]
+    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *tool(CLOSED)]
     assert subprocess.run(command, timeout=60).returncode == 3
 
 
