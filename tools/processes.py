@@ -64,6 +64,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         end_at_once()
     finally:
         sys.stdout.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to do: a traceback would tell of that alone
     distributed = sys.modules.get("torch.distributed")
     # After an error the others may be waiting for this process, and NCCL ends a group together: torchrun stops them.
     if status != 1 and distributed and distributed.is_initialized():

@@ -1,5 +1,6 @@
 """How a tool ends: where nobody reads what it prints, where that cannot be written, when it is interrupted."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,11 @@ def test_a_full_disk_is_said_in_a_line():
 
 def test_ctrl_c_is_said_in_a_line():
     assert run("print('out')\nraise KeyboardInterrupt") == (130, "out\n", "interrupted\n")
+
+
+def test_ctrl_c_at_the_very_end_ends_at_once_and_says_nothing():
+    late = "import atexit, os, signal\natexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\nprint('out')"
+    assert run(late) == (-signal.SIGINT, "out\n", "")
 
 
 def test_names_that_the_output_cannot_encode():
