@@ -454,6 +454,21 @@ def test_shards_train_and_go_on_exactly(tmp_path, recipe, monkeypatch):
     assert same_training(out, whole)
 
 
+def test_a_class_in_shards_that_the_model_does_not_have(tmp_path, recipe, capsys):
+    root = image_data.shards(tmp_path / "shards")
+    arguments = ("--data-dir", str(root), "--set", "dataset=wds/digits", "num_classes=4")
+    assert error_of(capsys, recipe, tmp_path / "out", *arguments) == "error: class: expected 0 to 3, got 4"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_none_of_whose_images_can_be_read(tmp_path, recipe, data, capsys, split):
+    root = shutil.copytree(data, tmp_path / "data")
+    for image in (root / split).rglob("*.png"):
+        image.write_bytes(b"no image")
+    assert run(recipe, tmp_path / "out", "--data-dir", str(root), "--set", "max_unreadable=1000") == 1
+    assert "images can be read\n" in capsys.readouterr().err.splitlines(keepends=True)[-1]
+
+
 def test_shards_in_two_processes(tmp_path, recipe):
     """An epoch of 80 images is 5 updates of 16."""
     pytest.importorskip("webdataset")
