@@ -503,7 +503,7 @@ def error_of(capsys, *arguments) -> str:
         ("batch_size=100", "batch_size: expected at most the 80 images of the data for one update, got 100"),
         ("parallel=fsdp", "ema: expected null with parallel: fsdp"),
         ("num_classes=3", "num_classes: expected the data's 5, got 3"),
-        ("model_args.num_classes=7", "model_args.num_classes: expected the recipe's num_classes, 5, got 7"),
+        ("model_args.num_classes=7", "model_args.num_classes: expected num_classes, 5, got 7"),
         ("model_args={nothing: 1}", "model: test_svit cannot be made with"),
         ("checkpoint=nowhere.pth", "checkpoint: no such file: nowhere.pth"),
         ("data_dir=nowhere", "data_dir: no such folder or file: nowhere"),

@@ -280,7 +280,8 @@ class Images(Dataset):
     """A dataset with an index, augmented; an item's key is (epoch, place in the epoch, index).
 
     An image that cannot be read is reported once, by name. In training the next image takes its place; else the item is
-    None, which `collate` drops. More than `limit` of them are a DataError, and so are all. `mode` is that of `read_image`.
+    None, which `collate` drops. More than `limit` of them are a DataError, and so are all of them. `mode` is that of
+    `read_image`.
     """
 
     def __init__(self, dataset: Dataset, transform, seed: int, training: bool, limit: int, mode: str = "RGB") -> None:
