@@ -181,9 +181,7 @@ class Training:
             raise RecipeError("num_classes: expected a number, since the data does not tell its classes, got null")
         told = r.model_args.get("num_classes", self.num_classes)
         if told != self.num_classes:
-            raise RecipeError(
-                f"model_args.num_classes: expected the recipe's num_classes, {self.num_classes}, got {told}"
-            )
+            raise RecipeError(f"model_args.num_classes: expected num_classes, {self.num_classes}, got {told}")
         if self.classes and len(self.classes) > self.num_classes:
             raise RecipeError(f"num_classes: expected the data's {len(self.classes)}, got {self.num_classes}")
         self.reopen_train, self.reopen_val = train, val

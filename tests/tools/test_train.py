@@ -512,6 +512,7 @@ def error_of(capsys, *arguments) -> str:
         ("opt_args={foo: 1}", "the recipe cannot be followed: TypeError: "),
         ("warmup_epochs=-1", "warmup_epochs: expected at least 0, got -1"),
         ("img_size=0", "img_size: expected at least 1, got 0"),
+        ("std=[0.2, 0, 0.2]", "std: expected numbers above 0, got [0.2, 0.0, 0.2]"),
         ("epochs", "--set: expected KEY=VALUE, got 'epochs'"),
     ],
 )
