@@ -11,8 +11,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 __all__ = ["EXTENSIONS", "FORMATS", "MODES", "UnreadableImageError", "channel_values", "mode_of", "read_image"]
 
-# What Pillow recognizes without a decoder of its own; for some it starts another program.
-NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# What Pillow recognizes without a decoder of its own (for some it starts another program), or decodes in the wrong byte
+# order (FITS).
+NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 Image.init()
 # In the order in which Pillow tries them, the frequent ones first.
@@ -24,7 +25,9 @@ EXTENSIONS = frozenset(end for end, name in Image.registered_extensions().items(
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 # Tags of a TIFF.
-BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 259, 262, 284, 339
+UNSIGNED, SIGNED = 1, 2  # values of the last
+KINDS = {UNSIGNED: "u", SIGNED: "i", 3: "f"}  # of NumPy
 
 
 class UnreadableImageError(ValueError):
@@ -34,7 +37,7 @@ class UnreadableImageError(ValueError):
 def read_image(file: str | PathLike | BinaryIO | Image.Image, mode: str = "RGB") -> Image.Image:
     """An image as a person sees it: turned by its EXIF orientation, in 8 bits a channel.
 
-    Integers of more bits are divided by the largest of their type: 65535, or 2^31 - 1 if a value is above that. Floats
+    Integers of other types are divided by the largest of these, those of 32 bits by 65535 if none is larger. Floats
     from 0 to 1 are taken as they are. Other floats, and integers some of which are negative, are scaled from the
     image's own least and largest value; NaN is black. Where the EXIF data is damaged the image stays as it is stored.
 
@@ -94,11 +97,13 @@ def _reason(error: Exception) -> str:
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
+    if tags.get(PLANES) == 2 and len(tags[BITS]) > 1 and max(tags[BITS]) > 8:
+        raise ValueError("16-bit colours in separate planes, which Pillow decodes wrongly")
     image = image.copy()  # without the tags
     # In place Pillow turns the pixels first, then rewrites the EXIF data, which may be damaged elsewhere.
     with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+    if image.mode in ("I", "F") or image.mode.startswith("I;") or tags.get(SAMPLE_FORMAT) == (SIGNED,):
         image = _in_8_bits(image, tags)
     if image.mode == "LAB":  # which Pillow converts to RGB alone
         image = image.convert("RGB")
@@ -107,14 +112,24 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 
 def _in_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     """One channel of integers or floats in mode L; `tags` are those of a TIFF."""
-    values = np.asarray(image)
-    if image.mode == "I" and tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,):
-        values = values.view(np.uint32)  # what Pillow holds as signed
+    values = _samples(image, tags)
     black, white = _limits(values)
     share = (values.astype(np.float64) - black) / ((white - black) or 1)
     found = Image.fromarray((np.nan_to_num(share, nan=0).clip(0, 1) * 255).round().astype(np.uint8))
     # White is zero: with 8 bits, Pillow sees to that.
     return ImageOps.invert(found) if tags.get(PHOTOMETRIC) == 0 else found
+
+
+def _samples(image: Image.Image, tags: Mapping[int, Any]) -> np.ndarray:
+    """The values of one channel, of a TIFF in the type that the file holds, which Pillow's modes do not tell."""
+    values = np.asarray(image)
+    if BITS not in tags:
+        return values
+    bits, kind = tags[BITS][0], tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0]
+    values = values.astype(f"{KINDS[kind]}{-(-bits // 8)}")
+    if image.mode in ("I", "F") and tags.prefix == b"MM" and tags.get(COMPRESSION, 1) != 1:
+        values = values.byteswap()  # libtiff, which decompresses, has turned the bytes before Pillow did
+    return values << 4 | values >> 8 if bits == 12 else values
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:
@@ -127,4 +142,5 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
         return low, high
     if np.issubdtype(values.dtype, np.floating):
         return (0.0, 1.0) if high <= 1 else (low, high)
-    return 0.0, 65535.0 if high <= 65535 else float(np.iinfo(values.dtype).max)
+    largest = np.iinfo(values.dtype).max
+    return 0.0, float(65535 if high <= 65535 < largest else largest)

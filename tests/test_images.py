@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -164,33 +165,54 @@ def test_values_that_are_no_numbers_do_not_move_the_others():
         assert array(Image.fromarray(np.array([values], np.float32))).tolist() == [expected]
 
 
-def tiff(values: np.ndarray, sample_format: int, photometric: int = 1) -> io.BytesIO:
-    """A TIFF of types that Pillow does not write."""
-    (height, width), data = values.shape, values.tobytes()
-    tags = {256: width, 257: height, 258: 8 * values.itemsize, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height}
-    tags |= {279: len(data), 339: sample_format}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    return io.BytesIO(
-        b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
-    )
+def tiff(data: bytes, size: tuple[int, int], order: str = "<", **tags: int) -> io.BytesIO:
+    """A TIFF of types that Pillow does not write, `size` being height and width."""
+    numbers = {256: size[1], 257: size[0], 259: 1, 262: 1, 273: 8, 277: 1, 278: size[0], 279: len(data), 339: 1}
+    names = {"bits": 258, "compression": 259, "photometric": 262, "channels": 277, "planes": 284, "sample_format": 339}
+    numbers |= {names[name]: value for name, value in tags.items()}
+    entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in sorted(numbers.items()))
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "I", 8 + len(data))
+    return io.BytesIO(head + data + struct.pack(order + "H", len(numbers)) + entries + bytes(4))
 
 
+@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize(
     ("kind", "sample_format", "photometric"),
     [
-        *(("<u1", 1, 1), ("<u1", 1, 0), ("<u2", 1, 1), ("<u2", 1, 0), ("<u4", 1, 1)),
-        *(("<i2", 2, 1), ("<i4", 2, 1), ("<f4", 3, 1), ("<f4", 3, 0)),
+        *(("<u1", 1, 1), ("<u1", 1, 0), ("<u2", 1, 1), ("<u2", 1, 0), ("<u4", 1, 1), (">u2", 1, 1)),
+        *(("<i1", 2, 1), ("<i2", 2, 1), ("<i4", 2, 1), (">i1", 2, 1), (">i2", 2, 1), (">i4", 2, 1)),
+        *(("<f4", 3, 1), ("<f4", 3, 0), (">f4", 3, 1), (">f4", 3, 0)),
     ],
 )
-def test_the_whole_range_of_a_type_is_from_black_to_white(kind, sample_format, photometric):
-    limits = (0, 1) if "f" in kind else (np.iinfo(kind).min, np.iinfo(kind).max)
-    values = np.linspace(*limits, 24).astype(kind).reshape(4, 6)
-    expected = np.linspace(0, 255, 24).reshape(4, 6)
-    expected = expected if photometric else 255 - expected  # 0 is white
-    file = tiff(values, sample_format, photometric)
-    assert abs(array(file) - expected).max() <= 1
-    with Image.open(file) as image:
-        assert abs(array(image) - expected).max() <= 1
+def test_the_whole_range_of_a_type_is_from_black_to_white(kind, sample_format, photometric, compressed):
+    largest = 1 if "f" in kind else np.iinfo(kind).max
+    smallest = np.iinfo(kind).min if "i" in kind else 0
+    for low in {0, smallest}:  # all values of the type, or of a signed one those that are not negative
+        values = np.linspace(low, largest, 24).astype(kind).reshape(4, 6)
+        data = zlib.compress(values.tobytes()) if compressed else values.tobytes()
+        bits = 8 * values.itemsize
+        tags = dict(sample_format=sample_format, photometric=photometric, compression=8 if compressed else 1)
+        expected = (values.astype(float) - low) / (float(largest) - low) * 255
+        expected = expected if photometric else 255 - expected  # 0 is white
+        file = tiff(data, (4, 6), kind[0].replace("|", "<"), bits=bits, **tags)
+        assert abs(array(file) - expected).max() <= 1
+        with Image.open(file) as image:
+            assert abs(array(image) - expected).max() <= 1
+
+
+def test_12_bits_in_a_file_of_12_look_like_8():
+    values = np.linspace(0, 4095, 24).astype(int)
+    packed = bytes(b for x, y in values.reshape(-1, 2) for b in (x >> 4, (x & 15) << 4 | y >> 8, y & 255))
+    assert abs(array(tiff(packed, (4, 6), bits=12)).ravel() - values / 4095 * 255).max() <= 1
+
+
+def test_colours_that_pillow_decodes_wrongly_are_refused():
+    plane = np.arange(24, dtype=np.uint16).tobytes()
+    colours = Image.open(tiff(plane, (4, 6), bits=16))
+    colours.tag_v2[258], colours.tag_v2[284] = (16, 16, 16), 2
+    with pytest.raises(UnreadableImageError, match="16-bit colours in separate planes"):
+        read_image(colours)
+    assert ".fits" not in EXTENSIONS  # in the other byte order
 
 
 @pytest.mark.parametrize("mode", MODES.values())

@@ -55,15 +55,16 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     FSDP leaves in caches of DTensor cannot be reached; they have at least the time that collecting takes.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is not None:  # else it was closed from the start, and print does nothing
-            setattr(sys, name, Stream(getattr(sys, name)))
+        stream = getattr(sys, name)
+        # Where it was closed from the start, what is written goes nowhere; libraries want something to write to.
+        setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") if stream is None else Stream(stream))
     try:
         status = main()
     except KeyboardInterrupt:
         end_at_once()
     finally:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to do: a traceback would tell of that alone
     distributed = sys.modules.get("torch.distributed")
     # After an error the others may be waiting for this process, and NCCL ends a group together: torchrun stops them.
     if status != 1 and distributed and distributed.is_initialized():
@@ -74,9 +75,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def end_at_once() -> NoReturn:
     """Ends an interrupted process without waiting for other processes, nor for threads of libraries."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
+    sys.stdout.flush()
     print("interrupted", file=sys.stderr, flush=True)
     os._exit(128 + signal.SIGINT)
 

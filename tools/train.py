@@ -48,6 +48,7 @@ from classification import state as states
 from classification.data import (
     DataError,
     Loader,
+    check_classes,
     check_splits,
     classes_of,
     eval_transform,
@@ -178,6 +179,9 @@ class Training:
         self.num_classes = r.num_classes or (len(self.classes) if self.classes else None)
         if self.num_classes is None:
             raise RecipeError("num_classes: expected a number, since the data does not tell its classes, got null")
+        told = r.model_args.get("num_classes", self.num_classes)
+        if told != self.num_classes:
+            raise RecipeError(f"model_args.num_classes: expected num_classes, {self.num_classes}, got {told}")
         if self.classes and len(self.classes) > self.num_classes:
             raise RecipeError(f"num_classes: expected the data's {len(self.classes)}, got {self.num_classes}")
         self.reopen_train, self.reopen_val = train, val
@@ -456,6 +460,7 @@ class Training:
         loss = torch.zeros((), device=self.accelerator.device)
         for part in range(r.grad_accum):
             images, classes = next(batches)
+            check_classes(classes, self.num_classes)  # shards do not tell all theirs before
             # All that is random from here on follows from where the training stands.
             seed_all(r.seed, 1, self.total, part, self.rank)
             images = images.to(

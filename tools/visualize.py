@@ -8,6 +8,7 @@ left out.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -32,6 +33,7 @@ from svit.layers import SuperTokenAttention
 from svit.visualize import check_point, draw_attention, draw_iterations, draw_super_tokens, last_of_stages, watch
 
 SHOWN = 768  # pixels of a photo's longer side in the pictures, more than a panel has
+LONGEST = 20  # sides to shorter ones, of photos whose pictures are of a size to look at
 TOP = 3  # classes
 DPI = 150
 
@@ -122,14 +124,13 @@ def main(argv: list[str] | None = None) -> int:
                 shown = []
                 for caption, figure in figures.items():
                     name = f"{image.stem}-{caption.replace(' ', '-')}.{args.format}"
-                    figure.savefig(
-                        files.enter_context(replacing(args.out / name)), dpi=DPI, bbox_inches="tight", pad_inches=0.05
-                    )
-                    shown.append(FIGURE.format(file=quote(name), caption=caption))
+                    with files.enter_context(replacing(args.out / name)).open("wb") as file:
+                        figure.savefig(file, format=args.format, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
+                    shown.append(FIGURE.format(file=quote(os.fsencode(name)), caption=caption))
                 sections.append(SECTION.format(image=escape(image.name), facts=escape(facts), figures="\n".join(shown)))
             weights = Path(args.checkpoint).name if args.checkpoint else "pretrained" if args.pretrained else "random"
             text = PAGE.format(model=escape(args.model), weights=escape(weights), sections="\n".join(sections))
-            page.write_text(text, encoding="utf-8")
+            page.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -146,6 +147,9 @@ def check(args: argparse.Namespace) -> None:
     if args.img_size and (len(args.img_size) > 2 or min(args.img_size) < 1):
         given = " ".join(map(str, args.img_size))
         raise InputError(f"--img-size: expected one or two positive numbers, got {given}")
+    missing = next((image for image in args.images if not os.path.lexists(image)), None)  # a broken link is unreadable
+    if missing is not None:
+        raise InputError(f"{missing}: no such image")
     stems = [image.stem for image in args.images]
     twice = next((image for image in args.images if stems.count(image.stem) > 1), None)
     if twice is not None:
@@ -153,21 +157,18 @@ def check(args: argparse.Namespace) -> None:
 
 
 def read_photos(files: Sequence[Path], mode: str) -> tuple[dict[Path, Image.Image], list[UnreadableImageError]]:
-    """The images, and why others cannot be read."""
+    """The images, and why others cannot be read or drawn."""
     photos, unreadable = {}, []
     for file in files:
         try:
-            photos[file] = read_photo(file, mode)
+            photo = read_image(file, mode)
+            if max(photo.size) > LONGEST * min(photo.size):
+                size = f"{photo.height} x {photo.width} pixels"
+                raise UnreadableImageError(f"{file}: cannot be drawn, {size}; expected sides up to 1 to {LONGEST}")
+            photos[file] = photo
         except UnreadableImageError as error:
             unreadable.append(error)
     return photos, unreadable
-
-
-def read_photo(path: Path, mode: str = "RGB") -> Image.Image:
-    """The image as `read_image` gives it; one that is not there is an InputError."""
-    if not path.exists():
-        raise InputError(f"{path}: no such image")
-    return read_image(path, mode)
 
 
 def load_model(name: str, checkpoint: str | None, pretrained: bool, device: str | None) -> nn.Module:

@@ -1,5 +1,6 @@
 """How a tool ends: where nobody reads what it prints, where that cannot be written, when it is interrupted."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,14 +77,22 @@ def test_ctrl_c_is_said_in_a_line():
     assert run("print('out')\nraise KeyboardInterrupt") == (130, "out\n", "interrupted\n")
 
 
+def test_ctrl_c_at_the_very_end_ends_at_once_and_says_nothing():
+    late = "import atexit, os, signal\natexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\nprint('out')"
+    assert run(late) == (-signal.SIGINT, "out\n", "")
+
+
 def test_names_that_the_output_cannot_encode():
     ascii_only = {"PYTHONIOENCODING": "ascii"}
     assert run(r"print('\udcff caf\xe9')", env=ascii_only) == (0, "\\udcff caf\\xe9\n", "")
     assert run(r"print('\udcff')") == (0, "\\udcff\n", "")
 
 
+CLOSED = "print('out')\nprint('err', file=sys.stderr)\nsys.stderr.write('err')\nsys.stdout.flush()\nreturn 3"
+
+
 def test_an_output_that_was_closed_from_the_start():
-    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *tool("print('out')\nprint('err', file=sys.stderr)\nreturn 3")]
+    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *tool(CLOSED)]
     assert subprocess.run(command, timeout=60).returncode == 3
 
 

@@ -454,6 +454,21 @@ def test_shards_train_and_go_on_exactly(tmp_path, recipe, monkeypatch):
     assert same_training(out, whole)
 
 
+def test_a_class_in_shards_that_the_model_does_not_have(tmp_path, recipe, capsys):
+    root = image_data.shards(tmp_path / "shards")
+    arguments = ("--data-dir", str(root), "--set", "dataset=wds/digits", "num_classes=4")
+    assert error_of(capsys, recipe, tmp_path / "out", *arguments) == "error: class: expected 0 to 3, got 4"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_none_of_whose_images_can_be_read(tmp_path, recipe, data, capsys, split):
+    root = shutil.copytree(data, tmp_path / "data")
+    for image in (root / split).rglob("*.png"):
+        image.write_bytes(b"no image")
+    assert run(recipe, tmp_path / "out", "--data-dir", str(root), "--set", "max_unreadable=1000") == 1
+    assert "images can be read\n" in capsys.readouterr().err.splitlines(keepends=True)[-1]
+
+
 def test_shards_in_two_processes(tmp_path, recipe):
     """An epoch of 80 images is 5 updates of 16."""
     pytest.importorskip("webdataset")
@@ -488,6 +503,7 @@ def error_of(capsys, *arguments) -> str:
         ("batch_size=100", "batch_size: expected at most the 80 images of the data for one update, got 100"),
         ("parallel=fsdp", "ema: expected null with parallel: fsdp"),
         ("num_classes=3", "num_classes: expected the data's 5, got 3"),
+        ("model_args.num_classes=7", "model_args.num_classes: expected num_classes, 5, got 7"),
         ("model_args={nothing: 1}", "model: test_svit cannot be made with"),
         ("checkpoint=nowhere.pth", "checkpoint: no such file: nowhere.pth"),
         ("data_dir=nowhere", "data_dir: no such folder or file: nowhere"),
@@ -496,6 +512,7 @@ def error_of(capsys, *arguments) -> str:
         ("opt_args={foo: 1}", "the recipe cannot be followed: TypeError: "),
         ("warmup_epochs=-1", "warmup_epochs: expected at least 0, got -1"),
         ("img_size=0", "img_size: expected at least 1, got 0"),
+        ("std=[0.2, 0, 0.2]", "std: expected numbers above 0, got [0.2, 0.0, 0.2]"),
         ("epochs", "--set: expected KEY=VALUE, got 'epochs'"),
     ],
 )

@@ -1,4 +1,7 @@
+import io
+import os
 import re
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -124,20 +127,37 @@ def test_errors_are_one_line_and_leave_nothing(options, message, tmp_path, monke
 def test_images_that_cannot_be_read_are_named_and_the_others_drawn(photo, tmp_path, capsys):
     (tmp_path / "damaged.png").write_bytes(b"no image")
     (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:-500])
-    files = [str(tmp_path / "damaged.png"), str(photo), str(tmp_path / "cut.png")]
+    (tmp_path / "link.png").symlink_to("nowhere")
+    Image.new("RGB", (1, 21)).save(tmp_path / "line.png")
+    bad = [str(tmp_path / f"{name}.png") for name in ("damaged", "cut", "link", "line")]
+    files = [bad[0], str(photo), *bad[1:]]
     options = ["--model", "test_svit", "--out", str(tmp_path / "out")]
     assert main([*files, *options]) == 1
     *errors, last = capsys.readouterr().err.splitlines()
-    assert [line.split(" (")[0] for line in errors] == [f"error: {file}: cannot be read" for file in files[::2]]
-    assert last == "error: 2 of 3 images cannot be read"
+    assert [line.split(" (")[0] for line in errors[:3]] == [f"error: {file}: cannot be read" for file in bad[:3]]
+    assert errors[3:] == [f"error: {bad[3]}: cannot be drawn, 21 x 1 pixels; expected sides up to 1 to 20"]
+    assert last == "error: 4 of 5 images cannot be read"
     names = {f"{photo.stem}-{figure}.png" for figure in FIGURES}
     assert {file.name for file in (tmp_path / "out").iterdir()} == {*names, "index.html"}
     assert (tmp_path / "out" / "index.html").read_text("utf-8").count("<section>") == 1
 
     options[-1] = str(tmp_path / "none")
-    assert main([*files[::2], *options]) == 1
+    assert main([*bad[:2], *options]) == 1
     assert capsys.readouterr().err.endswith("error: 2 of 2 images cannot be read\n")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_name_that_is_no_text_is_drawn_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # takes it, as that of a tool does
+    name = os.fsdecode(b"caf\xe9")
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
+    (tmp_path / "photo.png").rename(tmp_path / f"{name}.png")
+    out = tmp_path / "out"
+    assert main([str(tmp_path / f"{name}.png"), "--model", "test_svit", "--out", str(out)]) == 0
+    assert (out / f"{name}-attention.png").is_file()
+    page = (out / "index.html").read_text("utf-8")
+    assert 'src="caf%E9-attention.png"' in page
+    assert r"<h2>caf\udce9.png</h2>" in page
 
 
 def test_an_error_on_the_way_keeps_the_old_page(photo, tmp_path, monkeypatch, capsys):

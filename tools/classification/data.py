@@ -265,11 +265,23 @@ def check_splits(train: Dataset, val: Dataset) -> None:
     raise DataError(f"val: its classes are in another order than train's; {both}")
 
 
+def check_classes(classes: torch.Tensor, num_classes: int) -> None:
+    """Classes (B,) of images must be ones that the model has.
+
+    Raises:
+        DataError: one is not.
+    """
+    wrong = classes[(classes < 0) | (classes >= num_classes)]
+    if len(wrong):
+        raise DataError(f"class: expected 0 to {num_classes - 1}, got {wrong[0]}")
+
+
 class Images(Dataset):
     """A dataset with an index, augmented; an item's key is (epoch, place in the epoch, index).
 
     An image that cannot be read is reported once, by name. In training the next image takes its place; else the item is
-    None, which `collate` drops. More than `limit` of them are a DataError. `mode` is that of `read_image`.
+    None, which `collate` drops. More than `limit` of them are a DataError, and so are all of them. `mode` is that of
+    `read_image`.
     """
 
     def __init__(self, dataset: Dataset, transform, seed: int, training: bool, limit: int, mode: str = "RGB") -> None:
@@ -306,7 +318,10 @@ class Images(Dataset):
         if not self.unreadable[index]:
             self.unreadable[index] = True
             print(f"unreadable, skipped: {self.name(index)} ({error})", file=sys.stderr, flush=True)
-        if int(self.unreadable.sum()) > self.limit:
+        count = int(self.unreadable.sum())
+        if count == len(self):  # in training, the next one would be sought for ever
+            raise DataError(f"none of the {count} images can be read")
+        if count > self.limit:
             names = ", ".join(self.name(i) for i in self.unreadable.nonzero().flatten().tolist()[:10])
             raise DataError(f"more than {self.limit} images cannot be read (max_unreadable): {names}")
 

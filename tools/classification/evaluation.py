@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .data import Batch
+from .data import Batch, DataError, check_classes
 
 
 @dataclass
@@ -54,7 +54,7 @@ def evaluate(
         reduce: sums a tensor over the processes, each of which has other batches.
 
     Raises:
-        ValueError: there is no image, or a class that the model does not have.
+        DataError: there is no image, or a class that the model does not have.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     hits, hits5, counts = (torch.zeros(num_classes, dtype=dtype, device=device) for _ in range(3))
@@ -64,9 +64,7 @@ def evaluate(
     model.eval()
     try:
         for images, classes in batches:
-            wrong = classes[(classes < 0) | (classes >= num_classes)]
-            if len(wrong):
-                raise ValueError(f"class: expected 0 to {num_classes - 1}, got {wrong[0]}")
+            check_classes(classes, num_classes)
             images = images.to(device, non_blocking=True, memory_format=memory_format)
             classes = classes.to(device, non_blocking=True)
             with autocast():
@@ -84,7 +82,7 @@ def evaluate(
     hits, hits5, counts, loss = (reduce(t).cpu() for t in (hits, hits5, counts, loss))
     total = int(counts.sum())
     if total == 0:
-        raise ValueError("there is no image to evaluate on")
+        raise DataError("there is no image to evaluate on")
     return Accuracy(
         total,
         int(hits.sum()),

@@ -193,6 +193,8 @@ def check(recipe: Recipe, name: str) -> None:
         numbers = getattr(recipe, key)
         if numbers is not None and len(numbers) not in lengths:
             raise RecipeError(f"{name}: {key}: expected {lengths[-1]} numbers, got {numbers}")
+    if recipe.std and min(recipe.std) <= 0:
+        raise RecipeError(f"{name}: std: expected numbers above 0, got {recipe.std}")
     optimizers = list_optimizers()
     if recipe.opt.lower().removeprefix("lookahead_") not in optimizers:
         raise RecipeError(f"{name}: opt: no optimizer {recipe.opt!r} in timm{did_you_mean(recipe.opt, optimizers)}")
