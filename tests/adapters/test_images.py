@@ -56,6 +56,7 @@ def test_only_the_first_are_named(folder):
 def test_cut_short(folder):
     """Only the header is read, unless asked for more."""
     Image.effect_noise((64, 64), 50).save(folder / "2.jpg")
+    Image.new("L", (64, 64)).save(folder / "2.png")
     whole = (folder / "2.jpg").read_bytes()
     (folder / "2.jpg").write_bytes(whole[: len(whole) // 2])
     check_images(masks(folder))
