@@ -345,7 +345,7 @@ def add_mask_checks(parts: list[dict], model: dict) -> None:
 
 
 def with_mask_check(pipeline: Sequence, check: dict | None) -> list:
-    """A pipeline, and those inside of its transforms, with `check` after each `LoadAnnotations`; None: without these."""
+    """A pipeline, and those inside of it, with `check` after each `LoadAnnotations`; with None without either."""
     found = []
     for step in pipeline:
         if isinstance(step, (list, tuple)):

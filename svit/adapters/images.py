@@ -72,7 +72,7 @@ class CheckImagesHook(Hook):
     out, for data that Pillow cannot open.
 
     Args:
-        decode: read each file to its end, which also finds those that are cut short, and takes as long as an epoch's
+        decode: read each file to its end, which also finds those that are cut short, and takes as long as two epochs'
             loading of images.
 
     Raises:
@@ -153,6 +153,7 @@ class Checked:
         color_type, backend = getattr(loader, "color_type", "color"), getattr(loader, "imdecode_backend", "cv2")
         self.turned = is_turned(color_type, backend)
         self.by_opencv = loader is not None and backend in ("cv2", None)
+        self.loader = loader
         classes = (getattr(dataset, "metainfo", None) or {}).get("classes")
         self.values = None
         if classes and hasattr(dataset, "reduce_zero_label"):  # of MMSegmentation
@@ -200,12 +201,14 @@ class Checked:
         return sizes
 
     def image_flaw(self, image: Image.Image, info: dict) -> str | None:
-        """What is wrong with an image by its header."""
+        """What is wrong with an image by its header, and where it shall be decoded, for the config's loader."""
         if self.by_opencv and image.format not in READ_BY_OPENCV:
             if image.format == "TIFF" and image.mode in ("I", "F"):
                 return "a TIFF of 32 bits, which OpenCV does not read"
             if not cv2.haveImageReader(str(info["img_path"])):
                 return f"{image.format}, which OpenCV does not read"
+        if self.by_opencv and self.decode:
+            self.loader(dict(img_path=info["img_path"]))  # an error for what Pillow may forgive, and the reverse
         annotated = info.get("width"), info.get("height")
         return None if None in annotated else Sizes.of(image).flaw(self.turned, annotated, "its annotations are of")
 

@@ -104,7 +104,7 @@ def test_check_backbone(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="is not of svit_large; .*other shapes"):
         check_backbone(config)
     config.model.backbone.arch = "test_svit"
-    with pytest.raises(ConfigError, match=r"decode_head.in_channels: expected \[8, 16, 24, 32\], .* of test_svit's maps"):
+    with pytest.raises(ConfigError, match=r"decode_head.in_channels: expected \[8, 16, 24, 32\], .* test_svit's maps"):
         check_backbone(config)
     config.model.decode_head.in_channels = [8, 16, 24, 32]
     config.model.auxiliary_head.in_channels = 24

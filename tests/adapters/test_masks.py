@@ -61,6 +61,7 @@ def test_flaw(found, flaw):
         (MaskValues(150, True), [0], "nothing but value 0; expected 1..150 or 0, 255 = ignore"),
         (MaskValues(11), [0, 1], None),
         (MaskValues(11), [0, 1, 255], None),
+        (MaskValues(11), [4, 255], None),  # one class, the rest not labelled
         (MaskValues(11), [4], None),  # every pixel of one class: dull, but no sign of a mistake
         (MaskValues(1), [0, 255], None),  # one class, and where it is not
     ],
@@ -160,6 +161,6 @@ def test_check_mask_names_the_values_of_the_file(tmp_path, reduce_zero_label, me
 
 def test_error_from_a_worker():
     """A DataLoader raises the error anew with the worker's traceback as its message."""
-    text = 'Caught ImageError in DataLoader worker process 0.\nTraceback ...\nsvit.ImageError: mask a.png: value 9\n'
+    text = "Caught ImageError in DataLoader worker process 0.\nTraceback ...\nsvit.ImageError: mask a.png: value 9\n"
     assert str(ImageError(text)) == "mask a.png: value 9"
     assert str(ImageError("mask a.png: value 9")) == "mask a.png: value 9"
