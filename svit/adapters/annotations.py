@@ -211,6 +211,7 @@ def check_images(images: list[dict], size_of, wrong: Findings, fixed: Findings) 
                 image["width"], image["height"] = width, height
                 fixed.add("images without width and height, taken from their files", key)
         sizes[key] = (int(width), int(height)) if is_length(width) and is_length(height) else (1, 1)
+    check_kinds(sizes, "images", wrong)
     return sizes
 
 
@@ -225,8 +226,16 @@ def check_categories(categories: list[dict], classes: Sequence[str], wrong: Find
             wrong.add("categories of the same id as another", key)
         else:
             names[key] = name
+    check_kinds(names, "categories", wrong)
     wanted = set(classes) or set(names.values())
     return {key: name in wanted for key, name in names.items()}
+
+
+def check_kinds(ids: dict, what: str, wrong: Findings) -> None:
+    """The evaluation sorts the ids, which it cannot where some are numbers and others text."""
+    texts = [repr(key) for key in ids if isinstance(key, str)]
+    if 0 < len(texts) < len(ids):
+        wrong.kinds[f"{what} whose ids are text where others are numbers"] = texts
 
 
 def number_annotations(annotations: list[dict], wrong: Findings, fixed: Findings) -> None:
@@ -327,8 +336,10 @@ def check_mask(entry: dict, width: int, height: int, fixed: Findings) -> str | N
     for polygon in segmentation:
         try:
             finite = isfinite(sum(polygon))  # of anything but numbers a TypeError
-        except (TypeError, OverflowError):
+        except TypeError:
             return "no list of polygons"
+        except OverflowError:
+            finite = False
         if not isinstance(polygon, list) or not finite or len(polygon) % 2:
             return "a polygon of other than pairs of finite numbers"
         if polygon and (min(polygon) < -FAR or max(polygon) > FAR):

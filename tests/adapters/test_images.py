@@ -169,9 +169,20 @@ def test_what_the_loader_does_not_read(tmp_path):
             check_images(OneImage(LoadImageFromFile(), **info))
         with pytest.raises((AssertionError, cv2.error)):  # without the check, in the midst of the training
             LoadImageFromFile()(dict(info))
-        by_pillow = LoadImageFromFile(imdecode_backend="pillow")
-        check_images(OneImage(by_pillow, **info))
-        assert by_pillow(dict(info))["img"].shape[:2] == (HEIGHT, WIDTH)
+    check_images(OneImage(LoadImageFromFile(imdecode_backend="pillow"), **dict(info, img_path=tmp_path / "x.pcx")))
+    check_images(OneImage(LoadImageFromFile(color_type="unchanged"), **info))  # as it is stored
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_depth(tmp_path, suffix):
+    """Of 16 bits OpenCV takes the upper 8; mmcv by Pillow would make all above 255 white."""
+    grey = np.arange(WIDTH * HEIGHT, dtype=np.uint8).reshape(HEIGHT, WIDTH)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / f"x.{suffix}")
+    info = dict(img_path=str(tmp_path / f"x.{suffix}"), width=WIDTH, height=HEIGHT)
+    check_images(OneImage(LoadImageFromFile(), **info))
+    assert np.array_equal(LoadImageFromFile(color_type="grayscale")(dict(info))["img"], grey)
+    with pytest.raises(ImageError, match="more than 8 bits, which imdecode_backend='pillow' makes white"):
+        check_images(OneImage(LoadImageFromFile(imdecode_backend="pillow"), **info))
 
 
 def camvid(folder: Path, **options) -> BaseSegDataset:
@@ -301,10 +312,11 @@ def test_what_passes_is_loaded_in_its_size(tmp_path_factory, mode, suffix, size,
         loads = False
     else:
         loads = True
+    message = None
     try:
         check_images(OneImage(loader, img_path=str(file), width=width, height=height), decode=True)
-    except ImageError:
-        # OpenCV fills up what is cut short, Pillow does not
-        assert cut or not loads
-    else:
-        assert loads
+    except ImageError as error:
+        message = str(error)
+    # OpenCV fills up what is cut short, Pillow does not.
+    assert cut or loads == (message is None) or "makes white" in message
+    assert loads or message
