@@ -3,7 +3,7 @@
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from svit.convert import listing
 from svit.files import replacing
 
 from .configs import ConfigError
+from .images import first
 
 __all__ = ["AnnotationFiles", "Findings", "check_annotations", "check_classes", "check_filter", "read_annotations"]
 
@@ -43,11 +44,6 @@ class Findings:
 
     def __str__(self) -> str:
         return "".join(f"\n  {len(names)} {kind}: {first(names)}" for kind, names in self.kinds.items())
-
-
-def first(names: Iterable, limit: int = 5) -> str:
-    names = list(map(str, names))
-    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
 
 
 class AnnotationFiles:

@@ -247,13 +247,17 @@ def names_of_images(dataset: dict, where: str) -> list[str]:
             raise ConfigError(f"{where.removesuffix('data_prefix.img_path')}ann_file: {file} lists no images")
         return names
     left_out: Counter[str] = Counter()
-    files = [os.path.relpath(entry.path, folder) for entry in walk(folder, left_out)]
+    entries = list(walk(folder, left_out))
+    files = [os.path.relpath(entry.path, folder) for entry in entries]
     for what in left_out:
         if "link" in what:
             raise ConfigError(f"{where}: {folder} holds a {what}, which MMSegmentation would follow again and again")
     names = [name for name in files if name.endswith(suffix)]
     if not names:
         raise ConfigError(f"{where}: no file that ends in {suffix} in {folder}")
+    broken = [entry.path for entry in entries if entry.name.endswith(suffix) and not entry.is_file()]
+    if broken:
+        raise ConfigError(f"{where}: links that lead nowhere, which MMSegmentation would leave out: {listing(broken)}")
     if any(what.endswith("/") for what in left_out):
         stray = set(list_dir_or_file(str(folder), list_dir=False, suffix=suffix, recursive=True)) - set(names)
         if stray:

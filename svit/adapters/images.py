@@ -251,6 +251,6 @@ def problem_with(file: Any) -> str | None:
         return DAMAGED
 
 
-def first(names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
+def first(names: Iterable, limit: int = 5) -> str:
+    names = list(map(str, names))
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")

@@ -179,6 +179,10 @@ def test_linked_folders(tmp_path):
     config = segmentor(root)
     check_data(config, "train")
     assert found_by_mmseg(config, "train") == [f"town/{i}.jpg" for i in range(8)]
+    (tmp_path / "images/x.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(ConfigError, match="img_path: links that lead nowhere, .*: .*training/town/x.jpg"):
+        check_data(segmentor(root), "train")
+    (tmp_path / "images/x.jpg").unlink()
     (tmp_path / "images/again").symlink_to(tmp_path / "images")
     with pytest.raises(ConfigError, match="img_path: .* holds a link to a folder that holds it, which MMSeg"):
         check_data(segmentor(root), "train")
