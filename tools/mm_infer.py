@@ -68,9 +68,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         try:
             picture, found = look(pixels)
-        except cv2.error as error:  # of the pipeline's, where an image of one pixel's width becomes narrower
+        except (cv2.error, IndexError, RuntimeError) as error:  # of an image a pixel wide, or too large for the memory
             size = f"{pixels.shape[1]} x {pixels.shape[0]}"
-            print(f"warning: {image}: the config's pipeline does not take {size} pixels ({error.err})", file=sys.stderr)
+            print(f"warning: {image}: the config's model does not take {size} pixels ({error})", file=sys.stderr)
             unreadable += 1
             continue
         try:

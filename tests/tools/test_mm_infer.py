@@ -178,10 +178,10 @@ def test_a_picture_that_cannot_be_written(segmentor, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
 
 
-def test_an_image_that_the_pipeline_does_not_take(detector, tmp_path, capsys):
+def test_an_image_that_the_model_does_not_take(detector, tmp_path, capsys):
     """One pixel wide, it would be resized to less."""
     photo((1, 2000)).save(tmp_path / "a.png")
     photo((96, 64)).save(tmp_path / "b.png")
     assert mm_infer.main([*detector, str(tmp_path), "--out", str(tmp_path / "out")]) == 1
-    assert "a.png: the config's pipeline does not take 1 x 2000 pixels (" in capsys.readouterr().err
+    assert "a.png: the config's model does not take 1 x 2000 pixels (" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
