@@ -353,15 +353,19 @@ def with_mask_check(pipeline: Sequence, check: dict | None) -> list:
     found = []
     for step in pipeline:
         if isinstance(step, (list, tuple)):
-            choice = with_mask_check(step, check)
-            found += [choice] if choice else []  # TestTimeAug would make nothing out of no choice
+            found.append(with_mask_check(step, check))
             continue
-        if step.get("transforms"):
+        name = name_of(step)
+        if name == "TestTimeAug":  # a list in it holds alternatives, and a step alone is one of one
+            lists = []
+            for choice in step["transforms"]:
+                lists += [[part] for part in with_mask_check(choice, check)] if len(choice) == 1 else [choice]
+            step = type(step)({**step, "transforms": lists})
+        elif step.get("transforms"):
             step = type(step)({**step, "transforms": with_mask_check(step["transforms"], check)})
-        loads = name_of(step) == "LoadAnnotations"
-        if name_of(step) != "CheckMask" and (check or not loads):
+        if name != "CheckMask" and (check or name != "LoadAnnotations"):
             found.append(step)
-        if loads and check:
+        if check and name == "LoadAnnotations":
             found.append(dict(check))
     return found
 

@@ -282,8 +282,15 @@ def test_mask_checks(tmp_path):
     (_, load, check, *_) = config.train_dataloader.dataset.pipeline
     assert (load["type"], check) == ("LoadAnnotations", dict(type="CheckMask", num_classes=150, ignore_index=7))
     assert config.train_dataloader.dataset.ignore_index == 7
-    transforms = config.test_dataloader.dataset.pipeline[1]["transforms"]
-    assert [step["type"] for step in transforms[2]] == ["LoadAnnotations", "CheckMask"]
+    transforms = config.test_dataloader.dataset.pipeline[1]["transforms"]  # a list of alternatives for each step
+    assert [[step["type"] for step in choice] for choice in transforms[2:]] == [
+        ["LoadAnnotations"],
+        ["CheckMask"],
+        ["PackSegInputs"],
+    ]
+    samples = DATASETS.build(config.test_dataloader.dataset)[0]["data_samples"]
+    assert len(samples) == 6
+    assert all("gt_sem_seg" in sample for sample in samples)
     assert str(config.train_dataloader.dataset.pipeline).count("CheckMask") == 1
 
 
