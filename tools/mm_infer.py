@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from pickle import UnpicklingError
 
+import cv2
 import numpy as np
 from mmengine.config import DictAction
 from PIL import Image
@@ -66,8 +67,14 @@ def main(argv: list[str] | None = None) -> int:
             unreadable += 1
             continue
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
             picture, found = look(pixels)
+        except (cv2.error, IndexError, RuntimeError) as error:  # of an image a pixel wide, or too large for the memory
+            size = f"{pixels.shape[1]} x {pixels.shape[0]}"
+            print(f"warning: {image}: the config's model does not take {size} pixels ({error})", file=sys.stderr)
+            unreadable += 1
+            continue
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as part:
                 Image.fromarray(picture).save(part)
         except OSError as error:

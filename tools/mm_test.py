@@ -46,10 +46,13 @@ def main(argv: list[str] | None = None) -> int:
         drop_start_weights(config)
         check_backbone(config)
         check_checkpoint(config, args.checkpoint)
+        if args.tta:
+            check_tta(config)
+            config.test_dataloader.dataset.pipeline = config.tta_pipeline
         check_data(config, "test")
         start_processes(config)
         if args.tta:
-            use_tta(config)
+            config.model = dict(config.tta_model, module=config.model)
         runner = Runner.from_cfg(config)
     except ValueError as error:
         return failed(error)
@@ -63,11 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def use_tta(config: Config) -> None:
+def check_tta(config: Config) -> None:
     if "tta_pipeline" not in config or "tta_model" not in config:
         raise ConfigError("--tta: the config has no tta_pipeline and tta_model")
-    config.test_dataloader.dataset.pipeline = config.tta_pipeline
-    config.model = dict(config.tta_model, module=config.model)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,26 @@
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pycocotools import mask as coco_mask
 
 from svit.convert import listing
 from svit.files import replacing
 
 from .configs import ConfigError
+from .images import first
 
 __all__ = ["AnnotationFiles", "Findings", "check_annotations", "check_classes", "check_filter", "read_annotations"]
 
 # Objects that MMDetection leaves out by itself, as two of COCO 2017's 860,001 are: more than this share is an error.
 TOLERATED = 1 / 1000
+# Pixels from the first one. pycocotools takes memory for every pixel along an edge, and crashes where there is none.
+FAR = 1e6
 BOX = "[x, y, width, height] in pixels"
 MASK = "polygons of 3 points or more, [[x1, y1, x2, y2, x3, y3, ...], ...], or an RLE of the image's size"
 
@@ -40,11 +44,6 @@ class Findings:
 
     def __str__(self) -> str:
         return "".join(f"\n  {len(names)} {kind}: {first(names)}" for kind, names in self.kinds.items())
-
-
-def first(names: Iterable, limit: int = 5) -> str:
-    names = list(map(str, names))
-    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
 
 
 class AnnotationFiles:
@@ -180,10 +179,14 @@ def known(key: Any, table: dict) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e15  # JSON has integers that are too large for a float
 
 
-def check_images(images: list[dict], size_of, wrong: Findings, fixed: Findings) -> dict[Any, tuple[float, float]]:
+def is_length(value: Any) -> bool:
+    return is_number(value) and value == int(value) and 0 < value < 2**31
+
+
+def check_images(images: list[dict], size_of, wrong: Findings, fixed: Findings) -> dict[Any, tuple[int, int]]:
     """Width and height of each image by its id."""
     sizes = {}
     for position, image in enumerate(images):
@@ -196,14 +199,15 @@ def check_images(images: list[dict], size_of, wrong: Findings, fixed: Findings) 
         width, height = image.get("width"), image.get("height")
         if not isinstance(name, str) or not name:
             wrong.add("images without a file_name", key)
-        elif not (is_number(width) and is_number(height) and width > 0 and height > 0):
+        elif not (is_length(width) and is_length(height)):
             width, height = size_of(name) or (None, None)
             if width is None:
                 wrong.add("images without width and height, whose file cannot be read", f"{key} ({name})")
             else:
                 image["width"], image["height"] = width, height
                 fixed.add("images without width and height, taken from their files", key)
-        sizes[key] = (width or 1, height or 1)
+        sizes[key] = (int(width), int(height)) if is_length(width) and is_length(height) else (1, 1)
+    check_kinds(sizes, "images", wrong)
     return sizes
 
 
@@ -218,8 +222,16 @@ def check_categories(categories: list[dict], classes: Sequence[str], wrong: Find
             wrong.add("categories of the same id as another", key)
         else:
             names[key] = name
+    check_kinds(names, "categories", wrong)
     wanted = set(classes) or set(names.values())
     return {key: name in wanted for key, name in names.items()}
+
+
+def check_kinds(ids: dict, what: str, wrong: Findings) -> None:
+    """The evaluation sorts the ids, which it cannot where some are numbers and others text."""
+    texts = [repr(key) for key in ids if isinstance(key, str)]
+    if 0 < len(texts) < len(ids):
+        wrong.kinds[f"{what} whose ids are text where others are numbers"] = texts
 
 
 def number_annotations(annotations: list[dict], wrong: Findings, fixed: Findings) -> None:
@@ -238,7 +250,7 @@ def number_annotations(annotations: list[dict], wrong: Findings, fixed: Findings
 
 def check_object(
     entry: dict,
-    size: tuple[float, float],
+    size: tuple[int, int],
     needs_mask: bool,
     wrong: Findings,
     fixed: Findings,
@@ -294,9 +306,11 @@ def check_object(
     if entry.get("iscrowd") is None:  # the evaluation would end in a KeyError
         entry["iscrowd"] = 0
         fixed.add("objects without iscrowd, 0", key)
+    elif entry["iscrowd"] not in (0, 1):
+        wrong.add("objects whose iscrowd is neither 0 nor 1", key)
 
 
-def check_mask(entry: dict, width: float, height: float, fixed: Findings) -> str | None:
+def check_mask(entry: dict, width: int, height: int, fixed: Findings) -> str | None:
     """What is wrong with a segmentation that is not empty: 'short' for less than three points, None for nothing."""
     segmentation = entry["segmentation"]
     if isinstance(segmentation, dict):
@@ -305,9 +319,9 @@ def check_mask(entry: dict, width: float, height: float, fixed: Findings) -> str
             return "an RLE without counts or size"
         if size != [height, width]:
             return f"an RLE of {size}, of an image of {[height, width]}"
-        if isinstance(counts, list) and not (
-            all(type(n) is int and n >= 0 for n in counts) and sum(counts) == height * width
-        ):
+        if isinstance(counts, str):
+            counts = uncompressed(counts)
+        if not all(type(n) is int and n >= 0 for n in counts) or sum(counts) != height * width:
             return "an RLE whose counts do not add up to the image"
         return None
     if not isinstance(segmentation, list):
@@ -320,8 +334,12 @@ def check_mask(entry: dict, width: float, height: float, fixed: Findings) -> str
             finite = isfinite(sum(polygon))  # of anything but numbers a TypeError
         except TypeError:
             return "no list of polygons"
+        except OverflowError:
+            finite = False
         if not isinstance(polygon, list) or not finite or len(polygon) % 2:
             return "a polygon of other than pairs of finite numbers"
+        if polygon and (min(polygon) < -FAR or max(polygon) > FAR):
+            return "a polygon far outside of any image"
     good = [polygon for polygon in segmentation if len(polygon) >= 6]
     if not good:
         return "short"
@@ -331,15 +349,37 @@ def check_mask(entry: dict, width: float, height: float, fixed: Findings) -> str
     return None
 
 
-def rle_of(segmentation: list | dict, width: float, height: float) -> dict:
+def uncompressed(counts: str) -> list[int]:
+    """The lengths of the runs in a compressed RLE; pycocotools, of those that end too early, makes up the rest.
+
+    Each number is written in characters of five bits, the lowest first, and a sixth that says whether more follow; from
+    the fourth on it is the difference to the number two before.
+    """
+    codes = np.frombuffer(counts.encode("latin-1", "replace"), np.uint8).astype(np.int64) - 48
+    last = codes & 32 == 0
+    if not codes.size or not last[-1] or codes.min() < 0 or codes.max() > 63:
+        return [-1]
+    ends = np.flatnonzero(last)
+    starts = np.append(0, ends[:-1] + 1)
+    places = np.arange(codes.size) - np.repeat(starts, ends - starts + 1)
+    if places.max() > 6:  # beyond 2^32
+        return [-1]
+    numbers = np.add.reduceat((codes & 31) << (5 * places), starts)
+    numbers -= np.where(codes[ends] & 16, 1 << (5 * (places[ends] + 1)), 0)  # negative
+    numbers[1::2] = numbers[1::2].cumsum()
+    numbers[2::2] = numbers[2::2].cumsum()
+    return numbers.tolist()
+
+
+def rle_of(segmentation: list | dict, width: int, height: int) -> dict:
     if isinstance(segmentation, list):
-        return coco_mask.merge(coco_mask.frPyObjects(segmentation, int(height), int(width)))
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     if isinstance(segmentation["counts"], list):
-        return coco_mask.frPyObjects(segmentation, int(height), int(width))
+        return coco_mask.frPyObjects(segmentation, height, width)
     return segmentation
 
 
-def box_of(segmentation: list | dict, width: float, height: float) -> list[float]:
+def box_of(segmentation: list | dict, width: int, height: int) -> list[float]:
     """The box [x, y, width, height] of a mask inside of its image."""
     if isinstance(segmentation, dict):
         return coco_mask.toBbox(rle_of(segmentation, width, height)).tolist()
@@ -348,7 +388,7 @@ def box_of(segmentation: list | dict, width: float, height: float) -> list[float
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
-def area_of(segmentation: list | dict, width: float, height: float) -> float:
+def area_of(segmentation: list | dict, width: int, height: int) -> float:
     return float(coco_mask.area(rle_of(segmentation, width, height)))
 
 

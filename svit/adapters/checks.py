@@ -210,32 +210,16 @@ def check_folders(dataset: dict, where: str) -> bool:
     images = root / (prefixes.get("img_path") or "")
     if not images.is_dir():
         raise ConfigError(f"{where}.data_prefix.img_path: no such folder: {images}")
-    suffix = option(dataset, "img_suffix")
-    found, others = files_in(images, suffix, f"{where}.data_prefix.img_path")
-    if not found:
-        raise ConfigError(f"{where}.data_prefix.img_path: no file that ends in {suffix} in {images}")
-    if others and not dataset.get("ann_file"):
-        warnings.warn(
-            f"{where}: {len(others)} images in {images} do not end in img_suffix={suffix!r} and are left out: "
-            f"{listing(others)}",
-            stacklevel=2,
-        )
-    if dataset.get("ann_file") and not (root / dataset["ann_file"]).exists():
-        raise ConfigError(f"{where}.ann_file: no such file: {root / dataset['ann_file']}")
-    folder = masks_folder(dataset)
-    if folder is None:
+    names_of_images(dataset, f"{where}.data_prefix.img_path")
+    if masks_folder(dataset) is None:
         return False
-    if not (root / folder).is_dir():
-        if dataset.get("test_mode") or where.startswith("test"):
-            return False
-        raise ConfigError(f"{where}.data_prefix.seg_map_path: no such folder: {root / folder}")
+    folder, where = root / masks_folder(dataset), f"{where}.data_prefix.seg_map_path"
     suffix = option(dataset, "seg_map_suffix")
-    masks, _ = files_in(root / folder, suffix, f"{where}.data_prefix.seg_map_path")
-    if not masks:
-        if where.startswith("test"):
-            return False
-        raise ConfigError(f"{where}.data_prefix.seg_map_path: no file that ends in {suffix} in {root / folder}")
-    return True
+    if folder.is_dir() and any(entry.name.endswith(suffix) for entry in walk(folder)):
+        return True
+    if where.startswith("test"):
+        return False
+    raise ConfigError(f"{where}: no {f'file that ends in {suffix} in' if folder.is_dir() else 'such folder:'} {folder}")
 
 
 def masks_folder(dataset: dict) -> str | None:
@@ -245,26 +229,50 @@ def masks_folder(dataset: dict) -> str | None:
     return prefixes.get("seg_map_path")
 
 
-def files_in(folder: Path, suffix: str, where: str) -> tuple[set[str], list[str]]:
-    """The names of files in a folder and below it that end in `suffix`, and those of other images.
+def names_of_images(dataset: dict, where: str) -> list[str]:
+    """The images of a data set of mmseg, below their folder: those that its `ann_file` lists, else all that are there.
 
     Raises:
-        ConfigError: a link leads in a circle, or mmseg would read files that are hidden or not the user's.
+        ConfigError: there are none, a link leads in a circle, or mmseg would read files that are hidden or not the
+            user's.
     """
+    root, suffix = Path(dataset.get("data_root") or ""), option(dataset, "img_suffix")
+    folder = root / ((dataset.get("data_prefix") or {}).get("img_path") or "")
+    if dataset.get("ann_file"):
+        file = root / dataset["ann_file"]
+        if not file.is_file():
+            raise ConfigError(f"{where.removesuffix('data_prefix.img_path')}ann_file: no such file: {file}")
+        names = [line.strip() + suffix for line in file.read_text().splitlines()]
+        if not names:
+            raise ConfigError(f"{where.removesuffix('data_prefix.img_path')}ann_file: {file} lists no images")
+        return names
     left_out: Counter[str] = Counter()
-    names = [os.path.relpath(entry.path, folder) for entry in walk(folder, left_out)]
+    entries = list(walk(folder, left_out))
+    files = [os.path.relpath(entry.path, folder) for entry in entries]
     for what in left_out:
         if "link" in what:
             raise ConfigError(f"{where}: {folder} holds a {what}, which MMSegmentation would follow again and again")
-    found = {name for name in names if name.endswith(suffix)}
+    names = [name for name in files if name.endswith(suffix)]
+    if not names:
+        raise ConfigError(f"{where}: no file that ends in {suffix} in {folder}")
+    broken = [entry.path for entry in entries if entry.name.endswith(suffix) and not entry.is_file()]
+    if broken:
+        raise ConfigError(f"{where}: links that lead nowhere, which MMSegmentation would leave out: {listing(broken)}")
     if any(what.endswith("/") for what in left_out):
-        stray = set(list_dir_or_file(str(folder), list_dir=False, suffix=suffix, recursive=True)) - found
+        stray = set(list_dir_or_file(str(folder), list_dir=False, suffix=suffix, recursive=True)) - set(names)
         if stray:
             raise ConfigError(
                 f"{where}: MMSegmentation would read {len(stray)} files in folders of {folder} that are hidden or a "
                 f"system's: {listing(sorted(stray))}. Remove them"
             )
-    return found, sorted(name for name in names if name not in found and Path(name).suffix.lower() in EXTENSIONS)
+    others = sorted(name for name in set(files) - set(names) if Path(name).suffix.lower() in EXTENSIONS)
+    if others:
+        warnings.warn(
+            f"{where}: {len(others)} images in {folder} do not end in img_suffix={suffix!r} and are left out: "
+            f"{listing(others)}",
+            stacklevel=2,
+        )
+    return names
 
 
 def evaluates_masks(evaluators: Sequence[dict]) -> bool:
@@ -311,19 +319,18 @@ def write_results_only(config: Config, without: list[dict], evaluators: Sequence
         if "img_suffix" in parameters(dataset):
             check_names(dataset)
             dataset["data_prefix"] = dict(img_path=(dataset.get("data_prefix") or {}).get("img_path") or "")
-            dataset["pipeline"] = [step for step in dataset["pipeline"] if name_of(step) != "LoadAnnotations"]
+            dataset["pipeline"] = with_mask_check(dataset["pipeline"], None)
     warnings.warn(f"{annotations} has no annotations: results are written to {folder}, no metrics", stacklevel=2)
 
 
 def check_names(dataset: dict) -> None:
     """IoUMetric names its results after the images, without their folders."""
-    folder = Path(dataset.get("data_root") or "", (dataset.get("data_prefix") or {}).get("img_path") or "")
-    names, _ = files_in(folder, option(dataset, "img_suffix"), "test_dataloader.dataset.data_prefix.img_path")
+    names = names_of_images(dataset, "test_dataloader.dataset.data_prefix.img_path")
     twice = [name for name, count in Counter(Path(name).stem for name in names).items() if count > 1]
     if twice:
         raise ConfigError(
-            f"test_dataloader.dataset: images of {folder} have the same name, {listing(twice)}; "
-            "the results of one would replace the other's"
+            f"test_dataloader.dataset: several images have the same name, {listing(twice)}; the results of one would "
+            "replace the other's"
         )
 
 
@@ -338,21 +345,27 @@ def add_mask_checks(parts: list[dict], model: dict) -> None:
             if ignored != 255:
                 dataset["ignore_index"] = ignored
             check = dict(type="CheckMask", num_classes=len(classes), ignore_index=ignored)
-            dataset["pipeline"] = after_annotations(dataset["pipeline"], check)
+            dataset["pipeline"] = with_mask_check(dataset["pipeline"], check)
 
 
-def after_annotations(pipeline: Sequence, check: dict) -> list:
-    """A pipeline, and those inside of its transforms, with `check` after each `LoadAnnotations`."""
+def with_mask_check(pipeline: Sequence, check: dict | None) -> list:
+    """A pipeline, and those inside of it, with `check` after each `LoadAnnotations`; with None without either."""
     found = []
     for step in pipeline:
         if isinstance(step, (list, tuple)):
-            found.append(after_annotations(step, check))
+            found.append(with_mask_check(step, check))
             continue
-        if step.get("transforms"):
-            step = type(step)({**step, "transforms": after_annotations(step["transforms"], check)})
-        if name_of(step) != "CheckMask":
+        name = name_of(step)
+        if name == "TestTimeAug":  # a list in it holds alternatives, and a step alone is one of one
+            lists = []
+            for choice in step["transforms"]:
+                lists += [[part] for part in with_mask_check(choice, check)] if len(choice) == 1 else [choice]
+            step = type(step)({**step, "transforms": lists})
+        elif step.get("transforms"):
+            step = type(step)({**step, "transforms": with_mask_check(step["transforms"], check)})
+        if name != "CheckMask" and (check or name != "LoadAnnotations"):
             found.append(step)
-        if name_of(step) == "LoadAnnotations":
+        if check and name == "LoadAnnotations":
             found.append(dict(check))
     return found
 

@@ -72,7 +72,7 @@ class CheckImagesHook(Hook):
     out, for data that Pillow cannot open.
 
     Args:
-        decode: read each file to its end, which also finds those that are cut short, and takes as long as an epoch's
+        decode: read each file to its end, which also finds those that are cut short, and takes as long as two epochs'
             loading of images.
 
     Raises:
@@ -152,7 +152,9 @@ class Checked:
         loader = next((t for t in transforms if hasattr(t, "color_type")), None)
         color_type, backend = getattr(loader, "color_type", "color"), getattr(loader, "imdecode_backend", "cv2")
         self.turned = is_turned(color_type, backend)
+        self.loader, self.unchanged = loader, color_type == "unchanged"
         self.by_opencv = loader is not None and backend in ("cv2", None)
+        self.by_pillow = loader is not None and backend == "pillow"
         classes = (getattr(dataset, "metainfo", None) or {}).get("classes")
         self.values = None
         if classes and hasattr(dataset, "reduce_zero_label"):  # of MMSegmentation
@@ -200,12 +202,16 @@ class Checked:
         return sizes
 
     def image_flaw(self, image: Image.Image, info: dict) -> str | None:
-        """What is wrong with an image by its header."""
+        """What is wrong with an image by its header, and where it shall be decoded, for the config's loader."""
         if self.by_opencv and image.format not in READ_BY_OPENCV:
-            if image.format == "TIFF" and image.mode in ("I", "F"):
+            if image.format == "TIFF" and image.mode in ("I", "F") and not self.unchanged:
                 return "a TIFF of 32 bits, which OpenCV does not read"
             if not cv2.haveImageReader(str(info["img_path"])):
                 return f"{image.format}, which OpenCV does not read"
+        if self.by_pillow and image.mode in WIDE_NUMBERS | {"F"} and not self.unchanged:
+            return "more than 8 bits, which imdecode_backend='pillow' makes white; OpenCV, the default, takes 16"
+        if self.by_opencv and self.decode:
+            self.loader(dict(img_path=info["img_path"]))  # an error for what Pillow may forgive, and the reverse
         annotated = info.get("width"), info.get("height")
         return None if None in annotated else Sizes.of(image).flaw(self.turned, annotated, "its annotations are of")
 
@@ -245,6 +251,6 @@ def problem_with(file: Any) -> str | None:
         return DAMAGED
 
 
-def first(names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
+def first(names: Iterable, limit: int = 5) -> str:
+    names = list(map(str, names))
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")

@@ -50,7 +50,9 @@ class MaskValues:
     def flaw_of_all(self, values: np.ndarray) -> str | None:
         """What is wrong with the values of many masks together, each of which may be right; None if nothing is."""
         classes = np.intersect1d(values, self.classes)
-        if classes.size == 0 or (classes.size == 1 < self.num_classes and classes.size < values.size):
+        # Masks of yes and no: no is the first class, yes, as 255, is ignored; or, where 0 is, no is.
+        binary = classes.tolist() == self.classes[:1].tolist() and classes.size < min(self.num_classes, values.size)
+        if classes.size == 0 or binary:
             return f"nothing but {in_words(values)}; expected {self}"
         return None
 

@@ -113,6 +113,7 @@ def with_value(key: str, value, number: int = 1, part: str = "annotations"):
     return change
 
 
+COMPRESSED = dict(size=[HEIGHT, WIDTH], counts="e7:V10000000000000000000000000000000000000[j1")
 RLE = dict(size=[HEIGHT, WIDTH], counts=[5 * HEIGHT + 5, 10, 38, 10, HEIGHT * WIDTH - 5 * HEIGHT - 63])
 
 
@@ -169,7 +170,7 @@ def test_area_of_a_box_and_of_a_mask(root):
     assert areas[2:] == [20, 200]
 
 
-@pytest.mark.parametrize("value", [None, 0, "64", math.nan])
+@pytest.mark.parametrize("value", [None, 0, "64", math.nan, 64.5, 1e30, 10**400])
 def test_size_from_the_file(root, value):
     found = content()
     found["images"][2].update(width=value)
@@ -253,6 +254,18 @@ NO_MASK = "expected polygons of 3 points or more"
         (with_value("category_id", [1]), "1 annotations whose category_id is none of the categories'"),
         (with_value("id", 1), "1 annotations of the same id as another: 1"),
         (with_value("id", 3, part="images"), "1 images of the same id as another: 3"),
+        (with_value("id", "x", part="images"), "1 images whose ids are text where others are numbers: 'x'"),
+        (with_value("id", "x", part="categories"), "1 categories whose ids are text where others are numbers: 'x'"),
+        (with_value("iscrowd", "no"), "1 objects whose iscrowd is neither 0 nor 1: 2"),
+        (with_value("segmentation", dict(COMPRESSED, counts=COMPRESSED["counts"][:-1])), "counts do not add up.*: 2"),
+        (with_value("segmentation", dict(COMPRESSED, counts="é")), "counts do not add up to the image.*: 2"),
+        (with_value("segmentation", dict(COMPRESSED, counts="")), "counts do not add up to the image.*: 2"),
+        (with_value("segmentation", [[1e30, 1, 9, 9, 5, 5]]), "is a polygon far outside of any image.*: 2"),
+        (
+            with_value("segmentation", [[10**400, 1, 9, 9, 5, 5]]),
+            "is a polygon of other than pairs of finite numbers.*: 2",
+        ),
+        (with_value("bbox", [10**400, 1, 9, 9]), "whose bbox is no list of four numbers.*: 2"),
         (lambda c: c["images"][1].pop("id"), "1 images without an id; by their places in the list: 1"),
         (lambda c: c["images"][1].pop("file_name"), "1 images without a file_name: 1"),
         (
@@ -464,7 +477,7 @@ def test_refused_or_fit_for_training_and_evaluation(shared_root, damages):
         if message is not None:
             assert str(shared_root / "annotations/a.json") in message or "no image" in message
             return
-        # The sizes in the file are the images' own business: CheckImagesHook compares them.
+        # Sizes in the file that are not the images', and images that are absent, are CheckImagesHook's business.
         dataset = DATASETS.build(checked.train_dataloader.dataset)
         for i in range(len(dataset)):
             info = dataset.get_data_info(i)
@@ -472,7 +485,7 @@ def test_refused_or_fit_for_training_and_evaluation(shared_root, damages):
                 left, top, right, bottom = instance["bbox"]
                 assert -1 <= left < right <= info["width"] + 1
                 assert -1 <= top < bottom <= info["height"] + 1
-            if (info["width"], info["height"]) == (WIDTH, HEIGHT):
+            if (info["width"], info["height"]) == (WIDTH, HEIGHT) and Path(info["img_path"]).is_file():
                 item = dataset[i]["data_samples"].gt_instances
                 assert len(item.masks) == len(item.bboxes) == len(item.labels)
     evaluate(checked.val_evaluator.ann_file)
