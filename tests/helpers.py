@@ -2,8 +2,11 @@
 
 import importlib
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
+from filelock import FileLock  # with torch
 
 
 def missing(what: str) -> None:
@@ -14,8 +17,11 @@ def missing(what: str) -> None:
 def needs_mm() -> None:
     """For the top of a test module that needs MMDetection and MMSegmentation with mmcv's compiled operators."""
     try:
-        for name in ("mmcv.ops", "mmdet", "mmseg"):
-            importlib.import_module(name)
+        # In a new environment yapf, which mmengine imports, writes its grammar to a cache of the user's, where another
+        # test process would read the half of it.
+        with FileLock(Path(tempfile.gettempdir(), "svit-tests-import-mm.lock")):
+            for name in ("mmcv.ops", "mmdet", "mmseg"):
+                importlib.import_module(name)
     except ImportError as error:
         if os.environ.get("CI"):
             raise
