@@ -161,14 +161,19 @@ def read_photos(files: Sequence[Path], mode: str) -> tuple[dict[Path, Image.Imag
     photos, unreadable = {}, []
     for file in files:
         try:
-            photo = read_image(file, mode)
-            if max(photo.size) > LONGEST * min(photo.size):
-                size = f"{photo.height} x {photo.width} pixels"
-                raise UnreadableImageError(f"{file}: cannot be drawn, {size}; expected sides up to 1 to {LONGEST}")
-            photos[file] = photo
+            photos[file] = read_photo(file, mode)
         except UnreadableImageError as error:
             unreadable.append(error)
     return photos, unreadable
+
+
+def read_photo(file: Path, mode: str = "RGB") -> Image.Image:
+    """The image as `read_image` gives it; one that is too thin to be drawn is an UnreadableImageError too."""
+    photo = read_image(file, mode)
+    if max(photo.size) > LONGEST * min(photo.size):
+        size = f"{photo.height} x {photo.width} pixels"
+        raise UnreadableImageError(f"{file}: cannot be drawn, {size}; expected sides up to 1 to {LONGEST}")
+    return photo
 
 
 def load_model(name: str, checkpoint: str | None, pretrained: bool, device: str | None) -> nn.Module:
