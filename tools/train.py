@@ -174,7 +174,7 @@ class Training:
         if self.accelerator.is_main_process:
             print_contents("train", self.train_set)
             print_contents("val", self.val_set)
-        check_splits(self.train_set, self.val_set)
+        check_splits(self.train_set, self.val_set, r.num_classes)
         self.classes = classes_of(self.train_set)
         self.num_classes = r.num_classes or (len(self.classes) if self.classes else None)
         if self.num_classes is None:

@@ -243,8 +243,12 @@ def print_contents(split: str, dataset: Dataset, file: TextIO | None = None) -> 
         print(f"warning: {split}: left out {listing(left_out)}", file=sys.stderr)
 
 
-def check_splits(train: Dataset, val: Dataset) -> None:
+def check_splits(train: Dataset, val: Dataset, num_classes: int | None = None) -> None:
     """Both splits must have the same classes; folders are numbered by their own names, so others would be mixed up.
+
+    Args:
+        train, val: of `open_dataset`.
+        num_classes: what the recipe asks for. With a number one class alone is a warning, without one an error.
 
     Raises:
         DataError: they are the same images, a class is missing in one of them, or there is only one class.
@@ -254,7 +258,10 @@ def check_splits(train: Dataset, val: Dataset) -> None:
         raise DataError(f"val: its images, those in {b}, are images of the training, which has those in {a}")
     ours, theirs = classes_of(train), classes_of(val)
     if a and ours and len(ours) == 1:
-        raise DataError(f"train: one class alone, {ours[0]}, in {a}; expected the folder that holds the class folders")
+        told = f"train: one class alone, {ours[0]}, in {a}; expected the folder that holds the class folders"
+        if num_classes is None:
+            raise DataError(told)
+        print(f"warning: {told}", file=sys.stderr)
     if ours is None or theirs is None or ours == theirs:
         return
     both = f"train has {first(ours, 20)}; val has {first(theirs, 20)}"

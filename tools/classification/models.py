@@ -103,7 +103,8 @@ def adapt_preprocessing(model: nn.Module, in_chans: int | None) -> None:
     cfg = model.pretrained_cfg
     channels, *size = cfg.get("input_size") or (3, 224, 224)
     in_chans = channels if in_chans is None else in_chans
-    cfg["input_size"] = (in_chans, *size)
+    if in_chans != channels:
+        cfg["input_size"] = (in_chans, *size)
     for key in ("mean", "std"):
         if cfg.get(key) and len(cfg[key]) != in_chans:
             cfg[key] = channel_values(cfg[key], in_chans)

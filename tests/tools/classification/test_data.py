@@ -495,7 +495,7 @@ def test_a_class_that_one_split_lacks_is_named(tmp_path):
         check_splits(open_split("validation"), open_split("train"))
 
 
-def test_one_class_alone_is_a_folder_too_high_up(tmp_path):
+def test_one_class_alone_is_a_folder_too_high_up(tmp_path, capsys):
     root = image_data.folder(tmp_path / "data")
     for split in ("train", "val"):
         (root / split).rename(root / "images")
@@ -504,3 +504,6 @@ def test_one_class_alone_is_a_folder_too_high_up(tmp_path):
     train, val = (open_dataset("folder", str(root), split) for split in ("train", "validation"))
     with pytest.raises(DataError, match=r"train: one class alone, images, in .*train; expected the folder that holds"):
         check_splits(train, val)
+    capsys.readouterr()
+    check_splits(train, val, num_classes=5)
+    assert capsys.readouterr().err.startswith("warning: train: one class alone, images, in ")
