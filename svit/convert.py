@@ -15,6 +15,7 @@ import safetensors.torch
 import timm
 import torch
 from timm.models import clean_state_dict
+from torch.utils._pytree import tree_leaves
 
 from svit.files import replacing
 from svit.models.original import MARK, ONE_HOT, from_original, is_original, to_original
@@ -201,6 +202,17 @@ def listing(names: Sequence[Any] | Mapping[Any, Any], limit: int = 6) -> str:
     names = [str(name) for name in names]
     more = [f"{len(names) - limit} more"] if len(names) > limit else []
     return ", ".join(names[:limit] + more) or "nothing"
+
+
+def is_finite(tensors: Any) -> bool:
+    """Whether all numbers in nested dicts and lists of tensors are; of tensors in shards, those of this process."""
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
+    floating = [t for t in local if t.is_floating_point() or t.is_complex()]
+    if not floating:
+        return True
+    # One answer is waited for, on the device that has the most of them.
+    device = max((t.device for t in floating), key=lambda device: device.type != "cpu")
+    return bool(torch.stack([t.isfinite().all().to(device) for t in floating]).all())
 
 
 def write_state_dict(target: Path, state_dict: StateDict) -> None:

@@ -69,7 +69,7 @@ from classification.models import (
     trained_arguments,
 )
 from classification.recipe import Recipe, RecipeError, load_recipe
-from svit.convert import CheckpointError
+from svit.convert import CheckpointError, is_finite
 from svit.files import replacing
 
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             "update; or set grad_checkpointing=true, mixed_precision=bf16 or a smaller img_size"
         ):
             stopped_by = Training(recipe, output, args.resume, args.cpu).run()
-    except (RecipeError, DataError, ModelError, CheckpointError, states.FolderError, TrainingError) as error:
+    except (RecipeError, DataError, ModelError, CheckpointError, states.OutputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -348,7 +348,7 @@ class Training:
         parts = {"weights": self.plain.state_dict(), "optimizer's state": self.optimizer.optimizer.state_dict()}
         if self.ema is not None:
             parts["moving average"] = self.ema.module.state_dict()
-        lost = [float(not states.is_finite(part)) for part in parts.values()]
+        lost = [float(not is_finite(part)) for part in parts.values()]
         # One reduction for everything: the processes find out together, or one would wait for the others.
         numbers = torch.tensor([float(self.state.loss), *lost], device=self.accelerator.device)
         loss, *lost = self.accelerator.reduce(numbers, "mean").tolist()

@@ -404,9 +404,8 @@ def check_classes(content: dict, file: Path, where: str, classes: Sequence[str],
         has = listing(sorted(map(str, names)))
         raise ConfigError(f"{where}: {listing(unknown)} no category of {file}, which has {has}")
     found = [name for name in names if name in classes]
-    if (
-        in_order and classes and found != list(classes)
-    ):  # mmdet numbers them in the file's order, and names them in the config's
+    # mmdet numbers them in the file's order, and names them in the config's.
+    if in_order and classes and found != list(classes):
         raise ConfigError(
             f"{where}: expected the categories of {file} in their order, {tuple(found)}, got {tuple(classes)}"
         )

@@ -14,8 +14,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch.utils._pytree import tree_leaves
 
+from svit.convert import is_finite
 from svit.files import replacing
 
 __all__ = ["DivergedError", "FiniteCheckpointHook", "StopHook", "Stopped"]
@@ -92,9 +92,8 @@ class FiniteCheckpointHook(CheckpointHook):
         newest = self.last_ckpt or (runner._load_from if runner._resume else None)
         if newest:
             kept += f": --resume {newest} goes on from there, load_from={newest} starts from its weights"
-        epoch, iteration = (
-            runner.message_hub.get_info(key) + 1 for key in ("epoch", "iter")
-        )  # the loop's may be ahead
+        # Not the loop's, which may be ahead.
+        epoch, iteration = (runner.message_hub.get_info(key) + 1 for key in ("epoch", "iter"))
         return DivergedError(f"{what} in epoch {epoch}, iteration {iteration}; {advice}; {kept}")
 
 
@@ -149,18 +148,6 @@ def own_file(told: Path, folder: Path) -> str | None:
             shutil.copyfile(told, part)
     barrier()
     return str(own) if own.is_file() else None
-
-
-def is_finite(tensors: Any) -> bool:
-    """Whether all numbers of the tensors in nested dicts and lists are."""
-    answers = [
-        leaf.isfinite().all()
-        for leaf in tree_leaves(tensors)
-        if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-    ]
-    # One answer is waited for, on the device that has most of them.
-    device = max((answer.device for answer in answers), key=lambda device: device.type != "cpu", default=None)
-    return not answers or bool(torch.stack([answer.to(device) for answer in answers]).all())
 
 
 def any_process(answer: bool) -> bool:

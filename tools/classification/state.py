@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
-from svit.convert import CheckpointError, differences, summary
+from svit.convert import CheckpointError, differences, is_finite, summary
 from svit.files import replacing
 
 from .data import is_reader_gone
@@ -25,7 +23,7 @@ BEST = "best.safetensors"
 LEFT = (NAME, BEST, "log.csv", "last.safetensors")
 
 
-class FolderError(ValueError):
+class OutputError(ValueError):
     """The output folder holds another training, or the one to go on with is not whole; the message names it."""
 
 
@@ -55,12 +53,12 @@ def find_start(output: Path, resume: str | None) -> Path | None:
             the folder's own state is taken into a folder that holds no training.
 
     Raises:
-        FolderError: the folder holds a training that would be mixed with this one.
+        OutputError: the folder holds a training that would be mixed with this one.
     """
     found = [name for name in LEFT if (output / name).exists()]
     if resume is None:
         if found:
-            raise FolderError(
+            raise OutputError(
                 f"--output: {output} holds a training already ({found[0]}); go on with --resume or name another"
             )
         return None
@@ -68,14 +66,14 @@ def find_start(output: Path, resume: str | None) -> Path | None:
         if NAME in found:
             return output / NAME
         if found and found != ["last.safetensors"]:  # which a kill in the midst of the very first save leaves alone
-            raise FolderError(
+            raise OutputError(
                 f"--output: {output} holds a training without its {NAME} ({', '.join(found)}), which cannot go on; "
                 "name another folder"
             )
         return None
     state = Path(resume)
     if found and state.resolve() != (output / NAME).resolve():
-        raise FolderError(
+        raise OutputError(
             f"--output: {output} holds a training already ({found[0]}), and {resume} is another state; name an empty "
             "folder to go on with that state, or --resume alone to go on with the folder's own"
         )
@@ -86,19 +84,19 @@ def find_best(path: Path, state: State) -> Path | None:
     """The best weights of the training that this state in the file `path` is of; None if it has none yet.
 
     Raises:
-        FolderError: they are not beside the state, or those that are there are not its own.
+        OutputError: they are not beside the state, or those that are there are not its own.
         CheckpointError: they cannot be read.
     """
     if state.best < 0:
         return None
     best = path.parent / BEST
     if not best.is_file():
-        raise FolderError(f"resume: {path} has no {BEST} beside it, of top-1 {state.best:.2f}; put it there")
+        raise OutputError(f"resume: {path} has no {BEST} beside it, of top-1 {state.best:.2f}; put it there")
     facts = read_metadata(best)["facts"]
     # Better ones are those of a state that a kill kept from following.
     other = recipe_differences(state.recipe, {**state.recipe, **facts.get("recipe", {})})
     if other or facts.get("top1", -1.0) < state.best:
-        raise FolderError(f"resume: {best} is not of the training of {path}; expected that of top-1 {state.best:.2f}")
+        raise OutputError(f"resume: {best} is not of the training of {path}; expected that of top-1 {state.best:.2f}")
     return best
 
 
@@ -106,17 +104,6 @@ def copy(source: Path, target: Path) -> None:
     """Copies a file, whole or not at all."""
     with replacing(target) as part:
         shutil.copyfile(source, part)
-
-
-def is_finite(tensors: Any) -> bool:
-    """Whether all numbers in nested dicts and lists of tensors are; of tensors in shards, those of this process."""
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
-    floating = [t for t in local if t.is_floating_point() or t.is_complex()]
-    if not floating:
-        return True
-    # One answer is waited for, on the device that has the most of them.
-    device = max((t.device for t in floating), key=lambda device: device.type != "cpu")
-    return bool(torch.stack([t.isfinite().all().to(device) for t in floating]).all())
 
 
 def write(path: Path, state: State, tensors: dict[str, Any]) -> None:
