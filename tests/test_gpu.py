@@ -318,7 +318,7 @@ def test_cuda_backend_is_exact_to_its_dtype(C, dtype, clusters, monkeypatch):
 
 def check_whole_block(C: int, dtype: torch.dtype, monkeypatch) -> None:
     calls = []
-    for op in cuda.OPS:
+    for op in cuda.BACKEND.OPS:
         kernel = getattr(cuda, op)
         monkeypatch.setattr(cuda, op, lambda *args, op=op, kernel=kernel: [calls.append(op), kernel(*args)][1])
     block, x = whole_block(C, dtype, backend="cuda", layer_scale_init=0.5)
@@ -419,7 +419,7 @@ class TestAWrongKernelShows:
         with pytest.raises(AssertionError):
             test_golden_logits(small, golden, torch.float32, False)
 
-    @pytest.mark.parametrize("op", cuda.OPS)
+    @pytest.mark.parametrize("op", cuda.BACKEND.OPS)
     def test_in_half_a_block(self, op, monkeypatch):
         exact.install(monkeypatch, **{op: 1.05})
         with pytest.raises(AssertionError, match="allowed"):

@@ -108,7 +108,7 @@ class SuperTokenAttention(nn.Module):
         if self.n_iter > 1 or not untouched(layers) or not drops_nothing(self.attn_drop, self.proj_drop):
             return False
         x, sizes = x.permute(0, 2, 3, 1), {"cell": self.cell, "num_heads": self.num_heads}
-        return choose("super_token_attention", x, self.backend, must=False, **sizes) != "reference"
+        return choose("super_token_attention", x, self.backend, strict=False, **sizes) != "reference"
 
     @torch.jit.ignore
     def add_to(

@@ -12,8 +12,9 @@ from timm.layers import get_act_layer, get_norm_layer
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from svit.ops import bias_gelu_affine, choose, conv_ffn, depthwise3x3, onednn
-from svit.ops.reference import widen
+from svit.ops import bias_gelu_affine, choose, conv_ffn, depthwise3x3
+from svit.ops._numerics import autocast_dtype, widen
+from svit.ops.conv_ffn import onednn
 
 from .checks import check_map
 from .fusing import default_backend, drops_nothing, for_other_programs, pointwise, untouched
@@ -78,7 +79,7 @@ class ConvFFN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(x)
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
-            if onednn.usable(x)[0] and self.is_untouched():
+            if onednn.usable("conv_ffn", x)[0] and self.is_untouched():
                 fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
                 return onednn.conv_ffn(x, fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias)
         x = self.fc1(x) if torch.jit.is_scripting() else pointwise(self.fc1, x)
@@ -95,7 +96,7 @@ class ConvFFN(nn.Module):
         if self.norm.training or not self.is_untouched():
             return False
         x, hidden = x.permute(0, 2, 3, 1), self.fc1.out_channels
-        return choose("conv_ffn", x, self.dwconv.backend, must=False, hidden=hidden) != "reference"
+        return choose("conv_ffn", x, self.dwconv.backend, strict=False, hidden=hidden) != "reference"
 
     @torch.jit.ignore
     def add_to(self, x: torch.Tensor) -> torch.Tensor:
@@ -214,8 +215,8 @@ class Stem(nn.Module):
         if not is_affine(norms):
             return False
         C = convs[0].out_channels  # half of the channels of the last two, which a backend then serves too
-        like = x.new_empty(0, 1, 1, C, dtype=onednn.compute_dtype(x))
-        return choose("bias_gelu_affine", like, self.backend, must=False) != "reference"
+        like = x.new_empty(0, 1, 1, C, dtype=autocast_dtype(x))
+        return choose("bias_gelu_affine", like, self.backend, strict=False) != "reference"
 
     @torch.jit.ignore
     def forward_fused(self, x: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from svit.layers import ConvFFN, Downsample, FinalConv, LayerScale, ResidualDepthwiseConv, Stem, SuperTokenAttention
 from svit.layers.fusing import drops_nothing, untouched
-from svit.ops import backends
+from svit.ops import _dispatch
 
 from .original import from_original, is_original
 
@@ -389,14 +389,14 @@ def checkpoint_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Runs a block without keeping its activations; the second run, in backward, leaves BatchNorm's statistics be."""
     if torch.compiler.is_compiling():
         return checkpoint(block, x, use_reentrant=False)  # the compiler recomputes values only, never updates
-    known = dict(backends.failures)
+    known = dict(_dispatch.failures)
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), repetition(block, known)))
 
 
 @contextmanager
 def repetition(block: nn.Module, known: dict[tuple, str]) -> Iterator[None]:
     """A block's second run: the same steps, though a backend may have failed in the first, and no new statistics."""
-    with backends.choosing_by(known), frozen_statistics(block):
+    with _dispatch.choosing_by(known), frozen_statistics(block):
         yield
 
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from svit.layers import ConvFFN
-from svit.ops import onednn
+from svit.ops.conv_ffn import onednn
 
 
 def weights(dim: int, hidden: int, seed: int = 0) -> list[torch.Tensor]:
@@ -48,15 +48,15 @@ def test_bfloat16_by_dtype_and_by_autocast():
 @torch.no_grad()
 def test_usable_names_its_reason(monkeypatch):
     x = torch.randn(1, 8, 4, 4)
-    assert onednn.usable(x) == (True, "")
-    assert "float64" in onednn.usable(x.double())[1]
-    assert "meta" in onednn.usable(x.to("meta"))[1]
+    assert onednn.usable("conv_ffn", x) == (True, "")
+    assert "float64" in onednn.usable("conv_ffn", x.double())[1]
+    assert "meta" in onednn.usable("conv_ffn", x.to("meta"))[1]
     with torch.enable_grad():
-        assert "autograd" in onednn.usable(x)[1]
+        assert "autograd" in onednn.usable("conv_ffn", x)[1]
     with FlopCounterMode(display=False):
-        assert "dispatch mode" in onednn.usable(x)[1]
+        assert "dispatch mode" in onednn.usable("conv_ffn", x)[1]
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert "oneDNN" in onednn.usable(x)[1]
+    assert "oneDNN" in onednn.usable("conv_ffn", x)[1]
 
 
 def count_calls(monkeypatch) -> list:

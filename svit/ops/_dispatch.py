@@ -1,29 +1,47 @@
-"""The choice of a backend. Each is a module with `usable(op, x) -> (bool, reason)`, `OPS`, the names of those ops of
-library.py that it has, and these.
+"""The one place that knows backends: which there are, which one runs an op, what happens when one fails.
 
-To add one: write the module, name it in `MODULES` where it stands in the order of preference (docs/ops.md).
+Operators fill the registry (their registration.py); nothing here knows an operator. A backend is an object with
+`usable(op, x, **sizes) -> (bool, reason)`, `OPS`, the names of the ops that it has, a function for each of them, and,
+for the self-check, `fingerprint(device)`.
 """
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import SimpleNamespace
 
 import torch
 from torch.autograd import forward_ad
 
-from . import cuda, reference, triton, verify
+from . import _self_check
 
-# The first usable one is taken. `reference` serves everything.
-MODULES: dict[str, ModuleType] = {"cuda": cuda, "triton": triton}
-NAMES = (*MODULES, "reference")
+
+class Backend(SimpleNamespace):
+    """What computes ops, one attribute each."""
+
+    def __init__(
+        self,
+        usable: Callable[..., tuple[bool, str]],
+        fingerprint: Callable[[torch.device], str] | None = None,
+    ) -> None:
+        super().__init__(usable=usable, fingerprint=fingerprint, OPS=())
+
+    def implement(self, **functions: Callable) -> None:
+        """Adds ops, each with its function."""
+        self.OPS += tuple(functions)
+        vars(self).update(functions)
+
+
+# In the order of preference: the first usable one is taken. The reference, which serves everything, comes after them.
+BACKENDS: dict[str, Backend] = {}
+REFERENCE = Backend(lambda op, x, **sizes: (True, ""))
 
 # Ops that can be made of the others.
-WHOLES = cuda.OPS
+COMPOSITE_OPS: set[str] = set()
 
 # Those that are never chosen, and why: a name must ask for them.
-BY_NAME = {"cuda": "no GPU has run it yet, a name must ask for it"}
+OPT_IN = {"cuda": "no GPU has run it yet, a name must ask for it"}
 
 # (backend, op, channels, dtype) -> why it broke in this process: the backend is not chosen again for these.
 failures: dict[tuple, str] = {}
@@ -36,6 +54,12 @@ class Repetition(threading.local):
 
 
 repetition = Repetition()
+
+
+def add_backend(name: str, usable: Callable, fingerprint: Callable | None = None) -> Backend:
+    """A new backend, preferred to those that come after it."""
+    BACKENDS[name] = Backend(usable, fingerprint)
+    return BACKENDS[name]
 
 
 @contextmanager
@@ -58,13 +82,13 @@ def known_failures() -> dict[tuple, str]:
     return repetition.failures
 
 
-def problem(name: str, op: str, x: torch.Tensor) -> tuple:
+def failure_key(name: str, op: str, x: torch.Tensor) -> tuple:
     return name, op, x.shape[-1], x.dtype
 
 
 def has(name: str, op: str) -> bool:
     """Whether a backend has an op at all."""
-    return op in getattr(MODULES[name], "OPS", (op,))
+    return op in getattr(BACKENDS[name], "OPS", (op,))
 
 
 def usable(name: str, op: str, x: torch.Tensor, **sizes) -> tuple[bool, str]:
@@ -72,10 +96,10 @@ def usable(name: str, op: str, x: torch.Tensor, **sizes) -> tuple[bool, str]:
 
     `sizes` are what else the choice depends on, for ops that have such (see the backends' `usable`).
     """
-    if (key := problem(name, op, x)) in (known := known_failures()):
+    if (key := failure_key(name, op, x)) in (known := known_failures()):
         return False, known[key]
-    serves, reason = MODULES[name].usable(op, x, **sizes)
-    return (False, BY_NAME[name]) if serves and name in BY_NAME else (serves, reason)
+    serves, reason = BACKENDS[name].usable(op, x, **sizes)
+    return (False, OPT_IN[name]) if serves and name in OPT_IN else (serves, reason)
 
 
 def transformed() -> bool:
@@ -85,40 +109,44 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def choose(op: str, x: torch.Tensor, backend: str | None = None, must: bool = True, **sizes) -> str:
+def choose(op: str, x: torch.Tensor, backend: str | None = None, strict: bool = True, **sizes) -> str:
     """Name of the backend that runs `op` on the map x (B, H, W, C): the one asked for, else the first usable one.
 
-    `must` is whether the one asked for has to serve x; if not, and it does not, the choice goes on.
+    `strict` is whether the one asked for has to serve x; if not, and it does not, the choice goes on.
 
     In a trace (torch.jit.trace, torch.fx) and under torch.func's transforms or forward-mode AD it is the reference,
-    whatever was asked for. A backend that has wholes only has no say over parts: asking for it leaves the choice.
+    whatever was asked for. A backend of composite ops only has no say over primitives: asking for it leaves the choice.
 
     Raises:
         ValueError: no such backend, or it does not serve x though it must.
     """
-    if backend is not None and backend not in NAMES:
-        raise ValueError(f"backend: expected one of {', '.join(NAMES)} or None, got {backend!r}")
+    if "must" in sizes:
+        warnings.warn("choose: `must` is deprecated, use `strict`", DeprecationWarning, stacklevel=2)
+        strict = sizes.pop("must")
+    if backend is not None and backend != "reference" and backend not in BACKENDS:
+        names = ", ".join((*BACKENDS, "reference"))
+        raise ValueError(f"backend: expected one of {names} or None, got {backend!r}")
     # A trace is for other programs to read (ONNX, TorchScript, FLOP counters), which know PyTorch's operations only.
     if backend == "reference" or not isinstance(x, torch.Tensor) or torch.jit.is_tracing():
         return "reference"
     if transformed():
         return "reference"
-    if backend is not None and not has(backend, op) and op in WHOLES:
-        return "reference"  # it is made of parts, which the one that was asked for has
+    if backend is not None and not has(backend, op) and op in COMPOSITE_OPS:
+        return "reference"  # it is made of primitives, which the one that was asked for has
     if backend is not None and has(backend, op):
-        serves, reason = MODULES[backend].usable(op, x, **sizes)
+        serves, reason = BACKENDS[backend].usable(op, x, **sizes)
         if serves:
             return backend
-        if must:
+        if strict:
             raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
-    for name in MODULES:
+    for name in BACKENDS:
         if has(name, op) and usable(name, op, x, **sizes)[0]:
             return name
     return "reference"
 
 
 def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
-    """Runs `op` of a backend, after its self-check (verify.py) at the first call.
+    """Runs `op` of a backend, after its self-check at the first call.
 
     A backend that was chosen, not asked for, may fail: then the next one runs, now and hereafter. The failures meant
     here are those of the self-check, and of compiling and launching kernels. Lack of memory is not one of them; a
@@ -131,21 +159,21 @@ def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
         with choosing_by(failures):
             name = choose(op, x, backend, **sizes)
         if name != "reference":
-            case = verify.case_of(name, op, args)
-            problem_found = verify.problem(case, MODULES[name], x.device)
-            if problem_found is None:
+            case = _self_check.case_of(name, op, args)
+            problem = _self_check.problem(case, BACKENDS[name], x.device)
+            if problem is None:
                 name = "reference"
-            elif problem_found:
-                reason = f"it failed its self-check: {problem_found}"
+            elif problem:
+                reason = f"it failed its self-check: {problem}"
                 if backend is not None:
                     raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
                 leave_out(name, case, reason)
                 continue
         if name == "reference":
-            results = getattr(reference, op)(*args)
+            results = getattr(REFERENCE, op)(*args)
             return results.contiguous() if torch.is_tensor(results) else tuple(t.contiguous() for t in results)
         try:
-            return getattr(MODULES[name], op)(*args)
+            return getattr(BACKENDS[name], op)(*args)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -154,7 +182,7 @@ def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
             leave_out(name, case._replace(op=op), f"it failed before: {type(error).__name__}: {error}")
 
 
-def leave_out(name: str, case: verify.Case, reason: str) -> None:
+def leave_out(name: str, case: _self_check.Case, reason: str) -> None:
     """Keeps a backend from being chosen again for an op, its channels and dtype, and warns."""
     forward, backward = ((name, op, case.channels, case.dtype) for op in (case.op, f"{case.op}_backward"))
     if failures.setdefault(forward, reason) is not reason:
@@ -164,11 +192,11 @@ def leave_out(name: str, case: verify.Case, reason: str) -> None:
     warnings.warn(f"svit.ops: the {name} backend is left out for {what} from now on, {reason}", stacklevel=3)
 
 
-def self_check(device: str | torch.device | None = None) -> list[verify.Row]:
+def self_check(device: str | torch.device | None = None) -> list[_self_check.Row]:
     """Runs every fused op on `device` against the reference, forward and backward, at the shapes of SViT-S, B and L.
 
     Two small padded maps a shape, in float32, bfloat16 and float16. The verdicts are kept, and replace those of an
-    earlier check (see verify.py). Nothing is drawn from PyTorch's random state.
+    earlier check (see _self_check.py). Nothing is drawn from PyTorch's random state.
 
     Args:
         device: the current GPU if None, or the CPU where there is none, on which only an interpreted backend runs.
@@ -181,22 +209,25 @@ def self_check(device: str | torch.device | None = None) -> list[verify.Row]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.empty(0, device=device).device  # with its index
     cases = checkable(device)
-    return [verify.check_and_keep(case, MODULES[name], device) for name in cases for case in cases[name]]
+    return [_self_check.check_and_keep(case, BACKENDS[name], device) for name in cases for case in cases[name]]
 
 
-def checkable(device: torch.device) -> dict[str, list[verify.Case]]:
+def checkable(device: torch.device) -> dict[str, list[_self_check.Case]]:
     """The published cases of each backend that serves `device`, asked for by name or not."""
     found = {}
-    for name, kernels in MODULES.items():
-        cases = verify.published_cases(name, kernels.OPS, (torch.float32, torch.bfloat16, torch.float16))
-        served = [case for case in cases if verify.serves(kernels, case, device)]
-        if served and hasattr(kernels, "fingerprint"):
+    for name, backend in BACKENDS.items():
+        if getattr(backend, "fingerprint", None) is None:
+            continue
+        cases = _self_check.published_cases(name, backend.OPS, (torch.float32, torch.bfloat16, torch.float16))
+        if served := [case for case in cases if _self_check.serves(backend, case, device)]:
             found[name] = served
     return found
 
 
 def info() -> None:
     """Prints which backend serves each device and dtype of this machine, and why not the ones before it."""
+    from . import cuda, triton  # for what is installed
+
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     print(f"svit.ops, torch {torch.__version__}, {triton.version}, {cuda.version}")
     for device in devices:
@@ -206,12 +237,12 @@ def info() -> None:
             print(f"{device:8} {str(dtype).removeprefix('torch.'):8} -> {choice('sample', device, dtype)}")
         print(f"{device:8} half a block in one kernel -> {choice('conv_ffn', device, torch.bfloat16, hidden=256)}")
         for name in checkable(torch.device(device)):
-            print(f"{device:8} self-check of {name}: {verify.summary(name, MODULES[name], torch.device(device))}")
+            print(f"{device:8} self-check of {name}: {_self_check.summary(name, BACKENDS[name], torch.device(device))}")
 
 
 def choice(op: str, device: str, dtype: torch.dtype, **sizes) -> str:
     """What runs an op on maps of 64 channels, and why not the ones before it."""
     x = torch.empty(0, 1, 1, 64, device=device, dtype=dtype)
-    answers = {name: usable(name, op, x, **sizes) for name in MODULES if has(name, op)}
+    answers = {name: usable(name, op, x, **sizes) for name in BACKENDS if has(name, op)}
     why = [f"not {name}: {reason}" for name, (serves, reason) in answers.items() if not serves]
     return ", ".join([choose(op, x, **sizes), *why])
