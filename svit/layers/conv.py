@@ -16,7 +16,7 @@ from svit.ops import bias_gelu_affine, choose, conv_ffn, depthwise3x3, onednn
 from svit.ops.reference import widen
 
 from .checks import check_map
-from .fusing import default_backend, drops_nothing, for_other_programs, pointwise, untouched
+from .fusing import default_backend, drops_nothing, for_other_programs, is_plain_pointwise, pointwise, untouched
 
 torch.fx.wrap("check_map")
 torch.fx.wrap("depthwise3x3")
@@ -80,7 +80,9 @@ class ConvFFN(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
             if onednn.usable(x)[0] and self.is_untouched():
                 fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
-                return onednn.conv_ffn(x, fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias)
+                weights = fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias
+                if onednn.usable(x, *weights)[0]:
+                    return onednn.conv_ffn(x, *weights)
         x = self.fc1(x) if torch.jit.is_scripting() else pointwise(self.fc1, x)
         x = self.dwconv_of_act(x)
         x = self.fc2(x) if torch.jit.is_scripting() else pointwise(self.fc2, x)
@@ -134,8 +136,9 @@ class ConvFFN(nn.Module):
     @torch.jit.ignore
     def is_untouched(self) -> bool:
         """Whether the layers behind the norm do just what they were built for: no dropout, no hooks, no wrappers."""
-        convolutions = {self.fc1: nn.Conv2d, self.fc2: nn.Conv2d}
-        return drops_nothing(self.drop1, self.drop2) and self.is_gelu() and untouched(convolutions)
+        if not (drops_nothing(self.drop1, self.drop2) and self.is_gelu()):
+            return False
+        return all(is_plain_pointwise(conv) and conv.bias is not None for conv in (self.fc1, self.fc2))
 
     def fuse(self) -> "ConvFFN":
         if isinstance(self.norm, nn.BatchNorm2d):
@@ -192,7 +195,8 @@ class Stem(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = check_map(x, self.in_chans).contiguous(memory_format=torch.channels_last)
+        # Channels-last, said with `permute`: vmap knows no memory formats, and no graph of torch.fx that names one pickles.
+        x = check_map(x, self.in_chans).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         if not torch.jit.is_scripting():  # noqa: SIM102
             if self.fuses(x):
                 return self.forward_fused(x)

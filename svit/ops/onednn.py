@@ -6,19 +6,24 @@ step, costs as many page faults; in tiles of rows it stays in the cache, and the
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
+from .backends import transformed
 from .reference import autocasts, depthwise3x3
 
 # Elements of the hidden map in one tile: 8 MiB in float32, 4 in bfloat16, the best sizes tried (docs/performance.md).
 TILE = 2**21
 
 
-def usable(x: torch.Tensor) -> tuple[bool, str]:
-    """Whether `conv_ffn` serves a map x, and if not, why."""
+def usable(x: torch.Tensor, *weights: torch.Tensor) -> tuple[bool, str]:
+    """Whether `conv_ffn` serves a map x, with these weights if they are given, and if not, why."""
     if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False, "x is traced"
     if torch.is_grad_enabled():
         return False, "autograd is on"
+    if transformed():
+        return False, "torch.func or forward-mode AD is at work"
     if x.device.type != "cpu":
         return False, f"x is on {x.device.type}"
     if compute_dtype(x) not in (torch.float32, torch.bfloat16):
@@ -27,7 +32,21 @@ def usable(x: torch.Tensor) -> tuple[bool, str]:
         return False, "this PyTorch has no oneDNN, or it is switched off"
     if torch._C._len_torch_dispatch_stack() > 0:
         return False, "a dispatch mode (a FLOP counter, say) wants to see each operation"
+    if watched():
+        return False, "a mode of __torch_function__ wants to see each operation"
+    for weight in weights:
+        if weight.device != x.device:
+            return False, f"a weight is on {weight.device}"
+        if weight.dtype != x.dtype and not autocasts("cpu"):
+            return False, f"a weight is {weight.dtype}, x is {x.dtype}"
     return True, ""
+
+
+def watched() -> bool:
+    """Whether a mode of `__torch_function__` is on, other than that of `torch.device`, which all factories know."""
+    if torch._C._len_torch_function_stack() == 0:
+        return False
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -54,7 +73,7 @@ def conv_ffn(
     rows = max(TILE // (weight1.shape[0] * W), 4)
     images = max(rows // H, 1)
     rows = min(rows, H)
-    out = torch.empty(B, weight2.shape[0], H, W, dtype=dtype, memory_format=torch.channels_last)
+    out = torch.empty(B, weight2.shape[0], H, W, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     for image in range(0, B, images):
         for row in range(0, H, rows):
             first = max(row - 1, 0)  # the depthwise convolution looks one row beyond the tile, on both sides
