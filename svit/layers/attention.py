@@ -62,8 +62,8 @@ class SuperTokenAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
-        if n_iter < 1:
-            raise ValueError(f"n_iter: expected at least 1, got {n_iter}")
+        if not isinstance(n_iter, int) or n_iter < 1:
+            raise ValueError(f"n_iter: expected at least 1, got {n_iter!r}")
         dd = {"device": device, "dtype": dtype}
         self.dim = dim
         self.num_heads = num_heads

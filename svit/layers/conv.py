@@ -1,8 +1,10 @@
 """The convolutional parts of the network. Each keeps a channels-last map channels-last.
 
 `fuse()` folds, for inference, the BatchNorm that can be folded exactly and returns the module, as timm's
-`reparameterize_model` expects; a second call changes nothing. The stem has none: its BatchNorms stand between a GELU
-and a zero-padded convolution, where a folded shift would be wrong at the borders.
+`reparameterize_model` expects; a second call changes nothing. Norms of another class stay, and so does a BatchNorm
+without running statistics. A BatchNorm in train mode, and a convolution or BatchNorm that is hooked, parametrized,
+pruned or wrapped, is a ValueError before anything changes. The stem has no `fuse()`: its BatchNorms stand between a
+GELU and a zero-padded convolution, where a folded shift would be wrong at the borders.
 """
 
 from collections.abc import Sequence
@@ -10,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from timm.layers import get_act_layer, get_norm_layer
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from svit.ops import bias_gelu_affine, choose, conv_ffn, depthwise3x3, onednn
 from svit.ops.reference import widen
 
+from . import folding
 from .checks import check_map
 from .fusing import default_backend, drops_nothing, for_other_programs, is_plain_pointwise, pointwise, untouched
 
@@ -140,10 +142,14 @@ class ConvFFN(nn.Module):
             return False
         return all(is_plain_pointwise(conv) and conv.bias is not None for conv in (self.fc1, self.fc2))
 
+    @torch.no_grad()
+    def replacements(self) -> dict[str, nn.Module]:
+        if (norm := folding.affine(self, "norm")) is None:
+            return {}
+        return {"fc1": folding.folded_before(self, "fc1", *norm), "norm": nn.Identity()}
+
     def fuse(self) -> "ConvFFN":
-        if isinstance(self.norm, nn.BatchNorm2d):
-            fold_norm_before(self.norm, self.fc1)
-            self.norm = nn.Identity()
+        folding.replace(self, self.replacements())
         return self
 
 
@@ -195,7 +201,7 @@ class Stem(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Channels-last, said with `permute`: vmap knows no memory formats, and no graph of torch.fx that names one pickles.
+        # Channels-last without its name: vmap knows no memory formats, and graphs of torch.fx with one do not pickle.
         x = check_map(x, self.in_chans).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         if not torch.jit.is_scripting():  # noqa: SIM102
             if self.fuses(x):
@@ -273,8 +279,14 @@ class Downsample(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(x))
 
+    @torch.no_grad()
+    def replacements(self) -> dict[str, nn.Module]:
+        if (norm := folding.affine(self, "norm")) is None:
+            return {}
+        return {"conv": folding.folded_after(self, "conv", *norm), "norm": nn.Identity()}
+
     def fuse(self) -> "Downsample":
-        fold_norm_after(self)
+        folding.replace(self, self.replacements())
         return self
 
 
@@ -302,27 +314,12 @@ class FinalConv(nn.Module):
         x = self.conv(x) if torch.jit.is_scripting() else pointwise(self.conv, x)
         return self.act(self.norm(x))
 
+    @torch.no_grad()
+    def replacements(self) -> dict[str, nn.Module]:
+        if isinstance(self.conv, nn.Identity) or (norm := folding.affine(self, "norm")) is None:
+            return {}
+        return {"conv": folding.folded_after(self, "conv", *norm), "norm": nn.Identity()}
+
     def fuse(self) -> "FinalConv":
-        if isinstance(self.conv, nn.Conv2d):
-            fold_norm_after(self)
+        folding.replace(self, self.replacements())
         return self
-
-
-@torch.no_grad()
-def fold_norm_after(module: Downsample | FinalConv) -> None:
-    """Folds `module.norm`, which follows `module.conv`, into it."""
-    conv, norm = module.conv, module.norm
-    if isinstance(norm, nn.BatchNorm2d):
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        module.norm = nn.Identity()
-
-
-@torch.no_grad()
-def fold_norm_before(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
-    """Folds `norm` into the 1x1 convolution that follows it: W (s x + t) + b = (W s) x + (W t + b)."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
-    conv.bias += conv.weight.flatten(1) @ shift
-    conv.weight *= scale.view(1, -1, 1, 1)
