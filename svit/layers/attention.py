@@ -7,9 +7,10 @@ from timm.layers import LayerNorm2d, use_fused_attn
 from torch import nn
 
 from svit.ops import choose, sample, spread, super_token_attention
+from svit.ops._dispatch import transformed
 
 from .checks import check_map, pair
-from .fusing import default_backend, drops_nothing, pointwise, untouched
+from .fusing import default_backend, drops_nothing, is_plain_pointwise, pointwise
 
 torch.fx.wrap("check_map")
 # In one step each, so that the softmax in a graph is that of the attention, which timm's AttentionExtract looks for.
@@ -61,8 +62,8 @@ class SuperTokenAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
-        if n_iter < 1:
-            raise ValueError(f"n_iter: expected at least 1, got {n_iter}")
+        if not isinstance(n_iter, int) or n_iter < 1:
+            raise ValueError(f"n_iter: expected at least 1, got {n_iter!r}")
         dd = {"device": device, "dtype": dtype}
         self.dim = dim
         self.num_heads = num_heads
@@ -104,8 +105,9 @@ class SuperTokenAttention(nn.Module):
     @torch.jit.ignore
     def one_kernel(self, x: torch.Tensor) -> bool:
         """Whether a backend does all of `add_to` at once for x (B, dim, H, W)."""
-        layers = {self.qkv: nn.Conv2d, self.proj: nn.Conv2d}
-        if self.n_iter > 1 or not untouched(layers) or not drops_nothing(self.attn_drop, self.proj_drop):
+        if self.n_iter > 1 or not drops_nothing(self.attn_drop, self.proj_drop):
+            return False
+        if not all(is_plain_pointwise(conv) and conv.bias is not None for conv in (self.qkv, self.proj)):
             return False
         x, sizes = x.permute(0, 2, 3, 1), {"cell": self.cell, "num_heads": self.num_heads}
         return choose("super_token_attention", x, self.backend, strict=False, **sizes) != "reference"
@@ -146,7 +148,10 @@ class SuperTokenAttention(nn.Module):
         qkv = self.qkv(x) if torch.jit.is_scripting() else pointwise(self.qkv, x)
         qkv = qkv.permute(0, 2, 3, 1).contiguous().reshape(B, H * W, self.num_heads, 3, d)
         q, k, v = qkv.transpose(1, 2).unbind(3)  # (B, heads, N, d) each
-        if self.fused_attn:
+        fused = self.fused_attn
+        if not torch.jit.is_scripting():
+            fused = fused and not transformed()  # PyTorch's fused attention has no jvp and no second derivative
+        if fused:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
         else:
             attn = torch.matmul(q * d**-0.5, k.transpose(-1, -2)).softmax(-1)

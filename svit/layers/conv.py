@@ -1,8 +1,10 @@
 """The convolutional parts of the network. Each keeps a channels-last map channels-last.
 
 `fuse()` folds, for inference, the BatchNorm that can be folded exactly and returns the module, as timm's
-`reparameterize_model` expects; a second call changes nothing. The stem has none: its BatchNorms stand between a GELU
-and a zero-padded convolution, where a folded shift would be wrong at the borders.
+`reparameterize_model` expects; a second call changes nothing. Norms of another class stay, and so does a BatchNorm
+without running statistics. A BatchNorm in train mode, and a convolution or BatchNorm that is hooked, parametrized,
+pruned or wrapped, is a ValueError before anything changes. The stem has no `fuse()`: its BatchNorms stand between a
+GELU and a zero-padded convolution, where a folded shift would be wrong at the borders.
 """
 
 from collections.abc import Sequence
@@ -10,14 +12,14 @@ from collections.abc import Sequence
 import torch
 from timm.layers import get_act_layer, get_norm_layer
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from svit.ops import bias_gelu_affine, choose, conv_ffn, depthwise3x3
 from svit.ops._numerics import autocast_dtype, widen
 from svit.ops.conv_ffn import onednn
 
+from . import folding
 from .checks import check_map
-from .fusing import default_backend, drops_nothing, for_other_programs, pointwise, untouched
+from .fusing import default_backend, drops_nothing, for_other_programs, is_plain_pointwise, pointwise, untouched
 
 torch.fx.wrap("check_map")
 torch.fx.wrap("depthwise3x3")
@@ -81,7 +83,9 @@ class ConvFFN(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
             if onednn.usable("conv_ffn", x)[0] and self.is_untouched():
                 fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
-                return onednn.conv_ffn(x, fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias)
+                weights = fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias
+                if onednn.usable("conv_ffn", x, weights=weights)[0]:
+                    return onednn.conv_ffn(x, *weights)
         x = self.fc1(x) if torch.jit.is_scripting() else pointwise(self.fc1, x)
         x = self.dwconv_of_act(x)
         x = self.fc2(x) if torch.jit.is_scripting() else pointwise(self.fc2, x)
@@ -135,13 +139,18 @@ class ConvFFN(nn.Module):
     @torch.jit.ignore
     def is_untouched(self) -> bool:
         """Whether the layers behind the norm do just what they were built for: no dropout, no hooks, no wrappers."""
-        convolutions = {self.fc1: nn.Conv2d, self.fc2: nn.Conv2d}
-        return drops_nothing(self.drop1, self.drop2) and self.is_gelu() and untouched(convolutions)
+        if not (drops_nothing(self.drop1, self.drop2) and self.is_gelu()):
+            return False
+        return all(is_plain_pointwise(conv) and conv.bias is not None for conv in (self.fc1, self.fc2))
+
+    @torch.no_grad()
+    def replacements(self) -> dict[str, nn.Module]:
+        if (norm := folding.affine(self, "norm")) is None:
+            return {}
+        return {"fc1": folding.folded_before(self, "fc1", *norm), "norm": nn.Identity()}
 
     def fuse(self) -> "ConvFFN":
-        if isinstance(self.norm, nn.BatchNorm2d):
-            fold_norm_before(self.norm, self.fc1)
-            self.norm = nn.Identity()
+        folding.replace(self, self.replacements())
         return self
 
 
@@ -193,7 +202,8 @@ class Stem(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = check_map(x, self.in_chans).contiguous(memory_format=torch.channels_last)
+        # Channels-last without its name: vmap knows no memory formats, and graphs of torch.fx with one do not pickle.
+        x = check_map(x, self.in_chans).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         if not torch.jit.is_scripting():  # noqa: SIM102
             if self.fuses(x):
                 return self.forward_fused(x)
@@ -270,8 +280,14 @@ class Downsample(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(x))
 
+    @torch.no_grad()
+    def replacements(self) -> dict[str, nn.Module]:
+        if (norm := folding.affine(self, "norm")) is None:
+            return {}
+        return {"conv": folding.folded_after(self, "conv", *norm), "norm": nn.Identity()}
+
     def fuse(self) -> "Downsample":
-        fold_norm_after(self)
+        folding.replace(self, self.replacements())
         return self
 
 
@@ -299,27 +315,12 @@ class FinalConv(nn.Module):
         x = self.conv(x) if torch.jit.is_scripting() else pointwise(self.conv, x)
         return self.act(self.norm(x))
 
+    @torch.no_grad()
+    def replacements(self) -> dict[str, nn.Module]:
+        if isinstance(self.conv, nn.Identity) or (norm := folding.affine(self, "norm")) is None:
+            return {}
+        return {"conv": folding.folded_after(self, "conv", *norm), "norm": nn.Identity()}
+
     def fuse(self) -> "FinalConv":
-        if isinstance(self.conv, nn.Conv2d):
-            fold_norm_after(self)
+        folding.replace(self, self.replacements())
         return self
-
-
-@torch.no_grad()
-def fold_norm_after(module: Downsample | FinalConv) -> None:
-    """Folds `module.norm`, which follows `module.conv`, into it."""
-    conv, norm = module.conv, module.norm
-    if isinstance(norm, nn.BatchNorm2d):
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        module.norm = nn.Identity()
-
-
-@torch.no_grad()
-def fold_norm_before(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
-    """Folds `norm` into the 1x1 convolution that follows it: W (s x + t) + b = (W s) x + (W t + b)."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
-    conv.bias += conv.weight.flatten(1) @ shift
-    conv.weight *= scale.view(1, -1, 1, 1)

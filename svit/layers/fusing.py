@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, is_scriptable, use_fused_attn
 from torch import nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def default_backend(backend: str | None) -> str | None:
@@ -16,18 +19,29 @@ def default_backend(backend: str | None) -> str | None:
 def untouched(layers: dict[nn.Module, type[nn.Module] | tuple[type[nn.Module], ...]]) -> bool:
     """Whether each layer does just what it was built for: of that very class, its forward its own, without hooks.
 
-    A fused path that goes round their forward methods must ask.
+    Its parameters are plain tensors too, not quantized or sharded ones. A fused path that goes round their forward
+    methods must ask.
     """
+    if _has_any_global_hook():
+        return False
     for m, t in layers.items():  # asked many times a forward: a loop takes half the time of `all`
         if type(m) is not t and not (isinstance(t, tuple) and type(m) in t):
             return False
         if hooked(m) or "forward" in m.__dict__:
             return False
+        for p in m._parameters.values():
+            if not plain(p):
+                return False
     return True
 
 
 def hooked(m: nn.Module) -> bool:
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def plain(p: torch.Tensor | None) -> bool:
+    """Whether a parameter is a tensor as PyTorch makes them, or one that a tracer puts in its place."""
+    return p is None or type(p) in (nn.Parameter, torch.Tensor) or isinstance(p, (FakeTensor, FunctionalTensor))
 
 
 def drops_nothing(*drops: nn.Module) -> bool:

@@ -6,6 +6,7 @@ image -> stem -> 4 stages of blocks (position encoding, super-token attention, c
 with a downsampling convolution -> final convolution -> head. A stage's feature map is what it hands to the next stage.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -28,7 +29,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from svit.layers import ConvFFN, Downsample, FinalConv, LayerScale, ResidualDepthwiseConv, Stem, SuperTokenAttention
+from svit.layers import (
+    ConvFFN,
+    Downsample,
+    FinalConv,
+    LayerScale,
+    ResidualDepthwiseConv,
+    Stem,
+    SuperTokenAttention,
+    folding,
+)
 from svit.layers.fusing import drops_nothing, untouched
 from svit.ops import _dispatch
 
@@ -121,14 +131,28 @@ class Block(nn.Module):
         return untouched(layers) and drops_nothing(self.drop_path2) and self.mlp.fuses(x)
 
     @torch.no_grad()
+    def replacements(self) -> dict[str, nn.Module]:
+        found = {}
+        for name, part, kind, conv, drop in (
+            ("ls1", "attn", SuperTokenAttention, "proj", "proj_drop"),
+            ("ls2", "mlp", ConvFFN, "fc2", "drop2"),
+        ):
+            if not isinstance(getattr(self, name), LayerScale):
+                continue
+            scale = folding.expect_stock(self, name, LayerScale).gamma.flatten()
+            folding.expect_stock(self, f"{part}.{drop}", *folding.DROPS)  # a factor goes through dropout
+            whole = copy.deepcopy(folding.expect_stock(self, part, kind))
+            setattr(whole, conv, folding.folded_after(self, f"{part}.{conv}", scale))
+            found |= {part: whole, name: nn.Identity()}
+        return found
+
     def fuse(self) -> "Block":
-        """Folds the layer scales, for inference, into the 1x1 convolutions before them (spreading is linear)."""
-        for name, conv in (("ls1", self.attn.proj), ("ls2", self.mlp.fc2)):
-            scale = getattr(self, name)
-            if isinstance(scale, LayerScale):
-                conv.weight *= scale.gamma.view(-1, 1, 1, 1)
-                conv.bias *= scale.gamma.flatten()
-                setattr(self, name, nn.Identity())
+        """Folds the layer scales, for inference, into the 1x1 convolutions before them (spreading is linear).
+
+        Raises:
+            ValueError: a module on the way is hooked, parametrized, pruned or wrapped; nothing has changed then.
+        """
+        folding.replace(self, self.replacements())
         return self
 
 
@@ -165,7 +189,7 @@ class SViT(nn.Module):
         num_heads: attention heads of each stage.
         stoken_size: height and width in pixels of each stage's cells: an int or a pair a stage. With 1 the stage has
             plain global attention.
-        n_iter: rounds of association.
+        n_iter: rounds of association, a single value or one a stage. Without effect where cells are single pixels.
         differentiable_association: lets the gradient through the association, which the paper cuts.
         layer_scale_init: start value of the layer scale, None for none; a single value or one a stage (to
             `timm.create_model` give (None, None, None, None), since it drops keywords that are None).
@@ -197,7 +221,7 @@ class SViT(nn.Module):
         depths: Sequence[int] = (3, 5, 9, 3),
         num_heads: Sequence[int] = (1, 2, 5, 8),
         stoken_size: Sequence[int | tuple[int, int]] = (8, 4, 1, 1),
-        n_iter: int = 1,
+        n_iter: int | Sequence[int] = 1,
         differentiable_association: bool = False,
         layer_scale_init: float | Sequence[float | None] | None = None,
         mlp_ratio: float = 4.0,
@@ -217,10 +241,13 @@ class SViT(nn.Module):
         num_stages = len(embed_dims)
         if layer_scale_init is None or isinstance(layer_scale_init, (int, float)):
             layer_scale_init = (layer_scale_init,) * num_stages
+        if isinstance(n_iter, int):
+            n_iter = (n_iter,) * num_stages
         per_stage = {
             "depths": depths,
             "num_heads": num_heads,
             "stoken_size": stoken_size,
+            "n_iter": n_iter,
             "layer_scale_init": layer_scale_init,
         }
         for name, value in per_stage.items():
@@ -243,7 +270,7 @@ class SViT(nn.Module):
                 dim,
                 num_heads[i],
                 stoken_size[i],
-                n_iter=n_iter,
+                n_iter=n_iter[i],
                 differentiable_association=differentiable_association,
                 mlp_ratio=mlp_ratio,
                 layer_scale_init=layer_scale_init[i],
@@ -311,8 +338,19 @@ class SViT(nn.Module):
     def fuse(self) -> "SViT":
         """Folds into convolutions, in place and for inference only, what folds exactly; returns the model.
 
-        That is the BatchNorm of conv-FFN, downsampling and final convolution, and the layer scale.
+        That is the BatchNorm of conv-FFN, downsampling and final convolution, and the layer scale. Norms of another
+        class (LayerNorm, BatchNorm with an activation inside) stay, and so does a BatchNorm without running statistics.
+
+        Raises:
+            ValueError: a BatchNorm is in train mode, or a module that folds is hooked, parametrized, pruned, wrapped
+                or of another class. The message names it, and the model is as it was.
         """
+        for name, module in self.named_modules():
+            if hasattr(module, "replacements"):
+                try:
+                    module.replacements()
+                except ValueError as error:
+                    raise ValueError(f"{name}.{error}") from None
         return reparameterize_model(self, inplace=True)
 
     def forward_intermediates(

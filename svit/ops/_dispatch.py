@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from . import _self_check
 
@@ -107,6 +109,13 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def has_function_mode() -> bool:
+    """Whether a mode of `__torch_function__` is on, other than that of `torch.device`, which all factories know."""
+    if torch._C._len_torch_function_stack() == 0:
+        return False
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 def choose(op: str, x: torch.Tensor, backend: str | None = None, strict: bool = True, **sizes) -> str:

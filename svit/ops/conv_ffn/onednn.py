@@ -4,22 +4,28 @@ Its hidden map is four times its input. In one piece it goes through memory six 
 step, costs as many page faults; in tiles of rows it stays in the cache, and the GELU runs inside the first convolution.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from svit.ops import _dispatch
-from svit.ops._numerics import autocast_dtype
+from svit.ops._numerics import autocast_dtype, autocasts
 
 # Elements of the hidden map in one tile: 8 MiB in float32, 4 in bfloat16, the best sizes tried (docs/performance.md).
 TILE = 2**21
 
 
-def usable(op: str, x: torch.Tensor, hidden: int = 0, residual: bool = True) -> tuple[bool, str]:
-    """Whether this backend serves `op` on the map x (B, H, W, C), and if not, why."""
+def usable(
+    op: str, x: torch.Tensor, hidden: int = 0, residual: bool = True, weights: Sequence[torch.Tensor] = ()
+) -> tuple[bool, str]:
+    """Whether this backend serves `op` on the map x (B, H, W, C), with these weights if given, and if not, why."""
     if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False, "x is traced"
     if torch.is_grad_enabled():
         return False, "autograd is on"
+    if _dispatch.transformed():
+        return False, "torch.func or forward-mode AD is at work"
     if x.device.type != "cpu":
         return False, f"x is on {x.device.type}"
     if autocast_dtype(x) not in (torch.float32, torch.bfloat16):
@@ -28,6 +34,13 @@ def usable(op: str, x: torch.Tensor, hidden: int = 0, residual: bool = True) -> 
         return False, "this PyTorch has no oneDNN, or it is switched off"
     if torch._C._len_torch_dispatch_stack() > 0:
         return False, "a dispatch mode (a FLOP counter, say) wants to see each operation"
+    if _dispatch.has_function_mode():
+        return False, "a mode of __torch_function__ wants to see each operation"
+    for weight in weights:
+        if weight.device != x.device:
+            return False, f"a weight is on {weight.device}"
+        if weight.dtype != x.dtype and not autocasts("cpu"):
+            return False, f"a weight is {weight.dtype}, x is {x.dtype}"
     return True, ""
 
 
@@ -59,7 +72,7 @@ def conv_ffn(
     rows = min(rows, H)
     out = torch.empty(
         B, weight2.shape[0], H, W,
-        dtype=dtype if residual is None else residual.dtype, memory_format=torch.channels_last,
+        dtype=dtype if residual is None else residual.dtype, device=x.device, memory_format=torch.channels_last,
     )  # fmt: skip
     for image in range(0, B, images):
         for row in range(0, H, rows):
