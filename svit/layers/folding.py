@@ -14,7 +14,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from svit.ops._numerics import widen
 
-from .fusing import is_plain_pointwise, untouched
+from .fusing import is_plain_pointwise, runs_stock_forward
 
 # Of these classes, not of subclasses, which may compute something else (BatchNormAct2d has an activation inside).
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
@@ -33,7 +33,7 @@ def expect_stock(parent: nn.Module, name: str, *classes: type[nn.Module]) -> nn.
         ValueError: it is of another class, or hooks, a parametrization or another forward change what it computes.
     """
     child = parent.get_submodule(name)
-    if not untouched({child: classes}):
+    if not runs_stock_forward({child: classes}):
         expected = " or ".join(c.__name__ for c in classes)
         got = type(child).__name__ + (", which is hooked or changed" if type(child) in classes else "")
         raise ValueError(

@@ -39,8 +39,9 @@ from svit.layers import (
     SuperTokenAttention,
     folding,
 )
-from svit.layers.fusing import drops_nothing, untouched
+from svit.layers.fusing import DROPS, dropout_inactive, runs_stock_forward
 from svit.ops import _dispatch
+from svit.ops._dispatch import Plan
 
 from .original import from_original, is_original
 
@@ -93,42 +94,50 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pos_embed(x)
-        x = self.add_attention(x)
-        x = self.add_ffn(x)
-        return x
-
-    def add_attention(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
-            if self.fuses_attention(x):
-                scales = isinstance(self.ls1, LayerScale) or not drops_nothing(self.drop_path1)
-                return self.attn.add_to(x, self.norm1, self.scale_attention if scales else None)
-        return x + self.scale_attention(self.attn(self.norm1(x)))
-
-    def add_ffn(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102
-            if self.fuses_ffn(x):
-                return self.mlp.add_to(x)
-        return x + self.drop_path2(self.ls2(self.mlp(x)))
+        if torch.jit.is_scripting():
+            x = x + self.scale_attention(self.attn(self.norm1(x)))
+            return x + self.scale_ffn(self.mlp(x))
+        else:
+            plan = self.choose_attention(x)
+            if plan is None:
+                x = x + self.scale_attention(self.attn(self.norm1(x)))
+            elif plan.backend == "reference":
+                x = x + self.scale_attention(self.attn(self.norm1(x), "reference"))
+            else:
+                scales = isinstance(self.ls1, LayerScale) or not dropout_inactive(self.drop_path1)
+                x = self.attn.forward_residual(x, self.norm1, self.scale_attention if scales else None, plan)
+            plan = self.choose_ffn(x)
+            if plan is None:
+                return x + self.scale_ffn(self.mlp(x))
+            if plan.op == "conv_ffn":
+                return self.mlp.forward_fused(x, plan, residual=x)
+            return x + self.mlp(x, plan.op)
 
     def scale_attention(self, x: torch.Tensor) -> torch.Tensor:
         return self.drop_path1(self.ls1(x))
 
-    @torch.jit.ignore
-    def fuses_attention(self, x: torch.Tensor) -> bool:
-        """Whether a backend takes norm and residual into the attention; it goes round their modules' forward."""
-        norm, scale, drop_path = self.norm1, self.ls1, self.drop_path1
-        if not untouched({norm: LayerNorm2d, self.attn: SuperTokenAttention}) or norm.weight is None:
-            return False
-        # Scale and drop path, which come after the attention, move before the spreading: factors may, others may not.
-        if not untouched({scale: (LayerScale, nn.Identity), drop_path: (DropPath, nn.Identity)}):
-            return False
-        return norm.bias is not None and self.attn.fuses(x)
+    def scale_ffn(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop_path2(self.ls2(x))
 
     @torch.jit.ignore
-    def fuses_ffn(self, x: torch.Tensor) -> bool:
-        """Whether a backend takes the residual into the conv-FFN."""
-        layers = {self.ls2: nn.Identity, self.mlp: ConvFFN}
-        return untouched(layers) and drops_nothing(self.drop_path2) and self.mlp.fuses(x)
+    def choose_attention(self, x: torch.Tensor) -> Plan | None:
+        """What runs the attention with its norm and residual; None where their modules must run, whatever they are."""
+        norm, attn = self.norm1, self.attn
+        # Scale and drop path, which come after the attention, move before the spreading: factors may, others may not.
+        factors = {self.ls1: (LayerScale, nn.Identity), self.drop_path1: (DropPath, nn.Identity)}
+        if not isinstance(x, torch.Tensor) or not runs_stock_forward(
+            {norm: LayerNorm2d, attn: SuperTokenAttention, **factors}
+        ):
+            return None
+        return None if norm.weight is None or norm.bias is None else attn.choose_plan(x, norm)
+
+    @torch.jit.ignore
+    def choose_ffn(self, x: torch.Tensor) -> Plan | None:
+        """What runs the conv-FFN with its residual; None where it chooses for itself, or is another module."""
+        layers = {self.mlp: ConvFFN, self.ls2: nn.Identity, self.drop_path2: DROPS}
+        if not (runs_stock_forward(layers) and dropout_inactive(self.drop_path2)):
+            return None
+        return self.mlp.choose_plan(x, residual=True)
 
     @torch.no_grad()
     def replacements(self) -> dict[str, nn.Module]:

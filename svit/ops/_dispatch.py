@@ -7,9 +7,11 @@ for the self-check, `fingerprint(device)`.
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -77,17 +79,6 @@ def choosing_by(known: dict[tuple, str]) -> Iterator[None]:
         repetition.failures = before
 
 
-def known_failures() -> dict[tuple, str]:
-    """What `choose` goes by."""
-    if torch.compiler.is_compiling() or repetition.failures is None:
-        return failures
-    return repetition.failures
-
-
-def failure_key(name: str, op: str, x: torch.Tensor) -> tuple:
-    return name, op, x.shape[-1], x.dtype
-
-
 def has(name: str, op: str) -> bool:
     """Whether a backend has an op at all."""
     return op in getattr(BACKENDS[name], "OPS", (op,))
@@ -98,7 +89,8 @@ def usable(name: str, op: str, x: torch.Tensor, **sizes) -> tuple[bool, str]:
 
     `sizes` are what else the choice depends on, for ops that have such (see the backends' `usable`).
     """
-    if (key := failure_key(name, op, x)) in (known := known_failures()):
+    known = failures if torch.compiler.is_compiling() or repetition.failures is None else repetition.failures
+    if (key := (name, op, x.shape[-1], x.dtype)) in known:
         return False, known[key]
     serves, reason = BACKENDS[name].usable(op, x, **sizes)
     return (False, OPT_IN[name]) if serves and name in OPT_IN else (serves, reason)
@@ -118,6 +110,29 @@ def has_function_mode() -> bool:
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
+class Plan(NamedTuple):
+    """What a layer has chosen for one call: nothing below it chooses again."""
+
+    op: str  # that was chosen for
+    backend: str  # that runs it
+    ops: SimpleNamespace  # functions of ops, to be called: `plan.ops.sample(x, ...)`
+    direct: bool  # whether they go past PyTorch's dispatcher and the checks of the ops
+
+
+class Functions(SimpleNamespace):
+    """Functions of ops: through PyTorch's dispatcher, with the checks of the ops, or straight to a backend."""
+
+    def __init__(self, backend: str | None, asked: str | None) -> None:
+        super().__init__()
+        for op in REFERENCE.OPS:
+            function = partial(getattr(torch.ops.svit, op), backend=asked)
+            vars(self)[op] = function if backend is None else partial(execute, backend, op, asked)
+
+
+# (backend, or None for the dispatcher, and the name that was asked for or None) -> the functions, made once.
+functions: dict[tuple[str | None, str | None], Functions] = {}
+
+
 def choose(op: str, x: torch.Tensor, backend: str | None = None, strict: bool = True, **sizes) -> str:
     """Name of the backend that runs `op` on the map x (B, H, W, C): the one asked for, else the first usable one.
 
@@ -132,63 +147,122 @@ def choose(op: str, x: torch.Tensor, backend: str | None = None, strict: bool = 
     if "must" in sizes:
         warnings.warn("choose: `must` is deprecated, use `strict`", DeprecationWarning, stacklevel=2)
         strict = sizes.pop("must")
+    return choose_plan(op, x, backend, (), strict, **sizes).backend
+
+
+def choose_plan(
+    op: str,
+    x: torch.Tensor,
+    backend: str | None = None,
+    parameters: Sequence[tuple[torch.Tensor, tuple[int, ...]]] = (),
+    strict: bool = True,
+    **sizes,
+) -> Plan:
+    """`choose` for a layer: the backend, and how to call it.
+
+    `parameters` are those that kernels will read, each with the shape that it must have to go past the checks.
+    """
     if backend is not None and backend != "reference" and backend not in BACKENDS:
         names = ", ".join((*BACKENDS, "reference"))
         raise ValueError(f"backend: expected one of {names} or None, got {backend!r}")
     # A trace is for other programs to read (ONNX, TorchScript, FLOP counters), which know PyTorch's operations only.
     if backend == "reference" or not isinstance(x, torch.Tensor) or torch.jit.is_tracing():
-        return "reference"
-    if transformed():
-        return "reference"
-    if backend is not None and not has(backend, op) and op in COMPOSITE_OPS:
-        return "reference"  # it is made of primitives, which the one that was asked for has
-    if backend is not None and has(backend, op):
-        serves, reason = BACKENDS[backend].usable(op, x, **sizes)
-        if serves:
-            return backend
-        if strict:
-            raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
-    for name in BACKENDS:
-        if has(name, op) and usable(name, op, x, **sizes)[0]:
-            return name
-    return "reference"
+        return Plan(op, "reference", REFERENCE, False)
+    compiles = torch.compiler.is_compiling()
+    # `transformed`, spelled out like `usable` below: this is asked at each step of a model.
+    if not compiles and (torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0):
+        return Plan(op, "reference", REFERENCE, False)
+    name = None
+    if backend is not None:
+        if has(backend, op):
+            serves, reason = BACKENDS[backend].usable(op, x, **sizes)
+            if serves:
+                name = backend
+            elif strict:
+                raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
+        elif op in COMPOSITE_OPS:
+            return Plan(op, "reference", REFERENCE, False)  # made of primitives, which the one that was asked for has
+    if name is None:
+        known = failures if compiles or repetition.failures is None else repetition.failures
+        for candidate, kernels in BACKENDS.items():
+            if candidate in OPT_IN or op not in getattr(kernels, "OPS", (op,)):
+                continue
+            if (candidate, op, x.shape[-1], x.dtype) not in known and kernels.usable(op, x, **sizes)[0]:
+                name = candidate
+                break
+        else:
+            return Plan(op, "reference", REFERENCE, False)
+    # What no GPU has run yet is always checked.
+    direct = name not in OPT_IN and is_unobserved(x, parameters)
+    key = (name if direct else None), backend
+    if key not in functions:
+        functions[key] = Functions(*key)
+    return Plan(op, name, functions[key], direct)
+
+
+def is_unobserved(x: torch.Tensor, parameters: Sequence[tuple[torch.Tensor, tuple[int, ...]]]) -> bool:
+    """Whether PyTorch runs operations on x one by one and nobody looks at them: no autograd, compiler or mode.
+
+    What traces and transforms has been asked about before: `choose` gives them the reference.
+    """
+    if type(x) is not torch.Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() or (torch._C._len_torch_function_stack() and has_function_mode()):
+        return False
+    for t, shape in parameters:  # what does not fit is for the op to name
+        if t is None or t.shape != shape or t.device != x.device or not t.is_contiguous():
+            return False
+    return True
 
 
 def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
-    """Runs `op` of a backend, after its self-check at the first call.
-
-    A backend that was chosen, not asked for, may fail: then the next one runs, now and hereafter. The failures meant
-    here are those of the self-check, and of compiling and launching kernels. Lack of memory is not one of them; a
-    caller's error has been found before.
+    """Runs `op` of the backend that serves x, or of the next one should it fail.
 
     Raises:
         ValueError: the backend that was asked for does not serve x, or fails its self-check.
     """
-    while True:
-        with choosing_by(failures):
-            name = choose(op, x, backend, **sizes)
-        if name != "reference":
-            case = _self_check.case_of(name, op, args)
-            problem = _self_check.problem(case, BACKENDS[name], x.device)
-            if problem is None:
-                name = "reference"
-            elif problem:
-                reason = f"it failed its self-check: {problem}"
-                if backend is not None:
-                    raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
-                leave_out(name, case, reason)
-                continue
-        if name == "reference":
-            results = getattr(REFERENCE, op)(*args)
-            return results.contiguous() if torch.is_tensor(results) else tuple(t.contiguous() for t in results)
-        try:
-            return getattr(BACKENDS[name], op)(*args)
-        except torch.OutOfMemoryError:
+    with choosing_by(failures):
+        name = choose(op, x, backend, **sizes)
+    if name == "reference":
+        return run_reference(op, args)
+    return execute(name, op, backend, *args, **sizes)
+
+
+def run_reference(op: str, args: tuple):
+    results = getattr(REFERENCE, op)(*args)
+    return results.contiguous() if torch.is_tensor(results) else tuple(t.contiguous() for t in results)
+
+
+def execute(name: str, op: str, asked: str | None, *args, **sizes):
+    """Runs `op` of backend `name` on contiguous tensors, after its self-check at the first call.
+
+    A backend that was chosen, not asked for, may fail: then the next one runs, now and hereafter. The failures meant
+    here are those of the self-check, and of compiling and launching kernels. Lack of memory is not one of them; a
+    caller's error has been found before.
+    """
+    backend, rule = BACKENDS[name], _self_check.RULES[op]
+    x, cell, form = rule.case(*args)
+    case = _self_check.Case(name, rule.forward, x.shape[-1], cell and tuple(cell), x.dtype, form)
+    if getattr(backend, "fingerprint", None) and _self_check.verdicts.get((case, x.device)) != "":
+        problem = _self_check.problem(case, backend, x.device)
+        if problem is None:
+            return run_reference(op, args)
+        if problem:
+            reason = f"it failed its self-check: {problem}"
+            if asked is not None:
+                raise ValueError(f"backend: {asked!r} cannot run {op} here: {reason}")
+            leave_out(name, case, reason)
+            return run(op, asked, sizes, args[0], *args)
+    try:
+        return getattr(backend, op)(*args)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if asked is not None or "out of memory" in str(error).lower():
             raise
-        except Exception as error:
-            if backend is not None or "out of memory" in str(error).lower():
-                raise
-            leave_out(name, case._replace(op=op), f"it failed before: {type(error).__name__}: {error}")
+        reason = f"it failed before: {type(error).__name__}: {error}"
+    leave_out(name, case._replace(op=op), reason)
+    return run(op, asked, sizes, args[0], *args)
 
 
 def leave_out(name: str, case: _self_check.Case, reason: str) -> None:

@@ -47,7 +47,9 @@ def autocasts(device: str) -> bool:
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype that autocast has convolutions and products of x compute in; that of x where it is off."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
+    device = x.device.type  # `autocasts`, spelled out: this is asked at each step of a model
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else x.dtype
 
 
 def to_autocast_dtype(x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,15 @@ def fingerprint(device: torch.device) -> str:
     return f"cuda kernels {build()}, sm_{major}{minor}"
 
 
-def usable(op: str, x: Tensor, cell: tuple[int, int] = (1, 1), num_heads: int = 1, hidden: int = 0) -> tuple[bool, str]:
+def usable(
+    op: str,
+    x: Tensor,
+    cell: tuple[int, int] = (1, 1),
+    num_heads: int = 1,
+    hidden: int = 0,
+    residual: bool = True,
+    weights: Sequence[Tensor] = (),
+) -> tuple[bool, str]:
     """Whether this backend serves `op` on the map x (B, H, W, C), and if not, why.
 
     Args:
@@ -79,11 +88,15 @@ def usable(op: str, x: Tensor, cell: tuple[int, int] = (1, 1), num_heads: int = 
         x: the map.
         cell, num_heads: of the attention.
         hidden: channels between the 1x1 convolutions of the conv-FFN.
+        residual: whether the conv-FFN has one.
+        weights: of the conv-FFN; the op checks them.
     """
     if compiled is None:
         return False, version
     if x.device.type != "cuda":
         return False, f"x is on {x.device.type}, it runs on GPUs"
+    if not residual:
+        return False, "it adds a residual"
     if x.dtype not in (torch.float16, torch.bfloat16):
         return False, f"it computes in float16 and bfloat16, not in {x.dtype}"
     served, reason = fits(op, tuple(x.shape), tuple(cell), num_heads, hidden)

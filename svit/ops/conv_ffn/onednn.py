@@ -34,7 +34,7 @@ def usable(
         return False, "this PyTorch has no oneDNN, or it is switched off"
     if torch._C._len_torch_dispatch_stack() > 0:
         return False, "a dispatch mode (a FLOP counter, say) wants to see each operation"
-    if _dispatch.has_function_mode():
+    if torch._C._len_torch_function_stack() and _dispatch.has_function_mode():
         return False, "a mode of __torch_function__ wants to see each operation"
     for weight in weights:
         if weight.device != x.device:
