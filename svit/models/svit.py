@@ -425,6 +425,8 @@ class SViT(nn.Module):
 
 def checkpoint_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Runs a block without keeping its activations; the second run, in backward, leaves BatchNorm's statistics be."""
+    if backends.transformed():
+        return block(x)  # torch.func and forward-mode AD refuse the hooks of a checkpoint
     if torch.compiler.is_compiling():
         return checkpoint(block, x, use_reentrant=False)  # the compiler recomputes values only, never updates
     known = dict(backends.failures)
