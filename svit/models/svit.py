@@ -140,8 +140,8 @@ class Block(nn.Module):
             if not isinstance(getattr(self, name), LayerScale):
                 continue
             scale = folding.expect_stock(self, name, LayerScale).gamma.flatten()
-            folding.expect_stock(self, f"{part}.{drop}", *folding.DROPS)  # a factor goes through dropout
             whole = copy.deepcopy(folding.expect_stock(self, part, kind))
+            folding.expect_stock(self, f"{part}.{drop}", *folding.DROPS)  # a factor goes through dropout
             setattr(whole, conv, folding.folded_after(self, f"{part}.{conv}", scale))
             found |= {part: whole, name: nn.Identity()}
         return found
