@@ -10,7 +10,7 @@ from svit.ops import choose, sample, spread, super_token_attention
 from svit.ops.backends import transformed
 
 from .checks import check_map, pair
-from .fusing import default_backend, drops_nothing, is_plain_pointwise, pointwise
+from .fusing import default_backend, drops_nothing, is_plain_pointwise, pointwise, untouched
 
 torch.fx.wrap("check_map")
 # In one step each, so that the softmax in a graph is that of the attention, which timm's AttentionExtract looks for.
@@ -150,7 +150,8 @@ class SuperTokenAttention(nn.Module):
         q, k, v = qkv.transpose(1, 2).unbind(3)  # (B, heads, N, d) each
         fused = self.fused_attn
         if not torch.jit.is_scripting():
-            fused = fused and not transformed()  # PyTorch's fused attention has no jvp and no second derivative
+            # PyTorch's fused attention has no jvp and no second derivative, and goes round the dropout layer.
+            fused = fused and not transformed() and untouched({self.attn_drop: nn.Dropout})
         if fused:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
         else:
