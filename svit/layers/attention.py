@@ -213,7 +213,8 @@ class SuperTokenAttention(nn.Module):
         q, k, v = qkv.transpose(1, 2).unbind(3)  # (B, heads, N, d) each
         fused = self.fused_attn
         if not torch.jit.is_scripting():
-            fused = fused and not transformed()  # PyTorch's fused attention has no jvp and no second derivative
+            # PyTorch's fused attention has no jvp and no second derivative, and goes round the dropout layer.
+            fused = fused and not transformed() and runs_stock_forward({self.attn_drop: nn.Dropout})
         if fused:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
         else:

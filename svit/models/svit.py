@@ -149,8 +149,8 @@ class Block(nn.Module):
             if not isinstance(getattr(self, name), LayerScale):
                 continue
             scale = folding.expect_stock(self, name, LayerScale).gamma.flatten()
-            folding.expect_stock(self, f"{part}.{drop}", *folding.DROPS)  # a factor goes through dropout
             whole = copy.deepcopy(folding.expect_stock(self, part, kind))
+            folding.expect_stock(self, f"{part}.{drop}", *folding.DROPS)  # a factor goes through dropout
             setattr(whole, conv, folding.folded_after(self, f"{part}.{conv}", scale))
             found |= {part: whole, name: nn.Identity()}
         return found
@@ -434,6 +434,8 @@ class SViT(nn.Module):
 
 def checkpoint_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Runs a block without keeping its activations; the second run, in backward, leaves BatchNorm's statistics be."""
+    if _dispatch.transformed():
+        return block(x)  # torch.func and forward-mode AD refuse the hooks of a checkpoint
     if torch.compiler.is_compiling():
         return checkpoint(block, x, use_reentrant=False)  # the compiler recomputes values only, never updates
     known = dict(_dispatch.failures)

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import set_fused_attn
+from torch import nn
 from torch.autograd import gradcheck
 
 import goldens
@@ -130,6 +131,24 @@ def test_dropout_acts_in_training_only(attention_path):
     assert torch.equal(layer(x), layer(x))
     layer = SuperTokenAttention(8, 2, 2, proj_drop=1.0).train()
     assert not layer(x).any()
+
+
+@pytest.mark.parametrize("cell", [1, 2])
+def test_hooks_and_wrappers_of_the_attention_dropout_run(cell):
+    layer = SuperTokenAttention(8, 2, cell)
+    x = torch.randn(1, 8, 6, 4)
+    expected, tokens = layer(x), 24 // cell**2
+    seen = []
+    handle = layer.attn_drop.register_forward_hook(lambda m, inputs, output: seen.append(output))
+    torch.testing.assert_close(layer(x), expected)
+    assert seen[0].shape == (1, 2, tokens, tokens)
+    torch.testing.assert_close(seen[0].sum(-1), torch.ones(1, 2, tokens))
+    handle.remove()
+    layer.attn_drop = nn.Sequential(nn.Dropout(1.0))
+    bias = layer.proj.bias[:, None, None].expand(8, 6, 4)[None]
+    if cell == 1:
+        torch.testing.assert_close(layer(x), bias)
+    assert not torch.allclose(layer(x), expected)
 
 
 def test_no_attention_map_in_memory():

@@ -170,6 +170,7 @@ CHANGES = {
     "hook": lambda model, path: model.get_submodule(path).register_forward_hook(lambda m, i, o: 2 * o),
     "pre-hook": lambda model, path: model.get_submodule(path).register_forward_pre_hook(lambda m, i: (2 * i[0],)),
     "patched": lambda model, path: patch(model.get_submodule(path)),
+    "sequence": lambda model, path: put(model, path, nn.Sequential(model.get_submodule(path))),
 }
 CONVOLUTIONS = ["stages.3.blocks.0.mlp.fc1", "stages.3.blocks.0.mlp.fc2", "stages.3.blocks.0.attn.proj",
                 "stages.3.downsample.conv", "final_conv.conv"]  # fmt: skip
@@ -210,6 +211,8 @@ def test_changed_convolutions_are_named(change, path):
         ("hook", "stages.3.blocks.0.attn"),
         ("hook", "stages.3.blocks.0.mlp"),
         ("hook", "stages.3.blocks.0.mlp.drop2"),
+        ("sequence", "stages.3.blocks.0.attn"),
+        ("sequence", "stages.3.blocks.0.mlp"),
         ("patched", "stages.3.blocks.0.attn.proj_drop"),
     ],
 )

@@ -181,6 +181,15 @@ class TestWeights:
         x = torch.randn(1, 3, 33, 47)
         assert torch.equal(model(x), loaded(x))
 
+    def test_rounds_of_each_stage_come_back(self, tmp_path):
+        model = timm.create_model("test_svit", num_classes=7, n_iter=(2, 3, 1, 1)).double().eval()
+        config = dict(architecture="test_svit", num_classes=7, model_args=dict(n_iter=(2, 3, 1, 1)))
+        save_for_hf(model, tmp_path, model_config=config)
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).double().eval()
+        x = torch.randn(1, 3, 33, 47, dtype=torch.float64)
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-9, atol=0)
+        assert [stage.blocks[0].attn.n_iter for stage in loaded.stages] == [2, 3, 1, 1]
+
     @pytest.mark.parametrize("change", ["missing", "unexpected"])
     @pytest.mark.parametrize("layout", ["ours", "theirs"])
     def test_loading_is_strict(self, tmp_path, layout, change):
@@ -230,19 +239,22 @@ def attend_by_definition(layer: nn.Module, x: torch.Tensor, n_iter: int) -> torc
     outside = x.new_zeros(C)
     tokens = {(a, b): x[:, a * h : (a + 1) * h, b * w : (b + 1) * w].mean((1, 2)) for a in range(hh) for b in range(ww)}
     for _ in range(n_iter):
-        q = {p: torch.stack([x[:, *p] @ tokens.get(c, outside) for c in near[p]]).mul(C**-0.5).softmax(0) for p in near}
+        q = {
+            p: torch.stack([x[:, p[0], p[1]] @ tokens.get(c, outside) for c in near[p]]).mul(C**-0.5).softmax(0)
+            for p in near
+        }
         total, mass = dict.fromkeys(tokens, 0), dict.fromkeys(tokens, 0)
         for p in pixels:
             for weight, c in zip(q[p], near[p], strict=True):
                 if c in tokens:
-                    total[c], mass[c] = total[c] + weight * x[:, *p], mass[c] + weight
+                    total[c], mass[c] = total[c] + weight * x[:, p[0], p[1]], mass[c] + weight
         tokens = {c: total[c] / (mass[c] + 1e-12) for c in tokens}
     s = layer.attend(torch.stack([tokens[c] for c in tokens], 1).reshape(1, C, hh, ww))[0]
     y = torch.zeros_like(x)
     for p in pixels:
         for weight, (a, b) in zip(q[p], near[p], strict=True):
             if 0 <= a < hh and 0 <= b < ww:
-                y[:, *p] += weight * s[:, a, b]
+                y[:, p[0], p[1]] += weight * s[:, a, b]
     return y[:, :H, :W]
 
 

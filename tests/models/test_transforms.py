@@ -123,6 +123,17 @@ def test_forward_mode_is_the_transpose_of_backward(name, enabled):
     assert abs((along * v).sum() - expected) < 1e-5 * (along.double() * v).abs().sum()
 
 
+def test_checkpointed_models():
+    """What checkpoints save memory with, no transform knows: blocks run as they are."""
+    model = build()
+    x = images(model)
+    expected = [vmap(model)(x[:, None]), grad(lambda x: model(x).sum())(x), *jvp(model, (x,), (x,))]
+    model.set_grad_checkpointing()
+    actual = [vmap(model)(x[:, None]), grad(lambda x: model(x).sum())(x), *jvp(model, (x,), (x,))]
+    for a, b in zip(actual, expected, strict=True):
+        close(a, b)
+
+
 def test_second_derivatives():
     model = build("differentiable", torch.float64)  # without a constant, so that differences show the same
     x, u = images(model, 1, (13, 18)), images(model, 1, (13, 18), seed=2)
