@@ -9,7 +9,7 @@ from torch import nn
 
 from svit.ops import _dispatch, sample, spread, super_token_attention
 from svit.ops._dispatch import Plan, choose_plan, transformed
-from svit.ops._numerics import to_autocast_dtype
+from svit.ops._numerics import autocast_dtype
 from svit.ops.attention.composition import attention_half
 
 from .checks import check_map, pair
@@ -104,7 +104,7 @@ class SuperTokenAttention(nn.Module):
                 plan = REFERENCE if way == "reference" else choose_plan("sample", x, self.backend)
                 sampling, spreading = plan.ops.sample, plan.ops.spread
                 if plan.backend != "reference":
-                    x = to_autocast_dtype(x).contiguous()
+                    x = x.to(autocast_dtype(x)).contiguous()
                 elif self.differentiable_association:
                     sampling = partial(sampling, differentiable=True)
                 half = x, self.cell, self.n_iter, None, None, 0.0, self.attend_tokens, None, None
@@ -179,7 +179,7 @@ class SuperTokenAttention(nn.Module):
             )
             return y.permute(0, 3, 1, 2)
         y = attention_half(
-            to_autocast_dtype(x).contiguous(),
+            x.to(autocast_dtype(x)).contiguous(),
             self.cell,
             self.n_iter,
             norm.weight,

@@ -126,7 +126,7 @@ class ConvFFN(nn.Module):
         stock = runs_stock_forward({**middle, fc1: nn.Conv2d, fc2: nn.Conv2d, self.drop2: DROPS})
         if not (stock or runs_stock_forward(middle)) or self.act.approximate != "none":
             return LAYERS
-        if not (stock and dropout_inactive(self.drop1, self.drop2)):
+        if not stock or ((self.drop1.training or self.drop2.training) and not dropout_inactive(self.drop1, self.drop2)):
             return GELU_INSIDE if dropout_inactive(self.drop1) else LAYERS
         dim, hidden = x.shape[1], fc1.out_channels
         weights = fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias
@@ -281,10 +281,12 @@ class Stem(nn.Module):
 
 def is_affine(norms: Sequence[nn.Module]) -> bool:
     """Whether these are BatchNorms that only scale and shift, by running statistics, and share an eps."""
-    return runs_stock_forward(dict.fromkeys(norms, nn.BatchNorm2d)) and all(
-        not norm.training and norm.running_var is not None and norm.weight is not None and norm.eps == norms[0].eps
-        for norm in norms
-    )
+    if not runs_stock_forward(dict.fromkeys(norms, nn.BatchNorm2d)):
+        return False
+    for norm in norms:
+        if norm.training or norm.running_var is None or norm.weight is None or norm.eps != norms[0].eps:
+            return False
+    return True
 
 
 def affine(norms: Sequence[nn.BatchNorm2d]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:

@@ -99,12 +99,13 @@ class Block(nn.Module):
             return x + self.scale_ffn(self.mlp(x))
         else:
             plan = self.choose_attention(x)
+            scales = isinstance(self.ls1, LayerScale) or isinstance(self.drop_path1, DropPath)
             if plan is None:
                 x = x + self.scale_attention(self.attn(self.norm1(x)))
             elif plan.backend == "reference":
-                x = x + self.scale_attention(self.attn(self.norm1(x), "reference"))
+                y = self.attn(self.norm1(x), "reference")
+                x = x + (self.scale_attention(y) if scales else y)
             else:
-                scales = isinstance(self.ls1, LayerScale) or not dropout_inactive(self.drop_path1)
                 x = self.attn.forward_residual(x, self.norm1, self.scale_attention if scales else None, plan)
             plan = self.choose_ffn(x)
             if plan is None:
@@ -135,7 +136,9 @@ class Block(nn.Module):
     def choose_ffn(self, x: torch.Tensor) -> Plan | None:
         """What runs the conv-FFN with its residual; None where it chooses for itself, or is another module."""
         layers = {self.mlp: ConvFFN, self.ls2: nn.Identity, self.drop_path2: DROPS}
-        if not (runs_stock_forward(layers) and dropout_inactive(self.drop_path2)):
+        if not runs_stock_forward(layers):
+            return None
+        if not isinstance(self.drop_path2, nn.Identity) and not dropout_inactive(self.drop_path2):
             return None
         return self.mlp.choose_plan(x, residual=True)
 

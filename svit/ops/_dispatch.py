@@ -241,8 +241,10 @@ def execute(name: str, op: str, asked: str | None, *args, **sizes):
     caller's error has been found before.
     """
     backend, rule = BACKENDS[name], _self_check.RULES[op]
-    x, cell, form = rule.case(*args)
-    case = _self_check.Case(name, rule.forward, x.shape[-1], cell and tuple(cell), x.dtype, form)
+    x = args[rule.map]
+    cell = None if rule.cell is None else tuple(args[rule.cell])
+    form = rule.form[1] if rule.form and args[rule.form[0]] is not None and args[rule.form[0]] is not False else ""
+    case = _self_check.Case(name, rule.forward, x.shape[-1], cell, x.dtype, form)
     if getattr(backend, "fingerprint", None) and _self_check.verdicts.get((case, x.device)) != "":
         problem = _self_check.problem(case, backend, x.device)
         if problem is None:

@@ -122,7 +122,9 @@ class Inputs:
 class Rule(NamedTuple):
     """What the self-check knows of an op."""
 
-    case: Callable[..., tuple]  # from the arguments of a call to the map, the cell or None, and the form
+    map: int  # which argument of a call is the map, with its channels and dtype
+    cell: int | None  # which is the cell
+    form: tuple[int, str] | None  # which decides on the form, and its name: used where that is not None or False
     forward: str  # the op whose case also covers this one: itself, or of a backward op the forward one
     compare: Callable[[Any, Inputs], Comparisons] | None  # runs a case of the forward op
     published: tuple[tuple, ...]  # (channels, cell, form) of the published models
@@ -134,21 +136,16 @@ RULES: dict[str, Rule] = {}
 
 def add(
     op: str,
-    case: Callable[..., tuple],
+    map: int = 0,
+    cell: int | None = None,
+    form: tuple[int, str] | None = None,
     compare: Callable[[Any, Inputs], Comparisons] | None = None,
     published: Iterable[tuple] = (),
     sizes: Callable[[Case], dict] = lambda case: {},
     forward: str | None = None,
 ) -> None:
     """Has an op checked: an operator's self_check.py says how, see `Rule`."""
-    RULES[op] = Rule(case, forward or op, compare, tuple(published), sizes)
-
-
-def case_of(backend: str, op: str, args: tuple) -> Case:
-    """The case of a call `op(*args)`."""
-    rule = RULES[op]
-    x, cell, form = rule.case(*args)
-    return Case(backend, rule.forward, x.shape[-1], None if cell is None else tuple(cell), x.dtype, form)
+    RULES[op] = Rule(map, cell, form, forward or op, compare, tuple(published), sizes)
 
 
 def check(case: Case, kernels: Any, device: torch.device | str) -> Row:

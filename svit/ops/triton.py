@@ -46,16 +46,12 @@ def usable(op: str, x: torch.Tensor) -> tuple[bool, str]:
         return False, f"it needs a multiple of 8 channels, not {C}"
     if C * x.element_size() > MAX_BYTES and op not in ANY_CHANNELS:
         return False, f"it serves up to {MAX_BYTES // x.element_size()} channels in {x.dtype}, not {C}"
-    if not INTERPRETED and has_old_gpu(x):
+    # A map may claim to be on a GPU where there is none: a fake tensor, while a model is compiled or exported.
+    if INTERPRETED or torch.version.hip is not None or not torch.cuda.is_available():
+        return True, ""
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
         return False, "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher"
     return True, ""
-
-
-def has_old_gpu(x: torch.Tensor) -> bool:
-    # A map may claim to be on a GPU where there is none: a fake tensor, while a model is compiled or exported.
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(x.device) < (8, 0)
 
 
 def implement(module: str, *ops: str) -> None:

@@ -34,8 +34,8 @@ def check_super_token_attention(kernels: Any, given: Inputs) -> Comparisons:
 
 add(
     "super_token_attention",
-    lambda x, cell, *_: (x, cell, ""),
-    check_super_token_attention,
-    [(C, cell, "") for C, cell in PUBLISHED_CELLS.items()],
-    lambda case: {"cell": case.cell, "num_heads": PUBLISHED_HEADS[case.channels]},
+    cell=1,
+    compare=check_super_token_attention,
+    published=[(C, cell, "") for C, cell in PUBLISHED_CELLS.items()],
+    sizes=lambda case: {"cell": case.cell, "num_heads": PUBLISHED_HEADS[case.channels]},
 )

@@ -25,8 +25,7 @@ def check_conv_ffn(kernels: Any, given: Inputs) -> Comparisons:
 
 add(
     "conv_ffn",
-    lambda x, *_: (x, None, ""),
-    check_conv_ffn,
-    [(C, None, "") for C in PUBLISHED_CELLS],
-    lambda case: {"hidden": 4 * case.channels},
+    compare=check_conv_ffn,
+    published=[(C, None, "") for C in PUBLISHED_CELLS],
+    sizes=lambda case: {"hidden": 4 * case.channels},
 )

@@ -35,18 +35,9 @@ def check_bias_gelu_affine(kernels: Any, given: Inputs) -> Comparisons:
 
 add(
     "depthwise3x3",
-    lambda x, weight, bias, gelu: (x, None, "gelu" if gelu else ""),
-    check_depthwise3x3,
-    [*((C, None, "") for C in PUBLISHED_DIMS), *((4 * C, None, "gelu") for C in PUBLISHED_DIMS)],
+    form=(3, "gelu"),
+    compare=check_depthwise3x3,
+    published=[*((C, None, "") for C in PUBLISHED_DIMS), *((4 * C, None, "gelu") for C in PUBLISHED_DIMS)],
 )
-add(
-    "depthwise3x3_backward",
-    lambda grad, x, weight, gelu: (grad, None, "gelu" if gelu else ""),
-    forward="depthwise3x3",
-)
-add(
-    "bias_gelu_affine",
-    lambda x, bias, scale, shift: (x, None, ""),
-    check_bias_gelu_affine,
-    [(C, None, "") for C in PUBLISHED_STEMS],
-)
+add("depthwise3x3_backward", form=(3, "gelu"), forward="depthwise3x3")
+add("bias_gelu_affine", compare=check_bias_gelu_affine, published=[(C, None, "") for C in PUBLISHED_STEMS])

@@ -55,22 +55,8 @@ def published(*forms: str) -> list[tuple]:
     return [(C, cell, form) for C, cell in PUBLISHED_CELLS.items() for form in forms]
 
 
-add("associate", lambda x, s, cell: (x, cell, ""), check_associate, published(""))
-add("aggregate", lambda x, q, cell: (x, cell, ""), check_aggregate, published(""))
-add(
-    "spread",
-    lambda s, q, cell, size, residual: (s, cell, "" if residual is None else "residual"),
-    check_spread,
-    published("", "residual"),
-)
-add(
-    "sample",
-    lambda x, cell, n_iter, weight, bias, eps: (x, cell, "" if weight is None else "norm"),
-    check_sample,
-    published("", "norm"),
-)
-add(
-    "sample_backward",
-    lambda grad, x, q, mass, cell, weight, eps: (x, cell, "" if weight is None else "norm"),
-    forward="sample",
-)
+add("associate", cell=2, compare=check_associate, published=published(""))
+add("aggregate", cell=2, compare=check_aggregate, published=published(""))
+add("spread", cell=2, form=(4, "residual"), compare=check_spread, published=published("", "residual"))
+add("sample", cell=1, form=(3, "norm"), compare=check_sample, published=published("", "norm"))
+add("sample_backward", map=1, cell=4, form=(5, "norm"), forward="sample")

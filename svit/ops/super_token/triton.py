@@ -320,15 +320,12 @@ def launch_associate(x: Tensor, s: Tensor, cell: list[int]) -> Tensor:
     return q
 
 
-def launch_fold(partial: Tensor, partial_mass: Tensor, dtype: torch.dtype, mean: bool) -> tuple[Tensor, Tensor]:
+def prepare_fold(partial: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, dict[str, int]]:
+    """Super tokens and mass, to be written by `fold`; its programs and constants."""
     B, hh, ww, _, C = partial.shape
+    constants = fold_constants(C, dtype.itemsize)
     s, mass = partial.new_empty(B, hh, ww, C, dtype=dtype), partial.new_empty(B, hh, ww)
-    cells, constants = B * hh * ww, fold_constants(C, dtype.itemsize)
-    _kernels.launch(
-        fold, -(-cells // constants["BLOCK_T"]), s,
-        partial, partial_mass, s, mass, cells, hh, ww, MEAN=mean, **constants,
-    )  # fmt: skip
-    return s, mass
+    return s, mass, -(-B * hh * ww // constants["BLOCK_T"]), constants
 
 
 @functools.cache
@@ -350,7 +347,9 @@ def launch_aggregate(x: Tensor, q: Tensor, cell: list[int]) -> tuple[Tensor, Ten
         x, None, q, total, mass, None, None, 0.0, 0.0, H, W, hh, ww,
         NORM=False, ASSOCIATE=False, AGGREGATE=True, **cell_launch("associate_aggregate", x, cell),
     )  # fmt: skip
-    return launch_fold(total, mass, torch.float32, mean=False)
+    s, folded_mass, programs, constants = prepare_fold(total, torch.float32)
+    _kernels.launch(fold, programs, s, total, mass, s, folded_mass, B * hh * ww, hh, ww, MEAN=False, **constants)
+    return s, folded_mass
 
 
 def launch_sample(
@@ -373,7 +372,8 @@ def launch_sample(
             x, s, q, total, mass, weight, bias, eps, C**-0.5, H, W, hh, ww,
             NORM=norm, ASSOCIATE=True, AGGREGATE=True, **parameters,
         )  # fmt: skip
-        s, folded_mass = launch_fold(total, mass, x.dtype, mean=True)
+        s, folded_mass, programs, constants = prepare_fold(total, x.dtype)
+        _kernels.launch(fold, programs, s, total, mass, s, folded_mass, B * hh * ww, hh, ww, MEAN=True, **constants)
     return s, q, folded_mass
 
 
