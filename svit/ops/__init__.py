@@ -9,7 +9,7 @@ knows the backends and chooses; cuda.py and triton.py say what theirs serve. doc
 import importlib
 import warnings
 
-from . import cuda, triton  # backends, in the order of preference; conv_ffn adds oneDNN
+from . import _dispatch, cuda, triton  # backends, in the order of preference; conv_ffn adds oneDNN
 from ._dispatch import choose, info, self_check
 from .attention import super_token_attention
 from .conv_ffn import conv_ffn
@@ -18,6 +18,7 @@ from .super_token import aggregate, associate, sample, spread
 
 for _operator in ("super_token", "depthwise", "attention", "conv_ffn"):
     importlib.import_module(f"{__name__}.{_operator}.registration")
+_dispatch.make_functions()
 
 __all__ = [
     "aggregate",

@@ -133,6 +133,11 @@ class Functions(SimpleNamespace):
 functions: dict[tuple[str | None, str | None], Functions] = {}
 
 
+def make_functions() -> None:
+    """Those through the dispatcher, once all ops are there: torch.compile cannot make them on its way."""
+    functions.update({(None, asked): Functions(None, asked) for asked in (None, *BACKENDS)})
+
+
 def choose(op: str, x: torch.Tensor, backend: str | None = None, strict: bool = True, **sizes) -> str:
     """Name of the backend that runs `op` on the map x (B, H, W, C): the one asked for, else the first usable one.
 
