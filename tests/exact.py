@@ -9,17 +9,17 @@ from types import SimpleNamespace
 
 import torch
 
-from svit.ops import backends, cuda, library, reference, triton
+from svit.ops import _dispatch, _registration, cuda, reference, triton
 
-PARTS = triton.OPS
-WHOLES = cuda.OPS
+PARTS = triton.BACKEND.OPS
+WHOLES = cuda.BACKEND.OPS
 
 
 def kernel(op: str, factor: float = 1.0) -> Callable:
     """A function with the arguments and results of `op`; the first of these comes `factor` times too large."""
 
     def run(*args):
-        meta = getattr(library.ops, op)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
+        meta = getattr(_registration.ops, op)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
         args = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
         with torch.autocast("cpu", enabled=False):
             results = getattr(reference, op)(*args)
@@ -39,7 +39,7 @@ def install(monkeypatch, **factors: float) -> None:
     monkeypatch.setenv("SVIT_SELF_CHECK", "0")
     parts = {op: kernel(op, factors.get(op, 1.0)) for op in PARTS}
     exact = SimpleNamespace(OPS=PARTS, usable=lambda op, x: (True, ""), **parts)
-    monkeypatch.setattr(backends, "MODULES", {"cuda": cuda, "exact": exact})
-    monkeypatch.setattr(cuda, "usable", lambda op, x, **sizes: (True, ""))
+    monkeypatch.setattr(_dispatch, "BACKENDS", {"cuda": cuda.BACKEND, "exact": exact})
+    monkeypatch.setattr(cuda.BACKEND, "usable", lambda op, x, **sizes: (True, ""))
     for op in WHOLES:
-        monkeypatch.setattr(cuda, op, kernel(op, factors.get(op, 1.0)))
+        monkeypatch.setattr(cuda.BACKEND, op, kernel(op, factors.get(op, 1.0)))

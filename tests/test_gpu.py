@@ -316,11 +316,25 @@ def test_cuda_backend_is_exact_to_its_dtype(C, dtype, clusters, monkeypatch):
     check_whole_block(C, dtype, monkeypatch)
 
 
+def attention_half(block: Block, x: torch.Tensor) -> torch.Tensor:
+    plan = block.choose_attention(x)
+    if plan.backend == "reference":
+        return x + block.scale_attention(block.attn(block.norm1(x)))
+    return block.attn.forward_residual(x, block.norm1, block.scale_attention, plan)
+
+
+def ffn_half(block: Block, x: torch.Tensor) -> torch.Tensor:
+    plan = block.choose_ffn(x)
+    if plan is not None and plan.op == "conv_ffn":
+        return block.mlp.forward_fused(x, plan, residual=x)
+    return x + block.scale_ffn(block.mlp(x))
+
+
 def check_whole_block(C: int, dtype: torch.dtype, monkeypatch) -> None:
     calls = []
-    for op in cuda.OPS:
-        kernel = getattr(cuda, op)
-        monkeypatch.setattr(cuda, op, lambda *args, op=op, kernel=kernel: [calls.append(op), kernel(*args)][1])
+    for op in cuda.BACKEND.OPS:
+        kernel = getattr(cuda.BACKEND, op)
+        monkeypatch.setattr(cuda.BACKEND, op, lambda *args, op=op, kernel=kernel: [calls.append(op), kernel(*args)][1])
     block, x = whole_block(C, dtype, backend="cuda", layer_scale_init=0.5)
     model64 = Block(C, block.attn.num_heads, block.attn.cell, backend="reference", layer_scale_init=0.5).double()
     model64.load_state_dict(block.state_dict())
@@ -330,11 +344,11 @@ def check_whole_block(C: int, dtype: torch.dtype, monkeypatch) -> None:
         leaf = x.to(module.pos_embed.weight.dtype).detach().requires_grad_()
         weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x).to(leaf)
         module.train()
-        y = module.add_attention(leaf)
+        y = attention_half(module, leaf)
         y.backward(weight)
         layers = gradients(nn.ModuleDict({"norm1": module.norm1, "attn": module.attn}))
         with torch.no_grad():
-            ffn = module.eval().fuse().add_ffn(leaf)
+            ffn = ffn_half(module.eval().fuse(), leaf)
         results.append({"attention": y, "conv-FFN": ffn, "x": leaf.grad, **layers})
     assert calls == ["super_token_attention", "conv_ffn"]
     assert_near(*results, tolerance(dtype, HALF_BLOCK))
@@ -419,7 +433,7 @@ class TestAWrongKernelShows:
         with pytest.raises(AssertionError):
             test_golden_logits(small, golden, torch.float32, False)
 
-    @pytest.mark.parametrize("op", cuda.OPS)
+    @pytest.mark.parametrize("op", cuda.BACKEND.OPS)
     def test_in_half_a_block(self, op, monkeypatch):
         exact.install(monkeypatch, **{op: 1.05})
         with pytest.raises(AssertionError, match="allowed"):

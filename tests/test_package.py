@@ -144,3 +144,19 @@ def test_layers_know_no_model():
         for file in (ROOT / "svit" / package).rglob("*.py"):
             names = re.findall(r"^\s*(?:from|import) +(?:svit\.|\.\.)(\w+)", file.read_text(), re.MULTILINE)
             assert not set(names) & set(forbidden), file
+
+
+def test_operators_know_each_other_by_their_public_functions():
+    """`_dispatch` and what it stands on know no operator; kernels no reference."""
+    ops = ROOT / "svit" / "ops"
+    operators = {folder.name for folder in ops.iterdir() if (folder / "registration.py").exists()}
+    assert operators == {"super_token", "depthwise", "attention", "conv_ffn"}
+    for name in ("_dispatch", "_self_check", "_checks", "_numerics", "_registration", "_kernels", "triton", "cuda"):
+        source = (ops / f"{name}.py").read_text()
+        assert not set(re.findall(r"^\s*(?:from|import) +(?:svit\.ops)?\.(\w+)", source, re.MULTILINE)) & operators, (
+            name
+        )
+    for folder in operators:
+        for kernel in ("triton", "cuda", "onednn"):
+            if (file := ops / folder / f"{kernel}.py").exists():
+                assert not re.search(r"^\s*(?:from|import).*reference", file.read_text(), re.MULTILINE), file

@@ -86,6 +86,8 @@ def build(spec: str, setting: Setting) -> nn.Module:
     if "upstream" in prefixes:
         model = upstream_form(model)
     if "folded" in prefixes:
+        if setting.train:
+            raise SystemExit(f"error: {spec}: folded: is for inference")
         model = model.fuse()
     if "maps" in prefixes:
         model = Maps(model).train(setting.train)

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import torch
@@ -6,15 +7,28 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, use_fused_attn
 from torch import nn
 
-from svit.ops import choose, sample, spread, super_token_attention
+from svit.ops import _dispatch, sample, spread, super_token_attention
+from svit.ops._dispatch import Plan, choose_plan, transformed
+from svit.ops._numerics import autocast_dtype
+from svit.ops.attention.composition import attention_half
 
 from .checks import check_map, pair
-from .fusing import default_backend, drops_nothing, pointwise, untouched
+from .fusing import (
+    DROPS,
+    default_backend,
+    dropout_inactive,
+    is_plain_pointwise,
+    pointwise,
+    renamed,
+    runs_stock_forward,
+)
 
 torch.fx.wrap("check_map")
 # In one step each, so that the softmax in a graph is that of the attention, which timm's AttentionExtract looks for.
 torch.fx.wrap("sample")
 torch.fx.wrap("spread")
+
+REFERENCE = Plan("sample", "reference", _dispatch.REFERENCE, False)  # PyTorch's operations, and each module one by one
 
 
 class SuperTokenAttention(nn.Module):
@@ -61,8 +75,8 @@ class SuperTokenAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
-        if n_iter < 1:
-            raise ValueError(f"n_iter: expected at least 1, got {n_iter}")
+        if not isinstance(n_iter, int) or n_iter < 1:
+            raise ValueError(f"n_iter: expected at least 1, got {n_iter!r}")
         dd = {"device": device, "dtype": dtype}
         self.dim = dim
         self.num_heads = num_heads
@@ -79,10 +93,22 @@ class SuperTokenAttention(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, way: str = "") -> torch.Tensor:
+        """`way` is for a caller that has chosen: "reference", or "" to choose here."""
         x = check_map(x, self.dim)
         if self.cell == (1, 1):
             return self.attend(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
+            if isinstance(x, torch.Tensor):  # not so in torch.fx
+                x = x.permute(0, 2, 3, 1)
+                plan = REFERENCE if way == "reference" else choose_plan("sample", x, self.backend)
+                sampling, spreading = plan.ops.sample, plan.ops.spread
+                if plan.backend != "reference":
+                    x = x.to(autocast_dtype(x)).contiguous()
+                elif self.differentiable_association:
+                    sampling = partial(sampling, differentiable=True)
+                half = x, self.cell, self.n_iter, None, None, 0.0, self.attend_tokens, None, None
+                return attention_half(*half, sampling, spreading)[0].permute(0, 3, 1, 2)
         B, C, H, W = x.shape
         s, q = sample(
             x.permute(0, 2, 3, 1),
@@ -95,24 +121,42 @@ class SuperTokenAttention(nn.Module):
         return spread(s, q, self.cell, (H, W), backend=self.backend).permute(0, 3, 1, 2)
 
     @torch.jit.ignore
-    def fuses(self, x: torch.Tensor) -> bool:
-        """Whether `add_to` serves x: super tokens, and a backend for which the norm and the sum come for nothing."""
-        if self.cell == (1, 1) or not isinstance(x, torch.Tensor):
-            return False
-        return choose("sample", x.permute(0, 2, 3, 1), self.backend) != "reference" or self.one_kernel(x)
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether a backend serves x for which norm and sum come for nothing: `forward_residual` is for that."""
+        return isinstance(x, torch.Tensor) and self.choose_plan(x).backend != "reference"
 
     @torch.jit.ignore
-    def one_kernel(self, x: torch.Tensor) -> bool:
-        """Whether a backend does all of `add_to` at once for x (B, dim, H, W)."""
-        layers = {self.qkv: nn.Conv2d, self.proj: nn.Conv2d}
-        if self.n_iter > 1 or not untouched(layers) or not drops_nothing(self.attn_drop, self.proj_drop):
-            return False
-        x, sizes = x.permute(0, 2, 3, 1), {"cell": self.cell, "num_heads": self.num_heads}
-        return choose("super_token_attention", x, self.backend, must=False, **sizes) != "reference"
+    def choose_plan(self, x: torch.Tensor, norm: LayerNorm2d | None = None) -> Plan:
+        """What runs x + self(norm(x)) for x (B, dim, H, W): the caller knows that neither module is hooked or changed.
+
+        Where that is the reference, the modules run one by one; else `forward_residual`.
+        """
+        if self.cell == (1, 1):
+            return REFERENCE
+        x = x.permute(0, 2, 3, 1)
+        if self.n_iter == 1:
+            sizes = {"cell": self.cell, "num_heads": self.num_heads}
+            plan = choose_plan("super_token_attention", x, self.backend, strict=False, **sizes)
+            if plan.backend != "reference" and self.layers_are_stock():
+                return plan
+        parameters = () if norm is None else ((norm.weight, (self.dim,)), (norm.bias, (self.dim,)))
+        return choose_plan("sample", x, self.backend, parameters)
 
     @torch.jit.ignore
-    def add_to(
-        self, x: torch.Tensor, norm: LayerNorm2d, scale: Callable[[torch.Tensor], torch.Tensor] | None
+    def layers_are_stock(self) -> bool:
+        """Whether they do just what they were built for: no dropout, no hooks, no wrappers."""
+        drops = self.attn_drop, self.proj_drop
+        if not (runs_stock_forward(dict.fromkeys(drops, DROPS)) and dropout_inactive(*drops)):
+            return False
+        return all(is_plain_pointwise(conv) and conv.bias is not None for conv in (self.qkv, self.proj))
+
+    @torch.jit.ignore
+    def forward_residual(
+        self,
+        x: torch.Tensor,
+        norm: LayerNorm2d,
+        scale: Callable[[torch.Tensor], torch.Tensor] | None,
+        plan: Plan | None = None,
     ) -> torch.Tensor:
         """x + scale(self(norm(x))), in fewer passes over the map: x is read three times, or once, and written once.
 
@@ -121,10 +165,11 @@ class SuperTokenAttention(nn.Module):
             norm: becomes part of the sampling.
             scale: any function that multiplies a map (B, dim, ., .) by factors a channel and an image, as layer scale
                 and drop path do, or None. It is applied to the super tokens, since spreading is linear.
+            plan: what `choose_plan` said, if it has been asked.
         """
-        one_kernel = self.one_kernel(x)
+        plan = self.choose_plan(x, norm) if plan is None else plan
         x = check_map(x, self.dim).permute(0, 2, 3, 1)
-        if one_kernel:
+        if plan.op == "super_token_attention":
             linear = [p for layer in (self.qkv, self.proj) for p in (layer.weight.flatten(1), layer.bias)]
             factors = None
             if scale is not None:
@@ -133,10 +178,30 @@ class SuperTokenAttention(nn.Module):
                 x, self.cell, norm.weight, norm.bias, norm.eps, *linear, self.num_heads, factors, self.backend
             )
             return y.permute(0, 3, 1, 2)
-        s, q = sample(x, self.cell, self.n_iter, norm.weight, norm.bias, norm.eps, backend=self.backend)
-        s = self.attend(s.permute(0, 3, 1, 2))
-        s = (s if scale is None else scale(s)).permute(0, 2, 3, 1)
-        return spread(s, q, self.cell, x.shape[1:3], residual=x, backend=self.backend).permute(0, 3, 1, 2)
+        y = attention_half(
+            x.to(autocast_dtype(x)).contiguous(),
+            self.cell,
+            self.n_iter,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            self.attend_tokens,
+            None if scale is None else partial(scale_tokens, scale),
+            x.contiguous(),
+            plan.ops.sample,
+            plan.ops.spread,
+        )[0]
+        return y.permute(0, 3, 1, 2)
+
+    @torch.jit.ignore
+    def attend_tokens(self, s: torch.Tensor) -> torch.Tensor:
+        """`attend` of super tokens (B, hh, ww, C), contiguous and of their dtype, as kernels take them."""
+        y = self.attend(s.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if y.shape != s.shape:
+            raise ValueError(f"proj: expected a map of {s.shape[3]} channels, got {list(y.permute(0, 3, 1, 2).shape)}")
+        return y.to(s.dtype).contiguous()
+
+    fuses, add_to = renamed("fuses", "can_fuse"), renamed("add_to", "forward_residual")
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """Multi-head self-attention among all H * W tokens of a map (B, C, H, W)."""
@@ -146,7 +211,11 @@ class SuperTokenAttention(nn.Module):
         qkv = self.qkv(x) if torch.jit.is_scripting() else pointwise(self.qkv, x)
         qkv = qkv.permute(0, 2, 3, 1).contiguous().reshape(B, H * W, self.num_heads, 3, d)
         q, k, v = qkv.transpose(1, 2).unbind(3)  # (B, heads, N, d) each
-        if self.fused_attn:
+        fused = self.fused_attn
+        if not torch.jit.is_scripting():
+            # PyTorch's fused attention has no jvp and no second derivative, and goes round the dropout layer.
+            fused = fused and not transformed() and runs_stock_forward({self.attn_drop: nn.Dropout})
+        if fused:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
         else:
             attn = torch.matmul(q * d**-0.5, k.transpose(-1, -2)).softmax(-1)
@@ -154,3 +223,8 @@ class SuperTokenAttention(nn.Module):
         x = x.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
         x = self.proj(x) if torch.jit.is_scripting() else pointwise(self.proj, x)
         return self.proj_drop(x)
+
+
+def scale_tokens(scale: Callable[[torch.Tensor], torch.Tensor], s: torch.Tensor) -> torch.Tensor:
+    """`scale`, which is for maps (B, C, ., .), of super tokens (B, hh, ww, C)."""
+    return scale(s.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).to(s.dtype).contiguous()

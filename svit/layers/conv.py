@@ -1,8 +1,10 @@
 """The convolutional parts of the network. Each keeps a channels-last map channels-last.
 
 `fuse()` folds, for inference, the BatchNorm that can be folded exactly and returns the module, as timm's
-`reparameterize_model` expects; a second call changes nothing. The stem has none: its BatchNorms stand between a GELU
-and a zero-padded convolution, where a folded shift would be wrong at the borders.
+`reparameterize_model` expects; a second call changes nothing. Norms of another class stay, and so does a BatchNorm
+without running statistics. A BatchNorm in train mode, and a convolution or BatchNorm that is hooked, parametrized,
+pruned or wrapped, is a ValueError before anything changes. The stem has no `fuse()`: its BatchNorms stand between a
+GELU and a zero-padded convolution, where a folded shift would be wrong at the borders.
 """
 
 from collections.abc import Sequence
@@ -10,16 +12,30 @@ from collections.abc import Sequence
 import torch
 from timm.layers import get_act_layer, get_norm_layer
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from svit.ops import bias_gelu_affine, choose, conv_ffn, depthwise3x3, onednn
-from svit.ops.reference import widen
+from svit.ops import _dispatch, depthwise3x3
+from svit.ops._dispatch import Plan, choose_plan
+from svit.ops._numerics import autocast_dtype, widen
 
+from . import folding
 from .checks import check_map
-from .fusing import default_backend, drops_nothing, for_other_programs, pointwise, untouched
+from .fusing import (
+    DROPS,
+    POINTWISE,
+    default_backend,
+    dropout_inactive,
+    for_other_programs,
+    pointwise,
+    renamed,
+    runs_stock_forward,
+)
 
 torch.fx.wrap("check_map")
 torch.fx.wrap("depthwise3x3")
+
+# Of a conv-FFN and a stem: each layer by itself; and with the GELU inside of the depthwise convolution.
+LAYERS = Plan("layers", "reference", _dispatch.REFERENCE, False)
+GELU_INSIDE = LAYERS._replace(op="depthwise3x3")
 
 
 class ResidualDepthwiseConv(nn.Conv2d):
@@ -36,8 +52,15 @@ class ResidualDepthwiseConv(nn.Conv2d):
         self.backend = default_backend(backend)
 
     def forward(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-        x = depthwise3x3(x.permute(0, 2, 3, 1), self.weight, self.bias, gelu, self.backend)
-        return x.permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1)
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
+            if isinstance(x, torch.Tensor) and x.shape[3] == self.out_channels:
+                parameters = (self.weight, (self.out_channels, 1, 3, 3)), (self.bias, (self.out_channels,))
+                plan = choose_plan("depthwise3x3", x, self.backend, parameters)
+                if plan.backend != "reference":
+                    x = x.contiguous()
+                return plan.ops.depthwise3x3(x, self.weight, self.bias, gelu).permute(0, 3, 1, 2)
+        return depthwise3x3(x, self.weight, self.bias, gelu, self.backend).permute(0, 3, 1, 2)
 
 
 class ConvFFN(nn.Module):
@@ -75,72 +98,87 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1, **dd)
         self.drop2 = nn.Dropout(drop)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(x)
+    def forward(self, x: torch.Tensor, way: str = "") -> torch.Tensor:
+        """`way` is for a caller that has chosen, the op of a plan of `choose_plan`; "" to choose here."""
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
-            if onednn.usable(x)[0] and self.is_untouched():
-                fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
-                return onednn.conv_ffn(x, fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias)
+            if way == "":
+                plan = self.choose_plan(x, residual=False)
+                if plan.op == "conv_ffn":
+                    return self.forward_fused(x, plan)
+                way = plan.op
+        x = self.norm(x)
         x = self.fc1(x) if torch.jit.is_scripting() else pointwise(self.fc1, x)
-        x = self.dwconv_of_act(x)
+        x = self.dwconv(x, True) if way == "depthwise3x3" else self.dwconv(self.drop1(self.act(x)))
         x = self.fc2(x) if torch.jit.is_scripting() else pointwise(self.fc2, x)
         return self.drop2(x)
 
     @torch.jit.ignore
-    def fuses(self, x: torch.Tensor) -> bool:
-        """Whether `add_to` serves x (B, dim, H, W): inference, and a backend that has the whole as one kernel."""
-        # A trace would keep the steps taken here.
-        if torch.is_grad_enabled() or torch.jit.is_tracing() or not isinstance(x, torch.Tensor):
-            return False
-        if self.norm.training or not self.is_untouched():
-            return False
-        x, hidden = x.permute(0, 2, 3, 1), self.fc1.out_channels
-        return choose("conv_ffn", x, self.dwconv.backend, must=False, hidden=hidden) != "reference"
+    def choose_plan(self, x: torch.Tensor, residual: bool) -> Plan:
+        """What runs x + self(x), or self(x) alone, for x (B, dim, H, W), by the layers as they stand now.
+
+        Its op is "conv_ffn" where `forward_fused` serves x: inference, and a backend that has it in one piece; else
+        "depthwise3x3" where that op takes the GELU in, else "layers".
+        """
+        if not isinstance(x, torch.Tensor) or torch.jit.is_tracing():  # a trace would keep the steps taken here
+            return LAYERS
+        fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
+        middle = {self.act: nn.GELU, self.drop1: DROPS, dwconv: ResidualDepthwiseConv}
+        stock = runs_stock_forward({**middle, fc1: nn.Conv2d, fc2: nn.Conv2d, self.drop2: DROPS})
+        if not (stock or runs_stock_forward(middle)) or self.act.approximate != "none":
+            return LAYERS
+        if not stock or ((self.drop1.training or self.drop2.training) and not dropout_inactive(self.drop1, self.drop2)):
+            return GELU_INSIDE if dropout_inactive(self.drop1) else LAYERS
+        dim, hidden = x.shape[1], fc1.out_channels
+        weights = fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias
+        shapes = (hidden, dim, 1, 1), (hidden,), (hidden, 1, 3, 3), (hidden,), (dim, hidden, 1, 1), (dim,)
+        if torch.is_grad_enabled() or not (
+            (fc1.kernel_size, fc1.stride, fc1.padding, fc1.groups)
+            == (fc2.kernel_size, fc2.stride, fc2.padding, fc2.groups)
+            == POINTWISE
+        ):
+            return GELU_INSIDE
+        for weight, shape in zip(weights, shapes, strict=True):
+            if weight is None or weight.shape != shape:
+                return GELU_INSIDE
+        sizes = {"hidden": hidden, "residual": residual, "weights": weights}
+        plan = choose_plan("conv_ffn", x.permute(0, 2, 3, 1), dwconv.backend, strict=False, **sizes)
+        return GELU_INSIDE if plan.backend == "reference" else plan
 
     @torch.jit.ignore
-    def add_to(self, x: torch.Tensor) -> torch.Tensor:
-        """x + self(x), where `fuses` says so: the hidden map stays on the chip."""
-        y = conv_ffn(
+    def forward_fused(self, x: torch.Tensor, plan: Plan, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """self(x), plus the residual if there is one: in one piece, by the plan that `choose_plan` gave for x."""
+        y = plan.ops.conv_ffn(
             self.norm(x).to(x.dtype).permute(0, 2, 3, 1),  # autocast widens some norms
-            x.permute(0, 2, 3, 1),
+            None if residual is None else residual.permute(0, 2, 3, 1),
             self.fc1.weight.flatten(1),
             self.fc1.bias,
             self.dwconv.weight,
             self.dwconv.bias,
             self.fc2.weight.flatten(1),
             self.fc2.bias,
-            self.dwconv.backend,
         )
         return y.permute(0, 3, 1, 2)
 
-    def dwconv_of_act(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102
-            if self.fuses_gelu(x):
-                return self.dwconv(x, gelu=True)
-        return self.dwconv(self.drop1(self.act(x)))
+    @torch.jit.ignore
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether `forward_residual` serves x (B, dim, H, W): inference, and a backend that has it in one piece."""
+        return self.choose_plan(x, residual=True).op == "conv_ffn"
 
     @torch.jit.ignore
-    def fuses_gelu(self, x: torch.Tensor) -> bool:
-        """Whether the depthwise convolution takes the GELU in, which only a fused backend does in the same pass."""
-        if not (isinstance(x, torch.Tensor) and drops_nothing(self.drop1) and self.is_gelu()):
-            return False
-        return choose("depthwise3x3", x.permute(0, 2, 3, 1), self.dwconv.backend) != "reference"
+    def forward_residual(self, x: torch.Tensor) -> torch.Tensor:
+        """x + self(x), where `can_fuse` says so: the hidden map stays on the chip."""
+        return self.forward_fused(x, self.choose_plan(x, residual=True), x)
 
-    @torch.jit.ignore
-    def is_gelu(self) -> bool:
-        layers = {self.act: nn.GELU, self.dwconv: ResidualDepthwiseConv}
-        return untouched(layers) and self.act.approximate == "none"
+    fuses, add_to = renamed("fuses", "can_fuse"), renamed("add_to", "forward_residual")
 
-    @torch.jit.ignore
-    def is_untouched(self) -> bool:
-        """Whether the layers behind the norm do just what they were built for: no dropout, no hooks, no wrappers."""
-        convolutions = {self.fc1: nn.Conv2d, self.fc2: nn.Conv2d}
-        return drops_nothing(self.drop1, self.drop2) and self.is_gelu() and untouched(convolutions)
+    @torch.no_grad()
+    def replacements(self) -> dict[str, nn.Module]:
+        if (norm := folding.affine(self, "norm")) is None:
+            return {}
+        return {"fc1": folding.folded_before(self, "fc1", *norm), "norm": nn.Identity()}
 
     def fuse(self) -> "ConvFFN":
-        if isinstance(self.norm, nn.BatchNorm2d):
-            fold_norm_before(self.norm, self.fc1)
-            self.norm = nn.Identity()
+        folding.replace(self, self.replacements())
         return self
 
 
@@ -192,48 +230,63 @@ class Stem(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = check_map(x, self.in_chans).contiguous(memory_format=torch.channels_last)
-        if not torch.jit.is_scripting():  # noqa: SIM102
-            if self.fuses(x):
-                return self.forward_fused(x)
+        # Channels-last without its name: vmap knows no memory formats, and graphs of torch.fx with one do not pickle.
+        x = check_map(x, self.in_chans).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        if not torch.jit.is_scripting():
+            plan = self.choose_plan(x)
+            if plan.backend != "reference":
+                return self.forward_fused(x, plan)
         return self.layers(x)
 
     @torch.jit.ignore
-    def fuses(self, x: torch.Tensor) -> bool:
-        """Whether `forward_fused` serves x: inference, a backend that has the op, and layers as they were built."""
+    def choose_plan(self, x: torch.Tensor) -> Plan:
+        """What follows each convolution: in one pass for inference, if a backend has that and layers are as built."""
         if torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or for_other_programs():
-            return False
-        if not untouched({self.layers: nn.Sequential}) or len(self.layers) != 12:
-            return False
+            return LAYERS
+        if not runs_stock_forward({self.layers: nn.Sequential}) or len(self.layers) != 12:
+            return LAYERS
         layers = [*self.layers]
         convs, acts, norms = layers[0::3], layers[1::3], layers[2::3]
-        if not untouched({**dict.fromkeys(convs, nn.Conv2d), **dict.fromkeys(acts, nn.GELU)}):
-            return False
-        if any(conv.bias is None for conv in convs) or any(act.approximate != "none" for act in acts):
-            return False
+        if not runs_stock_forward({**dict.fromkeys(convs, nn.Conv2d), **dict.fromkeys(acts, nn.GELU)}):
+            return LAYERS
+        parameters = []
+        for conv, act in zip(convs, acts, strict=True):
+            if conv.bias is None or conv.weight.shape[0] != conv.out_channels or act.approximate != "none":
+                return LAYERS
+            parameters.append((conv.bias, (conv.out_channels,)))
         if not is_affine(norms):
-            return False
+            return LAYERS
         C = convs[0].out_channels  # half of the channels of the last two, which a backend then serves too
-        like = x.new_empty(0, 1, 1, C, dtype=onednn.compute_dtype(x))
-        return choose("bias_gelu_affine", like, self.backend, must=False) != "reference"
+        like = x.new_empty(0, 1, 1, C, dtype=autocast_dtype(x))
+        return choose_plan("bias_gelu_affine", like, self.backend, parameters, strict=False)
 
     @torch.jit.ignore
-    def forward_fused(self, x: torch.Tensor) -> torch.Tensor:
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether one pass follows each convolution."""
+        return self.choose_plan(x).backend != "reference"
+
+    fuses = renamed("fuses", "can_fuse")
+
+    @torch.jit.ignore
+    def forward_fused(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
         """The same in two passes a layer: the convolution without its bias, then bias, GELU and BatchNorm."""
         layers = [*self.layers]
         convs, norms = layers[0::3], layers[2::3]
+        epilogue = plan.ops.bias_gelu_affine
         for conv, scale, shift in zip(convs, *affine(norms), strict=True):
-            x = conv._conv_forward(x, conv.weight, None).permute(0, 2, 3, 1)
-            x = bias_gelu_affine(x, conv.bias, scale, shift, self.backend).permute(0, 3, 1, 2)
+            x = conv._conv_forward(x, conv.weight, None).permute(0, 2, 3, 1).contiguous()
+            x = epilogue(x, conv.bias, scale, shift).permute(0, 3, 1, 2)
         return x
 
 
 def is_affine(norms: Sequence[nn.Module]) -> bool:
     """Whether these are BatchNorms that only scale and shift, by running statistics, and share an eps."""
-    return untouched(dict.fromkeys(norms, nn.BatchNorm2d)) and all(
-        not norm.training and norm.running_var is not None and norm.weight is not None and norm.eps == norms[0].eps
-        for norm in norms
-    )
+    if not runs_stock_forward(dict.fromkeys(norms, nn.BatchNorm2d)):
+        return False
+    for norm in norms:
+        if norm.training or norm.running_var is None or norm.weight is None or norm.eps != norms[0].eps:
+            return False
+    return True
 
 
 def affine(norms: Sequence[nn.BatchNorm2d]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
@@ -269,8 +322,14 @@ class Downsample(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(x))
 
+    @torch.no_grad()
+    def replacements(self) -> dict[str, nn.Module]:
+        if (norm := folding.affine(self, "norm")) is None:
+            return {}
+        return {"conv": folding.folded_after(self, "conv", *norm), "norm": nn.Identity()}
+
     def fuse(self) -> "Downsample":
-        fold_norm_after(self)
+        folding.replace(self, self.replacements())
         return self
 
 
@@ -298,27 +357,12 @@ class FinalConv(nn.Module):
         x = self.conv(x) if torch.jit.is_scripting() else pointwise(self.conv, x)
         return self.act(self.norm(x))
 
+    @torch.no_grad()
+    def replacements(self) -> dict[str, nn.Module]:
+        if isinstance(self.conv, nn.Identity) or (norm := folding.affine(self, "norm")) is None:
+            return {}
+        return {"conv": folding.folded_after(self, "conv", *norm), "norm": nn.Identity()}
+
     def fuse(self) -> "FinalConv":
-        if isinstance(self.conv, nn.Conv2d):
-            fold_norm_after(self)
+        folding.replace(self, self.replacements())
         return self
-
-
-@torch.no_grad()
-def fold_norm_after(module: Downsample | FinalConv) -> None:
-    """Folds `module.norm`, which follows `module.conv`, into it."""
-    conv, norm = module.conv, module.norm
-    if isinstance(norm, nn.BatchNorm2d):
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        module.norm = nn.Identity()
-
-
-@torch.no_grad()
-def fold_norm_before(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
-    """Folds `norm` into the 1x1 convolution that follows it: W (s x + t) + b = (W s) x + (W t + b)."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
-    conv.bias += conv.weight.flatten(1) @ shift
-    conv.weight *= scale.view(1, -1, 1, 1)

@@ -1,9 +1,21 @@
 """What decides whether layers may run as one fused step."""
 
+import warnings
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, is_scriptable, use_fused_attn
 from torch import nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.module import _has_any_global_hook
+
+# Layers that drop; those of these classes do nothing else.
+DROPS = (nn.Identity, nn.Dropout, DropPath)
+PLAIN = (nn.Parameter, torch.Tensor, type(None))
+
+POINTWISE = (1, 1), (1, 1), (0, 0), 1  # kernel size, stride, padding and groups of a 1x1 convolution
 
 
 def default_backend(backend: str | None) -> str | None:
@@ -13,33 +25,34 @@ def default_backend(backend: str | None) -> str | None:
     return backend
 
 
-def untouched(layers: dict[nn.Module, type[nn.Module] | tuple[type[nn.Module], ...]]) -> bool:
+def runs_stock_forward(layers: dict[nn.Module, type[nn.Module] | tuple[type[nn.Module], ...]]) -> bool:
     """Whether each layer does just what it was built for: of that very class, its forward its own, without hooks.
 
-    A fused path that goes round their forward methods must ask.
+    Its parameters are plain tensors too, not quantized or sharded ones. A fused path that goes round their forward
+    methods must ask. Asked several times a block, so in one frame.
     """
-    for m, t in layers.items():  # asked many times a forward: a loop takes half the time of `all`
+    if _has_any_global_hook():
+        return False
+    for m, t in layers.items():
         if type(m) is not t and not (isinstance(t, tuple) and type(m) in t):
             return False
-        if hooked(m) or "forward" in m.__dict__:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return False
+        if "forward" in m.__dict__:
+            return False
+        for p in m._parameters.values():
+            # FakeTensor and FunctionalTensor: what a tracer puts in the place of a plain one.
+            if type(p) not in PLAIN and not isinstance(p, (FakeTensor, FunctionalTensor)):
+                return False
     return True
 
 
-def hooked(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-
-
-def drops_nothing(*drops: nn.Module) -> bool:
-    """Whether dropout layers, or drop paths, let all pass as they stand now."""
-    return all(
-        untouched({drop: (nn.Identity, nn.Dropout, DropPath)}) and (not drop.training or probability(drop) == 0)
-        for drop in drops
-    )
-
-
-def probability(drop: nn.Module) -> float:
-    return drop.drop_prob if isinstance(drop, DropPath) else getattr(drop, "p", 0.0)
+def dropout_inactive(*drops: nn.Module) -> bool:
+    """Whether dropout layers, or drop paths, let all pass as they stand now; each is one of `DROPS`."""
+    for drop in drops:
+        if drop.training and (drop.drop_prob if isinstance(drop, DropPath) else getattr(drop, "p", 0.0)) != 0:
+            return False
+    return True
 
 
 def pointwise(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -71,12 +84,23 @@ def runs_as_product(conv: nn.Module, x: torch.Tensor) -> bool:
 
 def is_plain_pointwise(conv: nn.Module) -> bool:
     """Whether `conv` is a convolution of single pixels and runs its own forward, nothing else."""
-    if not untouched({conv: nn.Conv2d}) or conv.padding != (0, 0) or conv.groups != 1:
-        return False
-    return conv.kernel_size == conv.stride == (1, 1)
+    return runs_stock_forward({conv: nn.Conv2d}) and (
+        conv.kernel_size, conv.stride, conv.padding, conv.groups,
+    ) == POINTWISE  # fmt: skip
 
 
 def for_other_programs() -> bool:
     """Whether what runs is written down by torch.jit.trace or torch.export."""
     # Not torch.compiler.is_exporting(), which is true under torch.compile too (PyTorch 2.11).
     return torch.jit.is_tracing() or getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def renamed(old: str, new: str) -> Callable:
+    """A method under the name that it had before."""
+
+    def method(self, *args, **kwargs):
+        message = f"{type(self).__name__}.{old} is deprecated, use {new}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return getattr(self, new)(*args, **kwargs)
+
+    return torch.jit.ignore(method)

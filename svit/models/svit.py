@@ -6,6 +6,7 @@ image -> stem -> 4 stages of blocks (position encoding, super-token attention, c
 with a downsampling convolution -> final convolution -> head. A stage's feature map is what it hands to the next stage.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -28,9 +29,19 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from svit.layers import ConvFFN, Downsample, FinalConv, LayerScale, ResidualDepthwiseConv, Stem, SuperTokenAttention
-from svit.layers.fusing import drops_nothing, untouched
-from svit.ops import backends
+from svit.layers import (
+    ConvFFN,
+    Downsample,
+    FinalConv,
+    LayerScale,
+    ResidualDepthwiseConv,
+    Stem,
+    SuperTokenAttention,
+    folding,
+)
+from svit.layers.fusing import DROPS, dropout_inactive, runs_stock_forward
+from svit.ops import _dispatch
+from svit.ops._dispatch import Plan
 
 from .original import from_original, is_original
 
@@ -83,52 +94,77 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pos_embed(x)
-        x = self.add_attention(x)
-        x = self.add_ffn(x)
-        return x
-
-    def add_attention(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
-            if self.fuses_attention(x):
-                scales = isinstance(self.ls1, LayerScale) or not drops_nothing(self.drop_path1)
-                return self.attn.add_to(x, self.norm1, self.scale_attention if scales else None)
-        return x + self.scale_attention(self.attn(self.norm1(x)))
-
-    def add_ffn(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102
-            if self.fuses_ffn(x):
-                return self.mlp.add_to(x)
-        return x + self.drop_path2(self.ls2(self.mlp(x)))
+        if torch.jit.is_scripting():
+            x = x + self.scale_attention(self.attn(self.norm1(x)))
+            return x + self.scale_ffn(self.mlp(x))
+        else:
+            plan = self.choose_attention(x)
+            scales = isinstance(self.ls1, LayerScale) or isinstance(self.drop_path1, DropPath)
+            if plan is None:
+                x = x + self.scale_attention(self.attn(self.norm1(x)))
+            elif plan.backend == "reference":
+                y = self.attn(self.norm1(x), "reference")
+                x = x + (self.scale_attention(y) if scales else y)
+            else:
+                x = self.attn.forward_residual(x, self.norm1, self.scale_attention if scales else None, plan)
+            plan = self.choose_ffn(x)
+            if plan is None:
+                return x + self.scale_ffn(self.mlp(x))
+            if plan.op == "conv_ffn":
+                return self.mlp.forward_fused(x, plan, residual=x)
+            return x + self.mlp(x, plan.op)
 
     def scale_attention(self, x: torch.Tensor) -> torch.Tensor:
         return self.drop_path1(self.ls1(x))
 
-    @torch.jit.ignore
-    def fuses_attention(self, x: torch.Tensor) -> bool:
-        """Whether a backend takes norm and residual into the attention; it goes round their modules' forward."""
-        norm, scale, drop_path = self.norm1, self.ls1, self.drop_path1
-        if not untouched({norm: LayerNorm2d, self.attn: SuperTokenAttention}) or norm.weight is None:
-            return False
-        # Scale and drop path, which come after the attention, move before the spreading: factors may, others may not.
-        if not untouched({scale: (LayerScale, nn.Identity), drop_path: (DropPath, nn.Identity)}):
-            return False
-        return norm.bias is not None and self.attn.fuses(x)
+    def scale_ffn(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop_path2(self.ls2(x))
 
     @torch.jit.ignore
-    def fuses_ffn(self, x: torch.Tensor) -> bool:
-        """Whether a backend takes the residual into the conv-FFN."""
-        layers = {self.ls2: nn.Identity, self.mlp: ConvFFN}
-        return untouched(layers) and drops_nothing(self.drop_path2) and self.mlp.fuses(x)
+    def choose_attention(self, x: torch.Tensor) -> Plan | None:
+        """What runs the attention with its norm and residual; None where their modules must run, whatever they are."""
+        norm, attn = self.norm1, self.attn
+        # Scale and drop path, which come after the attention, move before the spreading: factors may, others may not.
+        factors = {self.ls1: (LayerScale, nn.Identity), self.drop_path1: (DropPath, nn.Identity)}
+        if not isinstance(x, torch.Tensor) or not runs_stock_forward(
+            {norm: LayerNorm2d, attn: SuperTokenAttention, **factors}
+        ):
+            return None
+        return None if norm.weight is None or norm.bias is None else attn.choose_plan(x, norm)
+
+    @torch.jit.ignore
+    def choose_ffn(self, x: torch.Tensor) -> Plan | None:
+        """What runs the conv-FFN with its residual; None where it chooses for itself, or is another module."""
+        layers = {self.mlp: ConvFFN, self.ls2: nn.Identity, self.drop_path2: DROPS}
+        if not runs_stock_forward(layers):
+            return None
+        if not isinstance(self.drop_path2, nn.Identity) and not dropout_inactive(self.drop_path2):
+            return None
+        return self.mlp.choose_plan(x, residual=True)
 
     @torch.no_grad()
+    def replacements(self) -> dict[str, nn.Module]:
+        found = {}
+        for name, part, kind, conv, drop in (
+            ("ls1", "attn", SuperTokenAttention, "proj", "proj_drop"),
+            ("ls2", "mlp", ConvFFN, "fc2", "drop2"),
+        ):
+            if not isinstance(getattr(self, name), LayerScale):
+                continue
+            scale = folding.expect_stock(self, name, LayerScale).gamma.flatten()
+            whole = copy.deepcopy(folding.expect_stock(self, part, kind))
+            folding.expect_stock(self, f"{part}.{drop}", *folding.DROPS)  # a factor goes through dropout
+            setattr(whole, conv, folding.folded_after(self, f"{part}.{conv}", scale))
+            found |= {part: whole, name: nn.Identity()}
+        return found
+
     def fuse(self) -> "Block":
-        """Folds the layer scales, for inference, into the 1x1 convolutions before them (spreading is linear)."""
-        for name, conv in (("ls1", self.attn.proj), ("ls2", self.mlp.fc2)):
-            scale = getattr(self, name)
-            if isinstance(scale, LayerScale):
-                conv.weight *= scale.gamma.view(-1, 1, 1, 1)
-                conv.bias *= scale.gamma.flatten()
-                setattr(self, name, nn.Identity())
+        """Folds the layer scales, for inference, into the 1x1 convolutions before them (spreading is linear).
+
+        Raises:
+            ValueError: a module on the way is hooked, parametrized, pruned or wrapped; nothing has changed then.
+        """
+        folding.replace(self, self.replacements())
         return self
 
 
@@ -165,7 +201,7 @@ class SViT(nn.Module):
         num_heads: attention heads of each stage.
         stoken_size: height and width in pixels of each stage's cells: an int or a pair a stage. With 1 the stage has
             plain global attention.
-        n_iter: rounds of association.
+        n_iter: rounds of association, a single value or one a stage. Without effect where cells are single pixels.
         differentiable_association: lets the gradient through the association, which the paper cuts.
         layer_scale_init: start value of the layer scale, None for none; a single value or one a stage (to
             `timm.create_model` give (None, None, None, None), since it drops keywords that are None).
@@ -197,7 +233,7 @@ class SViT(nn.Module):
         depths: Sequence[int] = (3, 5, 9, 3),
         num_heads: Sequence[int] = (1, 2, 5, 8),
         stoken_size: Sequence[int | tuple[int, int]] = (8, 4, 1, 1),
-        n_iter: int = 1,
+        n_iter: int | Sequence[int] = 1,
         differentiable_association: bool = False,
         layer_scale_init: float | Sequence[float | None] | None = None,
         mlp_ratio: float = 4.0,
@@ -217,10 +253,13 @@ class SViT(nn.Module):
         num_stages = len(embed_dims)
         if layer_scale_init is None or isinstance(layer_scale_init, (int, float)):
             layer_scale_init = (layer_scale_init,) * num_stages
+        if isinstance(n_iter, int):
+            n_iter = (n_iter,) * num_stages
         per_stage = {
             "depths": depths,
             "num_heads": num_heads,
             "stoken_size": stoken_size,
+            "n_iter": n_iter,
             "layer_scale_init": layer_scale_init,
         }
         for name, value in per_stage.items():
@@ -243,7 +282,7 @@ class SViT(nn.Module):
                 dim,
                 num_heads[i],
                 stoken_size[i],
-                n_iter=n_iter,
+                n_iter=n_iter[i],
                 differentiable_association=differentiable_association,
                 mlp_ratio=mlp_ratio,
                 layer_scale_init=layer_scale_init[i],
@@ -311,8 +350,19 @@ class SViT(nn.Module):
     def fuse(self) -> "SViT":
         """Folds into convolutions, in place and for inference only, what folds exactly; returns the model.
 
-        That is the BatchNorm of conv-FFN, downsampling and final convolution, and the layer scale.
+        That is the BatchNorm of conv-FFN, downsampling and final convolution, and the layer scale. Norms of another
+        class (LayerNorm, BatchNorm with an activation inside) stay, and so does a BatchNorm without running statistics.
+
+        Raises:
+            ValueError: a BatchNorm is in train mode, or a module that folds is hooked, parametrized, pruned, wrapped
+                or of another class. The message names it, and the model is as it was.
         """
+        for name, module in self.named_modules():
+            if hasattr(module, "replacements"):
+                try:
+                    module.replacements()
+                except ValueError as error:
+                    raise ValueError(f"{name}.{error}") from None
         return reparameterize_model(self, inplace=True)
 
     def forward_intermediates(
@@ -387,16 +437,18 @@ class SViT(nn.Module):
 
 def checkpoint_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Runs a block without keeping its activations; the second run, in backward, leaves BatchNorm's statistics be."""
+    if _dispatch.transformed():
+        return block(x)  # torch.func and forward-mode AD refuse the hooks of a checkpoint
     if torch.compiler.is_compiling():
         return checkpoint(block, x, use_reentrant=False)  # the compiler recomputes values only, never updates
-    known = dict(backends.failures)
+    known = dict(_dispatch.failures)
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), repetition(block, known)))
 
 
 @contextmanager
 def repetition(block: nn.Module, known: dict[tuple, str]) -> Iterator[None]:
     """A block's second run: the same steps, though a backend may have failed in the first, and no new statistics."""
-    with backends.choosing_by(known), frozen_statistics(block):
+    with _dispatch.choosing_by(known), frozen_statistics(block):
         yield
 
 

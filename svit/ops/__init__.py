@@ -1,27 +1,24 @@
-"""Functions without parameters: super-token attention's sampling and spreading, the residual depthwise convolution,
-and the halves of a block as wholes.
+"""Functions without parameters: super-token sampling and upsampling, the residual depthwise convolution, and the two
+halves of a block.
 
-`functional.py` is for users, `reference.py` computes everything in PyTorch, `triton/` the parts in fused kernels,
-`cuda.py` with `csrc/` the wholes, `backends.py` chooses, `verify.py` checks a backend before its first call,
-`library.py` registers the ops as `torch.ops.svit`.
-docs/ops.md explains them.
+One folder an operator, each with README.md (the maths), the public functions and the checks of their arguments,
+reference.py (PyTorch, the oracle), its kernels, registration.py (`torch.ops.svit`) and self_check.py. `_dispatch.py`
+knows the backends and chooses; cuda.py and triton.py say what theirs serve. docs/ops.md explains them.
 """
 
-from . import cuda, library, onednn, triton
-from .backends import choose, info, self_check
-from .functional import (
-    aggregate,
-    associate,
-    bias_gelu_affine,
-    conv_ffn,
-    depthwise3x3,
-    sample,
-    spread,
-    super_token_attention,
-)
+import importlib
+import warnings
 
-if triton.triton is not None:  # else no fused op will run, and PyTorch would warn that it misses Triton
-    from . import flops  # noqa: F401
+from . import _dispatch, cuda, triton  # backends, in the order of preference; conv_ffn adds oneDNN
+from ._dispatch import choose, info, self_check
+from .attention import super_token_attention
+from .conv_ffn import conv_ffn
+from .depthwise import bias_gelu_affine, depthwise3x3
+from .super_token import aggregate, associate, sample, spread
+
+for _operator in ("super_token", "depthwise", "attention", "conv_ffn"):
+    importlib.import_module(f"{__name__}.{_operator}.registration")
+_dispatch.make_functions()
 
 __all__ = [
     "aggregate",
@@ -32,10 +29,26 @@ __all__ = [
     "cuda",
     "depthwise3x3",
     "info",
-    "library",
-    "onednn",
     "sample",
     "self_check",
     "spread",
     "super_token_attention",
+    "triton",
 ]
+
+# Modules of before the operators had folders.
+_FORMER = {
+    "backends": "_dispatch",
+    "functional": "",
+    "library": "_registration",
+    "onednn": "conv_ffn.onednn",
+    "verify": "_self_check",
+}
+
+
+def __getattr__(name: str):
+    if name not in _FORMER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = f"{__name__}.{_FORMER[name]}".removesuffix(".")
+    warnings.warn(f"svit.ops.{name} is deprecated, use {new}", DeprecationWarning, stacklevel=2)
+    return importlib.import_module(new)

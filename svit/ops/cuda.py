@@ -1,12 +1,14 @@
 """The CUDA backend: compiled kernels for what Triton cannot express (docs/ops.md), if `SVIT_BUILD_CUDA=1` built them.
 
-It has the two halves of a block as wholes, for the sizes of the published models, and none of their parts.
+It has the two halves of a block as one kernel each, for the sizes of the published models, and no primitives. This is
+the library and what it serves; the operators' folders (attention, conv_ffn) have the calls, csrc/ the sources.
 """
 
 import ctypes
 import functools
 import hashlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,23 +16,14 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-OPS = ("super_token_attention", "conv_ffn")
+from . import _dispatch
 
 # Channels -> the cell and the channels of a head, as compiled (csrc/super_token_attention.cu).
 CELLS = {64: ((8, 8), 64), 96: ((8, 8), 48), 128: ((4, 4), 64), 192: ((4, 4), 64)}
 MOST_CELLS = 8  # down and across
 
-# The kernels' own schemas: their results are written into tensors that are handed to them.
+# The kernels' own schemas, defined beside their calls: results are written into tensors that are handed to them.
 LIBRARY = Library("svit_cuda", "DEF")
-LIBRARY.define(
-    "super_token_attention(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight, "
-    "Tensor qkv_bias, Tensor proj_weight, Tensor proj_bias, Tensor? scale, int height, int width, bool clusters, "
-    "Tensor(a!) y, Tensor(b!)? s, Tensor(c!)? q, Tensor(d!)? mass) -> ()"
-)
-LIBRARY.define(
-    "conv_ffn(Tensor x, Tensor residual, Tensor weight1, Tensor bias1, Tensor taps, Tensor depthwise_bias, "
-    "Tensor weight2, Tensor bias2, Tensor(a!) y) -> ()"
-)
 
 
 @dataclass
@@ -79,19 +72,31 @@ def fingerprint(device: torch.device) -> str:
     return f"cuda kernels {build()}, sm_{major}{minor}"
 
 
-def usable(op: str, x: Tensor, cell: tuple[int, int] = (1, 1), num_heads: int = 1, hidden: int = 0) -> tuple[bool, str]:
+def usable(
+    op: str,
+    x: Tensor,
+    cell: tuple[int, int] = (1, 1),
+    num_heads: int = 1,
+    hidden: int = 0,
+    residual: bool = True,
+    weights: Sequence[Tensor] = (),
+) -> tuple[bool, str]:
     """Whether this backend serves `op` on the map x (B, H, W, C), and if not, why.
 
     Args:
-        op: one of `OPS`.
+        op: `super_token_attention` or `conv_ffn`.
         x: the map.
         cell, num_heads: of the attention.
         hidden: channels between the 1x1 convolutions of the conv-FFN.
+        residual: whether the conv-FFN has one.
+        weights: of the conv-FFN; the op checks them.
     """
     if compiled is None:
         return False, version
     if x.device.type != "cuda":
         return False, f"x is on {x.device.type}, it runs on GPUs"
+    if not residual:
+        return False, "it adds a residual"
     if x.dtype not in (torch.float16, torch.bfloat16):
         return False, f"it computes in float16 and bfloat16, not in {x.dtype}"
     served, reason = fits(op, tuple(x.shape), tuple(cell), num_heads, hidden)
@@ -172,58 +177,6 @@ def ask_max_active_clusters(C: int, rows: int, columns: int, index: int) -> int:
         return compiled.library.svit_attention_max_active_clusters(C, *CELLS[C][0], rows, columns, index)
 
 
-def super_token_attention(
-    x: Tensor,
-    cell: list[int],
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    scale: Tensor | None,
-    num_heads: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, H, W, C = x.shape
-    h, w = cell
-    x = aligned(x)
-    clusters = max_active_clusters(C, H // h, W // w, x.device) > 0
-    y = torch.empty_like(x)
-    s = x.new_empty((B, H // h, W // w, C) if keep else 0)
-    # Without clusters q passes through global memory.
-    stores_q = keep or not clusters
-    q = x.new_empty((B, H // h, W // w, 9, h * w) if stores_q else 0)
-    mass = x.new_empty((B, H // h, W // w) if keep else 0, dtype=torch.float32)
-    torch.ops.svit_cuda.super_token_attention(
-        x, *(parameter(t, x) for t in (norm_weight, norm_bias)), eps,
-        weight(qkv_weight, x), parameter(qkv_bias, x), weight(proj_weight, x), parameter(proj_bias, x),
-        None if scale is None else aligned(scale.float().contiguous()),
-        h, w, clusters, y, s if keep else None, q if stores_q else None, mass if keep else None,
-    )  # fmt: skip
-    return y, s, q if keep else x.new_empty(0), mass
-
-
-def conv_ffn(
-    x: Tensor,
-    residual: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    depthwise_weight: Tensor,
-    depthwise_bias: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-) -> Tensor:
-    x = aligned(x)
-    y = torch.empty_like(x)
-    torch.ops.svit_cuda.conv_ffn(
-        x, aligned(residual), weight(weight1, x), parameter(bias1, x),
-        parameter(depthwise_weight, x), parameter(depthwise_bias, x), weight(weight2, x), parameter(bias2, x), y,
-    )  # fmt: skip
-    return y
-
-
 def aligned(t: Tensor) -> Tensor:
     """t at an address that 16 bytes can be read from at once."""
     return t.clone() if t.data_ptr() % 16 else t
@@ -237,3 +190,6 @@ def weight(t: Tensor, x: Tensor) -> Tensor:
 def parameter(t: Tensor, x: Tensor) -> Tensor:
     """A vector or taps as a kernel reads them: in the dtype of x or in float32."""
     return aligned(t.contiguous() if t.dtype == x.dtype else t.float().contiguous())
+
+
+BACKEND = _dispatch.add_backend("cuda", usable, fingerprint)

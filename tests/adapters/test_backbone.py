@@ -14,6 +14,7 @@ needs_mm()
 
 import mmdet.models  # noqa: E402
 import mmseg.models  # noqa: E402
+from mmengine.config import ConfigDict  # noqa: E402
 from mmengine.model import BaseModule, revert_sync_batchnorm  # noqa: E402
 from mmengine.registry import MODELS  # noqa: E402
 
@@ -176,6 +177,14 @@ def test_model_options():
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert [stage.blocks[0].attn.cell for stage in backbone.model.stages] == [(8, 8), (4, 2), (2, 2), (1, 1)]
     assert backbone.eval()(torch.randn(1, 4, 40, 40))[0].shape == (1, 8, 10, 10)
+
+
+def test_rounds_of_each_stage():
+    cfg = ConfigDict(type="TimmBackbone", arch="test_svit", model_args=dict(n_iter=[2, 3, 1, 1]))
+    backbone = MODELS.build(cfg)
+    assert [stage.blocks[0].attn.n_iter for stage in backbone.model.stages] == [2, 3, 1, 1]
+    with pytest.raises(ValueError, match=r"n_iter: expected one value for each of the 4 stages, got \[2, 3\]"):
+        build(model_args=ConfigDict(n_iter=[2, 3]))
 
 
 @pytest.mark.parametrize(

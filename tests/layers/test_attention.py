@@ -2,10 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import set_fused_attn
+from torch import nn
 from torch.autograd import gradcheck
 
 import goldens
 from svit.layers import SuperTokenAttention
+from svit.ops import aggregate, sample, spread
 
 
 @pytest.fixture(params=["fused", "unfused"])
@@ -80,6 +82,28 @@ def test_differentiable_association(n_iter):
     assert (grads[0] - grads[1]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("n_iter", [1, 3])
+def test_forward_mode_holds_the_association_constant(n_iter, enabled):
+    """Against differences of the layer with q as it was."""
+    torch.manual_seed(0)
+    layer = SuperTokenAttention(8, 2, (2, 3), n_iter).double()
+    x, u = (torch.randn(2, 8, 5, 7, dtype=torch.float64) for _ in range(2))
+    _, q = sample(x.permute(0, 2, 3, 1), (2, 3), n_iter)
+
+    def linear(x):
+        total, mass = aggregate(x.permute(0, 2, 3, 1), q, (2, 3))
+        s = layer.attend((total / mass[..., None]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return spread(s, q, (2, 3), (5, 7)).permute(0, 3, 1, 2)
+
+    with torch.set_grad_enabled(enabled):
+        y, tangent = torch.func.jvp(layer, (x,), (u,))
+        expected = (linear(x + 1e-5 * u) - linear(x - 1e-5 * u)) / 2e-5
+        torch.testing.assert_close(y, linear(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-8)
+        assert (tangent - (layer(x + 1e-5 * u) - layer(x - 1e-5 * u)) / 2e-5).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 8, 1, 9), (0, 8, 6, 6), (2, 8, 3, 3)])
 def test_small_and_empty_inputs(shape):
     layer = SuperTokenAttention(8, 2, 4)
@@ -109,6 +133,24 @@ def test_dropout_acts_in_training_only(attention_path):
     assert not layer(x).any()
 
 
+@pytest.mark.parametrize("cell", [1, 2])
+def test_hooks_and_wrappers_of_the_attention_dropout_run(cell):
+    layer = SuperTokenAttention(8, 2, cell)
+    x = torch.randn(1, 8, 6, 4)
+    expected, tokens = layer(x), 24 // cell**2
+    seen = []
+    handle = layer.attn_drop.register_forward_hook(lambda m, inputs, output: seen.append(output))
+    torch.testing.assert_close(layer(x), expected)
+    assert seen[0].shape == (1, 2, tokens, tokens)
+    torch.testing.assert_close(seen[0].sum(-1), torch.ones(1, 2, tokens))
+    handle.remove()
+    layer.attn_drop = nn.Sequential(nn.Dropout(1.0))
+    bias = layer.proj.bias[:, None, None].expand(8, 6, 4)[None]
+    if cell == 1:
+        torch.testing.assert_close(layer(x), bias)
+    assert not torch.allclose(layer(x), expected)
+
+
 def test_no_attention_map_in_memory():
     """The fused path never holds heads * N * N numbers: not in one tensor, saved for backward or not."""
     layer = SuperTokenAttention(8, 2, 1)
@@ -136,6 +178,8 @@ def test_no_attention_map_in_memory():
         (dict(stoken_size=(2, 2, 2)), r"stoken_size: .* got \(2, 2, 2\)"),
         (dict(stoken_size=2.5), r"stoken_size: .* got 2\.5"),
         (dict(n_iter=0), r"n_iter: expected at least 1, got 0"),
+        (dict(n_iter=1.5), r"n_iter: expected at least 1, got 1\.5"),
+        (dict(n_iter=(1, 2)), r"n_iter: expected at least 1, got \(1, 2\)"),
     ],
 )
 def test_bad_arguments(kwargs, message):

@@ -12,10 +12,10 @@ from torch import nn
 
 import exact
 from svit.layers import Stem
-from svit.ops import backends, triton
+from svit.ops import _dispatch, triton
 
 needs_kernels = pytest.mark.skipif(
-    triton.triton is None or not (triton.INTERPRETED or torch.cuda.is_available()), reason="needs a GPU, or interprets"
+    not triton.available or not (triton.INTERPRETED or torch.cuda.is_available()), reason="needs a GPU, or interprets"
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -36,7 +36,7 @@ def trained(in_chans: int = 3, dim: int = 16, stride: int = 4, **kwargs) -> Stem
 def calls(monkeypatch) -> list[str]:
     """Exact kernels run; the list names each."""
     exact.install(monkeypatch)
-    backend, names = backends.MODULES["exact"], []
+    backend, names = _dispatch.BACKENDS["exact"], []
     for op in exact.PARTS:
         run = getattr(backend, op)
         monkeypatch.setattr(backend, op, lambda *args, op=op, run=run: [names.append(op), run(*args)][1])
@@ -175,13 +175,13 @@ def test_triton(dtype, way):
     expected = copy.deepcopy(stem).double().layers(x.double())
     if way == "cast":
         stem, x = stem.to(dtype), x.to(dtype)
-    assert stem.fuses(x)
+    assert stem.can_fuse(x)
     with torch.autocast(DEVICE, dtype, enabled=way == "autocast" and dtype != torch.float32):
         y = stem(x)
     assert (y.double() - expected).abs().max() < 12 * torch.finfo(dtype).eps / 2 * expected.abs().max()
     seen = []
     stem.layers[2].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    assert not stem.fuses(x)
+    assert not stem.can_fuse(x)
     with torch.autocast(DEVICE, dtype, enabled=way == "autocast" and dtype != torch.float32):
         stem(x)
     assert seen
@@ -192,11 +192,11 @@ def test_triton(dtype, way):
 def test_triton_does_not_serve_odd_channels():
     stem = trained(dim=20, backend="triton").to(DEVICE)
     x = torch.randn(1, 3, 16, 16, device=DEVICE)
-    assert not stem.fuses(x)
+    assert not stem.can_fuse(x)
     torch.testing.assert_close(stem(x), stem.layers(x))
 
 
-@pytest.mark.skipif(triton.triton is None or triton.INTERPRETED or DEVICE == "cuda", reason="there are kernels here")
+@pytest.mark.skipif(not triton.available or triton.INTERPRETED or DEVICE == "cuda", reason="there are kernels here")
 def test_triton_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", "test_triton"]

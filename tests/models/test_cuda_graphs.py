@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svit.layers import fusing
-from svit.ops import library, triton
+from svit.ops import _registration, triton
 
 WAITS = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique", "_unique2")
 
@@ -51,9 +51,9 @@ def on_the_device() -> Iterator[list[str]]:
 def backend(request, monkeypatch) -> str:
     """Maps without data count as those of a GPU, in the choice of the backend and of products."""
     if request.param == "triton":
-        if triton.triton is None:
+        if not triton.available:
             pytest.skip("needs Triton")
-        monkeypatch.setattr(triton, "usable", lambda op, x: (True, ""))
+        monkeypatch.setattr(triton.BACKEND, "usable", lambda op, x: (True, ""))
     monkeypatch.setattr(fusing, "runs_as_product", lambda conv, x: fusing.is_plain_pointwise(conv))
     return request.param
 
@@ -74,13 +74,13 @@ def test_the_model_does_not_wait(way, backend):
     assert ("sample_backward" in names) == (backend == "triton" and way == "training")
 
 
-@pytest.mark.skipif(triton.triton is None, reason="needs Triton")
+@pytest.mark.skipif(not triton.available, reason="needs Triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_launches_do_not_wait(dtype, monkeypatch):
-    from svit.ops.triton import launch
+    from svit.ops import _kernels
 
     kernels = []
-    monkeypatch.setattr(launch, "launch", lambda kernel, *args, **constants: kernels.append(kernel.__name__))
+    monkeypatch.setattr(_kernels, "launch", lambda kernel, *args, **constants: kernels.append(kernel.__name__))
     x = torch.empty(2, 20, 13, 64, device="meta", dtype=dtype)
     s, vector = x.new_empty(2, 3, 2, 64), x.new_empty(64, dtype=torch.float32)
     q, mass = x.new_empty(2, 3, 2, 9, 64), x.new_empty(2, 3, 2, dtype=torch.float32)
@@ -95,11 +95,11 @@ def test_launches_do_not_wait(dtype, monkeypatch):
         "depthwise3x3_backward": (x, x, taps, True),
         "bias_gelu_affine": (x, vector, vector, vector),
     }
-    assert calls.keys() == set(triton.OPS)
+    assert calls.keys() == set(triton.BACKEND.OPS)
     for op, args in calls.items():
         with on_the_device():
-            results = getattr(triton, op)(*args)
-            expected = getattr(library.ops, op)(*args)
+            results = getattr(triton.BACKEND, op)(*args)
+            expected = getattr(_registration.ops, op)(*args)
         assert kernels, op
         kernels.clear()
         for result, fake in zip(*map(torch.utils._pytree.tree_leaves, (results, expected)), strict=True):

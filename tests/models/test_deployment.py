@@ -21,7 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers import missing
 from svit.models import SViT
-from svit.ops import backends, reference, verify
+from svit.ops import _dispatch, _self_check, reference
 
 NAMES = ["test_svit", "svit_nano"]
 
@@ -288,9 +288,9 @@ def test_grad_checkpointing_survives_a_backend_that_fails(wrong: str, monkeypatc
     model = deepcopy(expected)
     model.set_grad_checkpointing()
     expected(x).square().mean().backward()
-    monkeypatch.setattr(backends, "MODULES", {"other": module})
-    monkeypatch.setattr(backends, "failures", {})
-    monkeypatch.setattr(verify, "verdicts", {})
+    monkeypatch.setattr(_dispatch, "BACKENDS", {"other": module})
+    monkeypatch.setattr(_dispatch, "failures", {})
+    monkeypatch.setattr(_self_check, "verdicts", {})
     with pytest.warns(UserWarning, match="the other backend is left out .* self-check"):
         model(x).square().mean().backward()
     for a, b in zip(gradients(model), gradients(expected), strict=True):

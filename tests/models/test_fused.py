@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import svit  # noqa: F401
 from svit.ops import triton
 
-pytestmark = pytest.mark.skipif(triton.triton is None, reason="needs Triton")
+pytestmark = pytest.mark.skipif(not triton.available, reason="needs Triton")
 
 
 class Recorder(TorchDispatchMode):

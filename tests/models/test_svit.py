@@ -181,6 +181,15 @@ class TestWeights:
         x = torch.randn(1, 3, 33, 47)
         assert torch.equal(model(x), loaded(x))
 
+    def test_rounds_of_each_stage_come_back(self, tmp_path):
+        model = timm.create_model("test_svit", num_classes=7, n_iter=(2, 3, 1, 1)).double().eval()
+        config = dict(architecture="test_svit", num_classes=7, model_args=dict(n_iter=(2, 3, 1, 1)))
+        save_for_hf(model, tmp_path, model_config=config)
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).double().eval()
+        x = torch.randn(1, 3, 33, 47, dtype=torch.float64)
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-9, atol=0)
+        assert [stage.blocks[0].attn.n_iter for stage in loaded.stages] == [2, 3, 1, 1]
+
     @pytest.mark.parametrize("change", ["missing", "unexpected"])
     @pytest.mark.parametrize("layout", ["ours", "theirs"])
     def test_loading_is_strict(self, tmp_path, layout, change):
@@ -219,6 +228,36 @@ class TestWeights:
         assert (scaled.stages[3].blocks[0].ls1.gamma == 0.5).all()
 
 
+def attend_by_definition(layer: nn.Module, x: torch.Tensor, n_iter: int) -> torch.Tensor:
+    """Super token attention of a map (C, H, W), pixel by pixel; nine super tokens each, zeros outside the grid."""
+    C, H, W = x.shape
+    h, w = layer.cell
+    hh, ww = -(-H // h), -(-W // w)
+    x = nn.functional.pad(x, (0, ww * w - W, 0, hh * h - H))
+    pixels = [(i, j) for i in range(hh * h) for j in range(ww * w)]
+    near = {(i, j): [(i // h + a, j // w + b) for a in (-1, 0, 1) for b in (-1, 0, 1)] for i, j in pixels}
+    outside = x.new_zeros(C)
+    tokens = {(a, b): x[:, a * h : (a + 1) * h, b * w : (b + 1) * w].mean((1, 2)) for a in range(hh) for b in range(ww)}
+    for _ in range(n_iter):
+        q = {
+            p: torch.stack([x[:, p[0], p[1]] @ tokens.get(c, outside) for c in near[p]]).mul(C**-0.5).softmax(0)
+            for p in near
+        }
+        total, mass = dict.fromkeys(tokens, 0), dict.fromkeys(tokens, 0)
+        for p in pixels:
+            for weight, c in zip(q[p], near[p], strict=True):
+                if c in tokens:
+                    total[c], mass[c] = total[c] + weight * x[:, p[0], p[1]], mass[c] + weight
+        tokens = {c: total[c] / (mass[c] + 1e-12) for c in tokens}
+    s = layer.attend(torch.stack([tokens[c] for c in tokens], 1).reshape(1, C, hh, ww))[0]
+    y = torch.zeros_like(x)
+    for p in pixels:
+        for weight, (a, b) in zip(q[p], near[p], strict=True):
+            if 0 <= a < hh and 0 <= b < ww:
+                y[:, p[0], p[1]] += weight * s[:, a, b]
+    return y[:, :H, :W]
+
+
 class TestArguments:
     @pytest.mark.parametrize(
         ("kwargs", "message"),
@@ -231,6 +270,10 @@ class TestArguments:
             (dict(num_heads=(3, 2, 3, 4)), r"num_heads: expected a divisor of dim 8, got 3"),
             (dict(stoken_size=(4, 2, 0, 1)), r"stoken_size: expected a positive int or a pair of them, got 0"),
             (dict(n_iter=0), r"n_iter: expected at least 1, got 0"),
+            (dict(n_iter=(2, 0, 1, 1)), r"n_iter: expected at least 1, got 0"),
+            (dict(n_iter=(2, 1.5, 1, 1)), r"n_iter: expected at least 1, got 1\.5"),
+            (dict(n_iter=(2, 3)), r"n_iter: expected one value for each of the 4 stages, got \(2, 3\)"),
+            (dict(n_iter=1.5), r"n_iter: expected one value for each of the 4 stages, got 1\.5"),
             (dict(stem_stride=3), r"stem_stride: expected one of \[1, 2, 4\], got 3"),
         ],
     )
@@ -247,6 +290,7 @@ class TestArguments:
         [
             dict(stoken_size=((4, 2), [2, 3], 1, (1, 2))),
             dict(n_iter=2),
+            dict(n_iter=[2, 3, 1, 1]),
             dict(layer_scale_init=1e-3),
             dict(mlp_ratio=2.5),
             dict(head_width=0),
@@ -281,6 +325,34 @@ class TestArguments:
         expected = {"stem_drop": 0.3, f"{block}attn.attn_drop": 0.2, f"{block}attn.proj_drop": 0.3}
         expected |= {f"{block}mlp.drop1": 0.3, f"{block}mlp.drop2": 0.3, "head.drop": 0.1}
         assert {k: v for k, v in rates.items() if not k.startswith(("stages.1", "stages.2", "stages.3"))} == expected
+
+    @pytest.mark.parametrize("n_iter", [(2, 3, 1, 1), [1, 2, 1, 1], (3, 1, 5, 7), 2], ids=str)
+    def test_rounds_of_each_stage(self, n_iter):
+        """Each stage's own number; one of single pixels has no rounds. And the state dict is the same."""
+        model = timm.create_model("test_svit", n_iter=n_iter).double().eval()
+        other = timm.create_model("test_svit").double().eval()
+        other.load_state_dict(model.state_dict())
+        x = torch.randn(1, 3, 45, 50, dtype=torch.float64)
+        one_round = other(x)
+        rounds = n_iter if not isinstance(n_iter, int) else [n_iter] * 4
+        for stage, number in zip(other.stages[:2], rounds, strict=False):
+            for block in stage.blocks:
+                block.attn.n_iter = number
+        assert torch.equal(model(x), other(x))
+        assert not torch.allclose(model(x), one_round, rtol=1e-9, atol=0)
+
+    def test_rounds_equal_their_definition(self):
+        """Each layer's input, taken from the model, through the association pixel by pixel (the maths of the paper)."""
+        model = timm.create_model("test_svit", n_iter=(2, 3, 1, 1)).double().eval()
+        seen = {}
+        for i in (0, 1):
+            attn = model.stages[i].blocks[0].attn
+            attn.register_forward_hook(lambda m, inputs, output, i=i: seen.update({i: (m, inputs[0][0], output[0])}))
+        with torch.no_grad():
+            model(torch.randn(1, 3, 24, 40, dtype=torch.float64))
+            for i, n_iter in ((0, 2), (1, 3)):
+                layer, x, y = seen[i]
+                torch.testing.assert_close(y, attend_by_definition(layer, x, n_iter), rtol=1e-9, atol=1e-12)
 
     def test_differentiable_association_changes_gradients_only(self):
         model = timm.create_model("test_svit").double().eval()

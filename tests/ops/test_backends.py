@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad as fwAD
 
-from svit.ops import backends, reference, sample
+from svit.ops import _dispatch, reference, sample
 
 X = torch.randn(1, 6, 6, 8, generator=torch.Generator().manual_seed(0))
 
@@ -24,18 +24,17 @@ def backend(monkeypatch):
 
     module.sample = run
     module.usable = lambda op, x: (x.shape[-1] == 8, "it likes 8 channels")
-    monkeypatch.setattr(backends, "MODULES", {"other": module})
-    monkeypatch.setattr(backends, "NAMES", ("other", "reference"))
-    monkeypatch.setattr(backends, "failures", {})
+    monkeypatch.setattr(_dispatch, "BACKENDS", {"other": module})
+    monkeypatch.setattr(_dispatch, "failures", {})
     return module
 
 
 def test_the_first_usable_is_chosen(backend):
-    assert backends.choose("sample", X) == "other"
-    assert backends.choose("sample", X[..., :4]) == "reference"
-    assert backends.choose("sample", X, "reference") == "reference"
+    assert _dispatch.choose("sample", X) == "other"
+    assert _dispatch.choose("sample", X[..., :4]) == "reference"
+    assert _dispatch.choose("sample", X, "reference") == "reference"
     with pytest.raises(ValueError, match="'other' cannot run sample here: it likes 8 channels"):
-        backends.choose("sample", X[..., :4], "other")
+        _dispatch.choose("sample", X[..., :4], "other")
 
 
 def test_chosen_backend_runs(backend):
@@ -57,21 +56,21 @@ def test_failure_falls_back_with_one_warning(backend):
         warnings.simplefilter("error")
         assert torch.equal(sample(X, (2, 3))[0], expected)
     assert len(backend.calls) == 1
-    assert backends.usable("other", "sample", X) == (False, "it failed before: RuntimeError: ptxas said no")
+    assert _dispatch.usable("other", "sample", X) == (False, "it failed before: RuntimeError: ptxas said no")
 
 
 def test_failure_of_a_forced_backend_is_raised(backend):
     backend.error = RuntimeError("ptxas said no")
     with pytest.raises(RuntimeError, match="ptxas said no"):
         sample(X, (2, 3), backend="other")
-    assert not backends.failures
+    assert not _dispatch.failures
 
 
 def test_lack_of_memory_is_no_failure_of_the_backend(backend):
     backend.error = torch.OutOfMemoryError("out of memory")
     with pytest.raises(torch.OutOfMemoryError):
         sample(X, (2, 3))
-    assert not backends.failures
+    assert not _dispatch.failures
 
 
 def test_gradients_go_through_the_op(backend):
@@ -100,9 +99,9 @@ def test_only_what_failed_is_left_out(backend):
     with pytest.warns(UserWarning, match="RuntimeError: no"):
         sample(X, (2, 3))
     backend.error = None
-    assert backends.choose("sample", X) == "reference"
-    assert backends.choose("spread", X) == "other"
-    assert backends.choose("sample", X.half()) == "other"
+    assert _dispatch.choose("sample", X) == "reference"
+    assert _dispatch.choose("spread", X) == "other"
+    assert _dispatch.choose("sample", X.half()) == "other"
 
 
 def test_a_callers_error_is_no_failure_of_the_backend(backend):
@@ -113,7 +112,7 @@ def test_a_callers_error_is_no_failure_of_the_backend(backend):
     backend.error = RuntimeError("Triton Error [CUDA]: out of memory")
     with pytest.raises(RuntimeError, match="out of memory"):
         sample(X, (2, 3))
-    assert not backends.failures
+    assert not _dispatch.failures
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

@@ -11,7 +11,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from svit.models.svit import Block
-from svit.ops import backends, cuda, reference
+from svit.ops import _dispatch, cuda, reference
 from svit.ops import conv_ffn as public_conv_ffn
 from svit.ops import super_token_attention as public_attention
 
@@ -50,11 +50,11 @@ def stand_in(monkeypatch):
 
         return implementation
 
-    def usable(op, x, cell=(1, 1), num_heads=1, hidden=0):
+    def usable(op, x, cell=(1, 1), num_heads=1, hidden=0, **_):
         return cuda.fits(op, tuple(x.shape), tuple(cell), num_heads, hidden)
 
-    module = SimpleNamespace(OPS=cuda.OPS, usable=usable, **{op: run(op) for op in cuda.OPS})
-    monkeypatch.setattr(backends, "MODULES", {"cuda": module, "triton": backends.MODULES["triton"]})
+    module = SimpleNamespace(OPS=cuda.BACKEND.OPS, usable=usable, **{op: run(op) for op in cuda.BACKEND.OPS})
+    monkeypatch.setattr(_dispatch, "BACKENDS", {"cuda": module, "triton": _dispatch.BACKENDS["triton"]})
     return calls
 
 
@@ -148,7 +148,7 @@ def test_clusters_that_do_not_fit_are_not_launched(device, monkeypatch):
             x, cell, *parameters, scale = attention_arguments(B=1, H=56, W=56, dtype=torch.float32)
             x = x.bfloat16().to("cuda:0")
             answer = cuda.usable("super_token_attention", x, **sizes)
-            cuda.super_token_attention(
+            cuda.BACKEND.super_token_attention(
                 x, cell, *(p.to("cuda:0") if torch.is_tensor(p) else p for p in parameters), None, 1, False
             )
         return answer
@@ -188,19 +188,19 @@ def test_without_kernels_there_are_no_clusters_to_ask_for(monkeypatch):
 
 def test_it_is_not_chosen_unless_asked_for(stand_in):
     x = torch.empty(1, 56, 56, 64)
-    assert backends.choose("conv_ffn", x, hidden=256) == "reference"
-    assert backends.usable("cuda", "conv_ffn", x, hidden=256) == (False, backends.BY_NAME["cuda"])
-    assert backends.choose("conv_ffn", x, "cuda", hidden=256) == "cuda"
+    assert _dispatch.choose("conv_ffn", x, hidden=256) == "reference"
+    assert _dispatch.usable("cuda", "conv_ffn", x, hidden=256) == (False, _dispatch.OPT_IN["cuda"])
+    assert _dispatch.choose("conv_ffn", x, "cuda", hidden=256) == "cuda"
     with pytest.raises(ValueError, match="backend: 'cuda' cannot run conv_ffn here: it expands 64 channels to 256"):
-        backends.choose("conv_ffn", x, "cuda", hidden=128)
-    assert backends.choose("conv_ffn", x, "cuda", must=False, hidden=128) == "reference"
+        _dispatch.choose("conv_ffn", x, "cuda", hidden=128)
+    assert _dispatch.choose("conv_ffn", x, "cuda", strict=False, hidden=128) == "reference"
     # It has no parts: to ask for it there leaves the choice.
-    assert backends.choose("sample", x, "cuda") == backends.choose("sample", x)
+    assert _dispatch.choose("sample", x, "cuda") == _dispatch.choose("sample", x)
 
 
 def test_info_says_that_it_must_be_asked_for(stand_in, capsys):
-    backends.info()
-    assert f"half a block in one kernel -> reference, not cuda: {backends.BY_NAME['cuda']}" in capsys.readouterr().out
+    _dispatch.info()
+    assert f"half a block in one kernel -> reference, not cuda: {_dispatch.OPT_IN['cuda']}" in capsys.readouterr().out
 
 
 def test_attention_is_the_composition(stand_in):
@@ -215,7 +215,7 @@ def test_attention_is_the_composition(stand_in):
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("heads", [1, 4])
 def test_gradients_of_attention_are_autograds(stand_in, monkeypatch, scaled, heads):
-    monkeypatch.setattr(backends.MODULES["cuda"], "usable", lambda *_, **__: (True, ""))
+    monkeypatch.setattr(_dispatch.BACKENDS["cuda"], "usable", lambda *_, **__: (True, ""))
     *arguments, scale = attention_arguments(H=13, W=17, scaled=scaled)
     leaves = [t.requires_grad_() for t in (*arguments, scale) if torch.is_tensor(t)]
     weight = random(*arguments[0].shape, seed=9)
@@ -265,10 +265,10 @@ def test_forward_mode_takes_the_reference(stand_in):
 
 
 def test_wholes_are_not_for_those_who_ask_for_another_backend(stand_in, monkeypatch):
-    monkeypatch.setattr(backends, "BY_NAME", {})
+    monkeypatch.setattr(_dispatch, "OPT_IN", {})
     x = torch.empty(1, 56, 56, 64)
-    assert backends.choose("conv_ffn", x, hidden=256) == "cuda"
-    assert backends.choose("conv_ffn", x, "triton", hidden=256) == "reference"
+    assert _dispatch.choose("conv_ffn", x, hidden=256) == "cuda"
+    assert _dispatch.choose("conv_ffn", x, "triton", hidden=256) == "reference"
 
 
 def test_an_empty_batch_passes(monkeypatch):
@@ -276,7 +276,7 @@ def test_an_empty_batch_passes(monkeypatch):
     monkeypatch.setattr(torch.ops, "svit_cuda", SimpleNamespace(super_token_attention=lambda *args: seen.append(args)))
     monkeypatch.setattr(cuda, "max_active_clusters", lambda *_: 0)
     x, cell, *parameters, scale = attention_arguments(B=0, dtype=torch.float32)
-    y = cuda.super_token_attention(x.half(), cell, *parameters, scale, 1, False)[0]
+    y = cuda.BACKEND.super_token_attention(x.half(), cell, *parameters, scale, 1, False)[0]
     assert y.shape == x.shape
     assert seen[0][14].shape == (0, 2, 3, 9, 64)  # q, without which that kernel refuses to run
 
@@ -317,7 +317,7 @@ def test_opcheck(stand_in, keep):
 def test_kernels_get_what_they_read(monkeypatch):
     """Weights in the dtype of x, the rest in it or in float32, results to write into; on a fake GPU of either kind."""
     seen = {}
-    calls = SimpleNamespace(**{op: lambda *args, op=op: seen.__setitem__(op, args) for op in cuda.OPS})
+    calls = SimpleNamespace(**{op: lambda *args, op=op: seen.__setitem__(op, args) for op in cuda.BACKEND.OPS})
     monkeypatch.setattr(torch.ops, "svit_cuda", calls)
     monkeypatch.setattr(cuda, "aligned", lambda t: t)
     for clusters in (True, False):
@@ -325,7 +325,7 @@ def test_kernels_get_what_they_read(monkeypatch):
         for keep in (True, False):
             with FakeTensorMode():
                 x, cell, *parameters, scale = attention_arguments(dtype=torch.float32)
-                y, s, q, mass = cuda.super_token_attention(x.bfloat16(), cell, *parameters, scale, 1, keep)
+                y, s, q, mass = cuda.BACKEND.super_token_attention(x.bfloat16(), cell, *parameters, scale, 1, keep)
             args = seen["super_token_attention"]
             assert [a.dtype for a in args if isinstance(a, torch.Tensor)][:8] == [
                 torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.bfloat16,
@@ -341,7 +341,7 @@ def test_kernels_get_what_they_read(monkeypatch):
                 assert mass.shape == (2, 2, 3)
                 assert mass.dtype == torch.float32
     with FakeTensorMode():
-        cuda.conv_ffn(*(t.half() if t.dim() == 4 and t.shape[-1] == 64 else t for t in ffn_arguments()))
+        cuda.BACKEND.conv_ffn(*(t.half() if t.dim() == 4 and t.shape[-1] == 64 else t for t in ffn_arguments()))
     half = [a.dtype == torch.float16 for a in seen["conv_ffn"]]
     assert half == [True, True, True, False, False, False, True, False, True]
 

@@ -32,7 +32,7 @@ def on_meta(t: torch.Tensor) -> torch.Tensor:
         (lambda: sample(X, CELL, differentiable=True, backend="triton"), "backend: expected 'reference'"),
         (
             lambda: sample(X, CELL, backend="cublas"),
-            "backend: expected one of .*triton, reference or None, got .cublas.",
+            "backend: expected one of .*triton, onednn, reference or None, got .cublas.",
         ),
         (lambda: associate(X, S[..., :8], CELL), r"s: expected \[2, 2, 3, 16\], got \[2, 2, 3, 8\]"),
         (lambda: associate(X, S.permute(0, 3, 1, 2), CELL), r"s: expected \[2, 2, 3, 16\], got \[2, 16, 2, 3\]"),

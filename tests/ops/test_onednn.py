@@ -1,10 +1,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize, prune
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from svit.layers import ConvFFN
-from svit.ops import onednn
+from svit.ops.conv_ffn import onednn
 
 
 def weights(dim: int, hidden: int, seed: int = 0) -> list[torch.Tensor]:
@@ -48,15 +52,28 @@ def test_bfloat16_by_dtype_and_by_autocast():
 @torch.no_grad()
 def test_usable_names_its_reason(monkeypatch):
     x = torch.randn(1, 8, 4, 4)
-    assert onednn.usable(x) == (True, "")
-    assert "float64" in onednn.usable(x.double())[1]
-    assert "meta" in onednn.usable(x.to("meta"))[1]
+    assert onednn.usable("conv_ffn", x) == (True, "")
+    assert "float64" in onednn.usable("conv_ffn", x.double())[1]
+    assert "meta" in onednn.usable("conv_ffn", x.to("meta"))[1]
     with torch.enable_grad():
-        assert "autograd" in onednn.usable(x)[1]
+        assert "autograd" in onednn.usable("conv_ffn", x)[1]
     with FlopCounterMode(display=False):
-        assert "dispatch mode" in onednn.usable(x)[1]
+        assert "dispatch mode" in onednn.usable("conv_ffn", x)[1]
+    with BaseTorchFunctionMode():
+        assert "__torch_function__" in onednn.usable("conv_ffn", x)[1]
+    with torch.device("cpu"):
+        assert onednn.usable("conv_ffn", x) == (True, "")
+    with forward_ad.dual_level():
+        assert "forward-mode" in onednn.usable("conv_ffn", x)[1]
+    reasons = []
+    torch.func.vmap(lambda x: reasons.append(onednn.usable("conv_ffn", x)[1]) or x)(x)
+    assert "torch.func" in reasons[0]
+    assert "float64" in onednn.usable("conv_ffn", x, weights=[x.double()])[1]
+    assert "meta" in onednn.usable("conv_ffn", x, weights=[x.to("meta")])[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert onednn.usable("conv_ffn", x, weights=[x.bfloat16()]) == (True, "")
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert "oneDNN" in onednn.usable(x)[1]
+    assert "oneDNN" in onednn.usable("conv_ffn", x)[1]
 
 
 def count_calls(monkeypatch) -> list:
@@ -95,6 +112,73 @@ def test_conv_ffn_leaves_hooks_wrappers_and_other_activations_alone(monkeypatch)
     wrapped(x)
     ConvFFN(8, 32, act_layer="relu").eval()(x)
     assert not calls
+
+
+class Halved(nn.Parameter):
+    """A tensor that is more than its numbers, as a quantized one is."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        halved = [a.as_subclass(torch.Tensor) / 2 if isinstance(a, cls) and func is torch.conv2d else a for a in args]
+        return super().__torch_function__(func, types, halved, kwargs or {})
+
+
+def changed_weight(ffn: ConvFFN) -> None:
+    ffn.fc1.weight = Halved(ffn.fc1.weight.detach())
+
+
+def conv3x3(ffn: ConvFFN) -> None:
+    ffn.fc1 = nn.Conv2d(8, 32, 3, padding=1)
+
+
+def no_bias(ffn: ConvFFN) -> None:
+    ffn.fc2.bias = None
+
+
+def parametrized(ffn: ConvFFN) -> None:
+    parametrize.register_parametrization(ffn.dwconv, "weight", nn.Tanh())
+
+
+def pruned(ffn: ConvFFN) -> None:
+    prune.l1_unstructured(ffn.fc1, "weight", 0.5)
+
+
+def patched(ffn: ConvFFN) -> None:
+    forward = ffn.fc2.forward
+    ffn.fc2.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize("change", [changed_weight, conv3x3, no_bias, parametrized, pruned, patched])
+def test_changed_layers_run_themselves(change, monkeypatch):
+    calls = count_calls(monkeypatch)
+    ffn = ConvFFN(8, 32).eval()
+    x = torch.randn(2, 8, 6, 6)
+    before = ffn(x)
+    change(ffn)
+    expected = ffn(x)
+    with torch.no_grad():
+        assert torch.equal(ffn(x), expected)
+    assert not calls
+    assert not torch.allclose(before, expected)
+
+
+@torch.no_grad()
+def test_global_hooks_see_each_layer(monkeypatch):
+    calls = count_calls(monkeypatch)
+    ffn = ConvFFN(8, 32).eval()
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda m, inputs, output: seen.append(m)):
+        ffn(torch.randn(2, 8, 6, 6))
+    assert {ffn.fc1, ffn.act, ffn.dwconv, ffn.fc2} <= set(seen)
+    assert not calls
+
+
+@torch.no_grad()
+def test_weights_of_another_dtype_are_an_error_as_ever():
+    ffn = ConvFFN(8, 32).eval()
+    ffn.fc1.double()
+    with pytest.raises(RuntimeError, match="type"):
+        ffn(torch.randn(2, 8, 6, 6))
 
 
 @torch.no_grad()

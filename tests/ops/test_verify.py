@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from svit.ops import backends, depthwise3x3, reference, sample, self_check, verify
+from svit.ops import _dispatch, _self_check, depthwise3x3, reference, sample, self_check
 
 X = torch.randn(1, 6, 6, 8, generator=torch.Generator().manual_seed(0))
-CASE = verify.Case("other", "sample", 8, (2, 3), torch.float32)
+CASE = _self_check.Case("other", "sample", 8, (2, 3), torch.float32)
 
 
 @pytest.fixture
@@ -42,10 +42,9 @@ def backend(monkeypatch, tmp_path):
         setattr(module, op, implementation(op))
     module.usable = lambda op, x: (True, "")
     module.fingerprint = lambda device: "other 1.0"
-    monkeypatch.setattr(backends, "MODULES", {"other": module})
-    monkeypatch.setattr(backends, "NAMES", ("other", "reference"))
-    monkeypatch.setattr(backends, "failures", {})
-    monkeypatch.setattr(verify, "verdicts", {})
+    monkeypatch.setattr(_dispatch, "BACKENDS", {"other": module})
+    monkeypatch.setattr(_dispatch, "failures", {})
+    monkeypatch.setattr(_self_check, "verdicts", {})
     monkeypatch.setenv("SVIT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("SVIT_SELF_CHECK", raising=False)
     return module
@@ -53,8 +52,8 @@ def backend(monkeypatch, tmp_path):
 
 def forget(monkeypatch) -> None:
     """As in a new process."""
-    monkeypatch.setattr(verify, "verdicts", {})
-    monkeypatch.setattr(backends, "failures", {})
+    monkeypatch.setattr(_self_check, "verdicts", {})
+    monkeypatch.setattr(_dispatch, "failures", {})
 
 
 def value_and_gradient(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,8 +61,8 @@ def value_and_gradient(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return s, torch.autograd.grad(s.square().sum(), x)[0]
 
 
-def file_of(case: verify.Case = CASE):
-    return verify.verdict_file(case, "other 1.0")
+def file_of(case: _self_check.Case = CASE):
+    return _self_check.verdict_file(case, "other 1.0")
 
 
 def test_a_right_backend_is_checked_once_and_kept_on_disk(backend, monkeypatch):
@@ -136,21 +135,21 @@ def test_lack_of_memory_is_no_verdict(backend):
     with pytest.raises(torch.OutOfMemoryError):
         sample(X, (2, 3))
     assert not file_of().exists()
-    assert not verify.verdicts
+    assert not _self_check.verdicts
 
 
 def test_not_a_number_and_a_wrong_shape_or_dtype_are_wrong(backend):
     backend.sample = lambda *args: tuple(t * float("nan") for t in reference.sample(*args))
-    assert not verify.check(CASE, backend, "cpu").ok
+    assert not _self_check.check(CASE, backend, "cpu").ok
     backend.sample = lambda *args: tuple(t[..., :1] for t in reference.sample(*args))
-    assert "instead of" in verify.check(CASE, backend, "cpu").reason
+    assert "instead of" in _self_check.check(CASE, backend, "cpu").reason
     backend.sample = lambda *args: tuple(t.double() for t in reference.sample(*args))
-    assert "s is float64 instead of float32" in verify.check(CASE, backend, "cpu").reason
+    assert "s is float64 instead of float32" in _self_check.check(CASE, backend, "cpu").reason
     half = CASE._replace(dtype=torch.float16)
     backend.sample = reference.sample
-    assert verify.check(half, backend, "cpu").ok
+    assert _self_check.check(half, backend, "cpu").ok
     backend.sample = lambda *args: tuple(t.half() for t in reference.sample(*args))
-    assert verify.check(half, backend, "cpu").reason.startswith("mass is float16 instead of float32")
+    assert _self_check.check(half, backend, "cpu").reason.startswith("mass is float16 instead of float32")
 
 
 def test_the_first_image_is_not_all(backend):
@@ -167,9 +166,9 @@ def test_the_first_image_is_not_all(backend):
     cases = [CASE._replace(op=op, cell=None if op == "bias_gelu_affine" else (2, 3)) for op in ops]
     for case in cases:
         setattr(backend, case.op, scaled(case.op))
-        assert not verify.check(case, backend, "cpu").ok, case
+        assert not _self_check.check(case, backend, "cpu").ok, case
     backend.sample, backend.sample_backward = reference.sample, scaled("sample_backward")
-    assert verify.check(CASE, backend, "cpu").reason.startswith("dx is off")
+    assert _self_check.check(CASE, backend, "cpu").reason.startswith("dx is off")
 
 
 def test_a_backend_asked_for_by_name_raises(backend):
@@ -177,7 +176,7 @@ def test_a_backend_asked_for_by_name_raises(backend):
     for _ in range(2):
         with pytest.raises(ValueError, match="backend: 'other' cannot run sample here: it failed its self-check"):
             sample(X, (2, 3), backend="other")
-    assert not backends.failures
+    assert not _dispatch.failures
 
 
 def test_it_can_be_switched_off(backend, monkeypatch):
@@ -221,7 +220,7 @@ def test_a_user_without_a_home_is_served(backend, monkeypatch):
 
     for name in ("SVIT_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(verify.Path, "home", home)
+    monkeypatch.setattr(_self_check.Path, "home", home)
     for _ in range(2):
         sample(X, (2, 3))
     assert len(backend.calls) == 4
@@ -230,7 +229,7 @@ def test_a_user_without_a_home_is_served(backend, monkeypatch):
 def test_a_cache_folder_that_cannot_be_looked_into_is_done_without(backend, monkeypatch, tmp_path, capturing):
     monkeypatch.setenv("SVIT_CACHE_DIR", str(tmp_path / ("a" * 300)))  # as where a right is missing
     assert capturing(CASE, backend) is None
-    assert verify.summary("other", backend, torch.device("cpu")) == "none has run yet"
+    assert _self_check.summary("other", backend, torch.device("cpu")) == "none has run yet"
 
 
 def ended_process() -> int:
@@ -241,7 +240,9 @@ def ended_process() -> int:
 
 def test_a_check_that_took_the_process_with_it_is_tried_twice(backend, monkeypatch):
     for begun in (1, 2):
-        verify.write(file_of(), {"ok": False, "pid": ended_process(), "host": socket.gethostname(), "begun": begun})
+        _self_check.write(
+            file_of(), {"ok": False, "pid": ended_process(), "host": socket.gethostname(), "begun": begun}
+        )
         forget(monkeypatch)
         backend.calls.clear()
         if begun == 1:
@@ -253,7 +254,7 @@ def test_a_check_that_took_the_process_with_it_is_tried_twice(backend, monkeypat
 
 
 def test_a_check_that_another_process_runs_now_is_run_here_too(backend):
-    verify.write(file_of(), {"ok": False, "pid": os.getpid(), "host": socket.gethostname(), "begun": 9})
+    _self_check.write(file_of(), {"ok": False, "pid": os.getpid(), "host": socket.gethostname(), "begun": 9})
     sample(X, (2, 3))
     assert len(backend.calls) == 3
 
@@ -277,48 +278,50 @@ def test_a_new_build_is_checked_again(backend, monkeypatch):
 @pytest.fixture
 def capturing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    return lambda case, module: verify.problem(case, module, torch.device("cuda", 0))
+    return lambda case, module: _self_check.problem(case, module, torch.device("cuda", 0))
 
 
 def test_nothing_runs_while_a_graph_is_captured(backend, capturing, monkeypatch):
     assert capturing(CASE, backend) is None  # the reference is captured then
-    verify.write(file_of(CASE._replace(channels=16)), {"ok": True})
+    _self_check.write(file_of(CASE._replace(channels=16)), {"ok": True})
     assert capturing(CASE, backend) == ""  # the device has been checked, this case has not
-    verify.write(file_of(), {"ok": False, "reason": "it was wrong"})
+    _self_check.write(file_of(), {"ok": False, "reason": "it was wrong"})
     assert capturing(CASE, backend) == "it was wrong"
-    verify.write(file_of(), {"ok": True})
+    _self_check.write(file_of(), {"ok": True})
     assert capturing(CASE, backend) == ""
     assert not backend.calls
-    assert not verify.verdicts
+    assert not _self_check.verdicts
 
 
 def test_without_a_verdict_the_reference_runs(backend, monkeypatch):
-    monkeypatch.setattr(verify, "problem", lambda *_: None)
+    monkeypatch.setattr(_self_check, "problem", lambda *_: None)
     assert torch.equal(sample(X, (2, 3))[0], reference.sample(X, (2, 3))[0])
     assert not backend.calls
     monkeypatch.undo()
-    assert not backends.failures
+    assert not _dispatch.failures
 
 
 def test_the_surroundings_neither_change_nor_are_changed(backend):
     state = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:
-        row = verify.check(CASE, backend, "cpu")
+        row = _self_check.check(CASE, backend, "cpu")
     assert row.ok
     assert row.error < 1e-6
     assert torch.equal(state, torch.get_rng_state())
     assert counter.get_total_flops() == 0
     torch.set_default_dtype(torch.float64)
     try:
-        assert verify.check(CASE, backend, "cpu").ok
+        assert _self_check.check(CASE, backend, "cpu").ok
         with torch.device("meta"):
-            assert verify.check(CASE, backend, "cpu").ok
+            assert _self_check.check(CASE, backend, "cpu").ok
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def test_self_check_gives_a_row_for_every_published_shape(backend, monkeypatch):
-    monkeypatch.setattr(verify, "PUBLISHED_DIMS", (8, 16))
+    few = (8, None, ""), (16, None, ""), (32, None, "gelu"), (64, None, "gelu")
+    rule = _self_check.RULES["depthwise3x3"]._replace(published=few)
+    monkeypatch.setitem(_self_check.RULES, "depthwise3x3", rule)
     backend.wrong = {"depthwise3x3"}
     rows = self_check("cpu")
     assert {r.op for r in rows} == {"sample", "depthwise3x3"}
@@ -344,9 +347,9 @@ def test_self_check_where_no_fused_backend_runs():
 
 def test_info_tells_the_verdicts(backend, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    backends.info()
+    _dispatch.info()
     assert "self-check of other: none has run yet" in capsys.readouterr().out
     sample(X, (2, 3))
-    verify.write(file_of(CASE._replace(channels=16)), {"ok": False, "reason": "s is off"})
-    backends.info()
+    _self_check.write(file_of(CASE._replace(channels=16)), {"ok": False, "reason": "s is off"})
+    _dispatch.info()
     assert "self-check of other: 1 cases right, wrong: sample-16-2x3-float32 (s is off)" in capsys.readouterr().out

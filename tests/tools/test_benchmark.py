@@ -60,6 +60,11 @@ def test_the_former_name_of_a_prefix(capsys):
     assert "maps:plain:test_svit: plain: is deprecated, it is called upstream: now" in capsys.readouterr().err
 
 
+def test_folding_is_for_inference():
+    with pytest.raises(SystemExit, match="folded:test_svit: folded: is for inference"):
+        benchmark.build("folded:test_svit", replace(SETTING, train=True))
+
+
 def test_graphs_are_for_gpus():
     with pytest.raises(SystemExit, match="graph:test_svit: graph: is for inference on a GPU"):
         benchmark.build("graph:test_svit", SETTING)

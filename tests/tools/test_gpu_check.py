@@ -383,7 +383,7 @@ def test_plans(step, built, monkeypatch, tmp_path):
 def test_smoke_has_every_kernel_in_every_dtype():
     cases = smoke.triton_cases()
     assert {case.dtype for case in cases} == {torch.float32, torch.bfloat16, torch.float16}
-    forward = {op for op in smoke.triton.OPS if not op.endswith("_backward")}
+    forward = {op for op in smoke.triton.BACKEND.OPS if not op.endswith("_backward")}
     assert {case.op for case in cases if case.channels == 24} == forward
     for C, cell in ((64, (8, 8)), (96, (8, 8)), (128, (4, 4)), (192, (4, 4)), (24, (3, 5)), (40, (5, 1))):
         assert {case.op for case in cases if (case.channels, case.cell) == (C, cell)} >= {"sample", "spread"}

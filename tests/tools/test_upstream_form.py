@@ -33,8 +33,9 @@ def test_gradients(mode, seed, batch):
     assert goldens.error(x.grad[:, :, :16, :16], golden["grad_input_corner"]) < 1e-9
 
 
-def test_several_iterations_equal_ours():
-    model = timm.create_model("test_svit", n_iter=3).double().eval()
+@pytest.mark.parametrize("n_iter", [3, (2, 3, 1, 1), [1, 4, 2, 2]], ids=str)
+def test_several_iterations_equal_ours(n_iter):
+    model = timm.create_model("test_svit", n_iter=n_iter).double().eval()
     x = torch.randn(2, 3, 45, 50, dtype=torch.float64)
     expected = model(x)
     torch.testing.assert_close(upstream_form(model)(x), expected, rtol=1e-10, atol=1e-12)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from svit.ops.verify import TOLERANCE
+from svit.ops._self_check import TOLERANCE
 
 from .items import Batch, Item, Setup, Stage, chunks
 from .ops import SHAPES, TINY, Call, Shape, call_of, largest_error, launches

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmark import Setting, build
-from svit.ops import backends
+from svit.ops import _dispatch
 
 from .build import LIBRARY
 from .items import Batch, Item, Setup, Stage
@@ -236,7 +236,7 @@ class Runner:
         del step
         self.release()
         # One that fell back to the reference is not what its name says.
-        return {"seconds": seconds, "memory": memory, "note": "; ".join(map(str, backends.failures.values()))}
+        return {"seconds": seconds, "memory": memory, "note": "; ".join(map(str, _dispatch.failures.values()))}
 
     def graph(self) -> Callable[[], None]:
         side = torch.cuda.Stream()

@@ -97,7 +97,7 @@ class Call:
             sizes = {"cell": tuple(self.args[1]), "num_heads": self.args[-2]}
         elif self.op == "conv_ffn":
             sizes = {"hidden": self.args[2].shape[0]}
-        served = self.op in cuda.OPS and cuda.usable(self.op, x, **sizes)[0]
+        served = self.op in cuda.BACKEND.OPS and cuda.usable(self.op, x, **sizes)[0]
         return ["triton", "cuda"] if served else ["triton"]
 
 
@@ -161,15 +161,15 @@ class Launch(NamedTuple):
 
 def launches(call: Call) -> list[Launch]:
     """The Triton kernels that a call launches, in their order."""
-    from svit.ops.triton import launch
+    from svit.ops import _kernels
 
-    found, run = [], launch.launch
+    found, run = [], _kernels.launch
 
     def record(kernel, programs, like, *args, **constants):
         found.append(Launch(kernel, programs, args, constants))
         run(kernel, programs, like, *args, **constants)
 
-    with mock.patch.object(launch, "launch", record):
+    with mock.patch.object(_kernels, "launch", record):
         call.fused("triton")()
     return found
 

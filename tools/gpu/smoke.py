@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from svit.ops import cuda, triton
-from svit.ops.verify import Case, check, published_cases
+from svit.ops._self_check import Case, check, published_cases
 
 from .build import LIBRARY
 from .items import Batch, Item, Setup, Stage, chunks
@@ -20,11 +20,11 @@ DESCRIPTION = (
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ODD = ((24, (3, 5)), (40, (5, 1)))
-MODULES = {"triton": triton, "cuda": cuda}
+BACKENDS = {"triton": triton.BACKEND, "cuda": cuda.BACKEND}
 
 
 def triton_cases(dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[Case]:
-    cases = published_cases("triton", triton.OPS, dtypes)
+    cases = published_cases("triton", triton.BACKEND.OPS, dtypes)
     forms = dict.fromkeys((case.op, case.cell is not None, case.dtype, case.form) for case in cases)
     for C, cell in ODD:
         cases += [Case("triton", op, C, cell if has_cell else None, dtype, f) for op, has_cell, dtype, f in forms]
@@ -32,7 +32,7 @@ def triton_cases(dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[Case]:
 
 
 def cuda_cases() -> list[Case]:
-    return published_cases("cuda", cuda.OPS, (torch.bfloat16, torch.float16)) if LIBRARY.exists() else []
+    return published_cases("cuda", cuda.BACKEND.OPS, (torch.bfloat16, torch.float16)) if LIBRARY.exists() else []
 
 
 def few(cases: list[Case]) -> list[Case]:
@@ -78,7 +78,7 @@ def run(setup: Setup, case: list | None = None, clusters: bool = False) -> Itera
         return
     backend, op, channels, cell, dtype, form = case
     case = Case(backend, op, channels, cell and tuple(cell), getattr(torch, dtype), form)
-    row = check(case, MODULES[backend], setup.device)
+    row = check(case, BACKENDS[backend], setup.device)
     yield {
         "backend": backend,
         "op": f"{op} {form}".strip(),

@@ -1,4 +1,4 @@
-"""Launch parameters: the fastest right setting of each Triton kernel at each published shape, as launch.py reads it.
+"""Launch parameters: the fastest right setting of each Triton kernel at each published shape, as its operator reads it.
 
 A setting is right if the op computes with it what the reference computes, and if none of the asynchronous tensor-core
 instructions come of it, which some assemblers translate wrongly (docs/ops.md).
@@ -14,8 +14,9 @@ from unittest import mock
 import torch
 import triton
 
-from svit.ops.triton import launch as launching
-from svit.ops.verify import TOLERANCE
+from svit.ops._self_check import TOLERANCE
+from svit.ops.depthwise import triton as depthwise
+from svit.ops.super_token import triton as super_token
 
 from .items import Batch, Item, Setup, Stage, chunks
 from .ops import SHAPES, TINY, Call, Launch, Shape, call_of, largest_error, launches
@@ -23,7 +24,7 @@ from .timing import microseconds
 
 DESCRIPTION = (
     "the fastest right launch parameters, bfloat16; `now`: time with the parameters that the kernel has; at the end "
-    "entries for the tables of svit/ops/triton/launch.py, each right and fastest over all sweeps that it serves, and "
+    "entries for the tables of the operators' triton.py, each right and fastest over all sweeps that it serves, and "
     "`x now`: their mean time over that of now"
 )
 
@@ -64,18 +65,20 @@ def stages(setup: Setup) -> list[Stage]:
 
 
 class Table:
-    """A table of launch.py: from what a launch is, to settings that replace those of its rule."""
+    """A table of an operator's triton.py: from what a launch is, to settings that replace those of its rule."""
 
     def __init__(self, kernel: str, call: Call, shape: Shape) -> None:
         x = call.args[1] if call.op.endswith("backward") else call.args[0]
         if kernel.startswith("depthwise"):
-            self.name, self.key = "STRIP_SETTINGS", (kernel, x.shape[-1], x.element_size())
+            self.settings_of, self.name = depthwise.STRIP_SETTINGS, "STRIP_SETTINGS"
+            self.key = (kernel, x.shape[-1], x.element_size())
             # columns, warps, rows; for the taps all images are one map
             columns = [n for n in (8, 16, 32) if n <= max(triton.next_power_of_2(shape.width + 1), 8)]
             rows = [n for n in (7, 14, 28, 56) if n < 2 * shape.height]
             self.choices = columns, (1, 2, 4, 8), (16, 32, 64, 128) if kernel == "depthwise_taps" else rows
         else:
-            self.name, self.key = "SETTINGS", (kernel, shape.channels, *shape.cell, x.element_size())
+            self.settings_of, self.name = super_token.SETTINGS, "SETTINGS"
+            self.key = (kernel, shape.channels, *shape.cell, x.element_size())
             # pixels at a time, warps
             pixels = max(triton.next_power_of_2(math.prod(shape.cell)), 16)
             self.choices = [n for n in (16, 32, 64) if n <= pixels], (1, 2, 4, 8)
@@ -85,7 +88,7 @@ class Table:
 
     @contextmanager
     def holding(self, setting: tuple[int, ...]) -> Iterator[None]:
-        with mock.patch.dict(getattr(launching, self.name), {self.key: setting}):
+        with mock.patch.dict(self.settings_of, {self.key: setting}):
             yield
 
 
@@ -125,7 +128,7 @@ def attempt(table: Table, setting: tuple[int, ...], call: Call, use: Callable[[L
             if is_banned(launch):
                 return "banned"
             use(launch)
-    except ValueError:  # launch.py knows that it is banned
+    except ValueError:  # the operator knows that it is banned
         return "banned"
     except triton.runtime.errors.OutOfResources:
         return "too large"
@@ -175,7 +178,7 @@ def best(table: Table, settings: list[tuple[int, ...]], call: Call, shape: Shape
 
 
 def entries() -> Iterator[dict]:
-    """Entries of launch.py's tables, each with its mean time over that of the rule."""
+    """Entries of the operators' tables, each with its mean time over that of the rule."""
     for (table, key), sweeps in ratios.items():
         means = {setting: math.exp(statistics.fmean(map(math.log, each))) for setting, each in sweeps.items()}
         if means:

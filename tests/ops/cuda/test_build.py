@@ -116,7 +116,7 @@ from pathlib import Path
 import torch
 from svit.ops import cuda
 compiled, version = cuda.load(Path({str(built[0])!r}))
-for op in cuda.OPS:
+for op in cuda.BACKEND.OPS:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("svit_cuda::" + op, "CUDA"), op
 assert compiled.library.svit_attention_max_active_clusters(64, 8, 8, 7, 7, 0) == 0
 """

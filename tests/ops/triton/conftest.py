@@ -17,7 +17,7 @@ if triton.INTERPRETED:
     else:
         install()
 
-if triton.triton is None:
+if not triton.available:
     collect_ignore_glob = ["test_*.py"]
 elif not (torch.cuda.is_available() or triton.INTERPRETED):
     collect_ignore = ["test_kernels.py", "test_self_check.py"]
@@ -51,14 +51,14 @@ def poison():
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
     """Names of the kernels that ran."""
-    from svit.ops.triton import launch
+    from svit.ops import _kernels
 
     names = []
-    original = launch.launch
+    original = _kernels.launch
 
     def recorded(kernel, *args, **constants):
         names.append(kernel.__name__)
         original(kernel, *args, **constants)
 
-    monkeypatch.setattr(launch, "launch", recorded)
+    monkeypatch.setattr(_kernels, "launch", recorded)
     return names

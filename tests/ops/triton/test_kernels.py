@@ -17,7 +17,7 @@ from svit.layers import SuperTokenAttention
 from svit.models.original import to_original
 from svit.models.svit import Block
 from svit.ops import aggregate, associate, bias_gelu_affine, depthwise3x3, reference, sample, spread, triton
-from svit.ops.triton import launch
+from svit.ops.depthwise import triton as depthwise
 
 PUBLISHED = [(64, (8, 8)), (96, (8, 8)), (128, (4, 4)), (192, (4, 4))]
 GRIDS = [(1, 1), (1, 2), (3, 1), (2, 2), (3, 3), (4, 3)]
@@ -263,10 +263,10 @@ def test_settings_of_strips_may_be_others(device, monkeypatch):
     results = []
     for columns, warps, rows in ((16, 2, 28), (8, 1, 3), (32, 1, 9)):
         for kernel in ("depthwise", "depthwise_taps"):
-            monkeypatch.setitem(launch.STRIP_SETTINGS, (kernel, 16, 4), (columns, warps, rows))
-            assert launch.strip_launch(kernel, x)[-1]["BLOCK_W"] == columns
-        y = launch.depthwise3x3(x, weight, weight[:, 0, 0, 0].contiguous(), True)
-        results.append([y, *launch.depthwise3x3_backward(x, x, weight, True)])
+            monkeypatch.setitem(depthwise.STRIP_SETTINGS, (kernel, 16, 4), (columns, warps, rows))
+            assert depthwise.strip_launch(kernel, x)[-1]["BLOCK_W"] == columns
+        y = triton.BACKEND.depthwise3x3(x, weight, weight[:, 0, 0, 0].contiguous(), True)
+        results.append([y, *triton.BACKEND.depthwise3x3_backward(x, x, weight, True)])
     for others in results[1:]:
         for t, other in zip(results[0], others, strict=True):
             torch.testing.assert_close(t, other, rtol=1e-5, atol=1e-4)
@@ -361,9 +361,9 @@ def test_hooks_are_not_gone_round(device, launches):
 @pytest.mark.parametrize(("mode", "seed", "batch"), [("eval", 7, 2), ("train", 8, 4)])
 def test_golden_gradients(mode, seed, batch, device, launches, monkeypatch):
     if triton.INTERPRETED:  # a program takes as long for many pixels as for few
-        monkeypatch.setattr(launch, "COLUMNS", 32)
-        monkeypatch.setattr(launch, "STRIP_WARPS", {"depthwise": 256, "depthwise_taps": 256})
-        monkeypatch.setattr(launch, "LAUNCHED_WARPS", 1)
+        monkeypatch.setattr(depthwise, "COLUMNS", 32)
+        monkeypatch.setattr(depthwise, "STRIP_WARPS", {"depthwise": 256, "depthwise_taps": 256})
+        monkeypatch.setattr(depthwise, "LAUNCHED_WARPS", 1)
     golden = goldens.load(f"stvit_small_grads_{mode}_96")
     model = timm.create_model("svit_small", backend="triton")
     model.load_state_dict(goldens.state_dict("small"))

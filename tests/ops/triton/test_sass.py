@@ -22,7 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 
-from svit.ops.triton import launch
+from svit.ops import _kernels
+from svit.ops.super_token import triton as super_token
 
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="nothing is compiled in the interpreter")
 
@@ -78,7 +79,7 @@ def compiled(monkeypatch):
 
     if not knobs.nvidia.cuobjdump.path:
         helpers.missing("cuobjdump")
-    monkeypatch.setattr(launch, "launch", compile_only)
+    monkeypatch.setattr(_kernels, "launch", compile_only)
     yield run
     driver._active = before
 
@@ -118,11 +119,11 @@ def check_products(name: str, code: list[str], dots: set[str]) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_super_token_kernels(architecture, C, cell, H, dtype, compiled):
     x, s, q, mass, parameter = tensors(C, cell, H, dtype)
-    kernels = compiled(architecture, launch.sample, x, cell, 1, parameter, parameter, 1e-6)
+    kernels = compiled(architecture, backend.BACKEND.sample, x, cell, 1, parameter, parameter, 1e-6)
     check(kernels, ["cell_mean", "associate_aggregate", "fold"], DOTS)
-    check(compiled(architecture, launch.spread, s, q, cell, (H, H), x), ["spread"], DOTS)
-    check(compiled(architecture, launch.aggregate, x, q, cell), ["associate_aggregate", "fold"], DOTS)
-    kernels = compiled(architecture, launch.sample_backward, s, x, q, mass, cell, parameter, 1e-6)
+    check(compiled(architecture, backend.BACKEND.spread, s, q, cell, (H, H), x), ["spread"], DOTS)
+    check(compiled(architecture, backend.BACKEND.aggregate, x, q, cell), ["associate_aggregate", "fold"], DOTS)
+    kernels = compiled(architecture, backend.BACKEND.sample_backward, s, x, q, mass, cell, parameter, 1e-6)
     check(kernels, ["norm_sample_backward"], DOTS)
 
 
@@ -130,10 +131,10 @@ def test_super_token_kernels(architecture, C, cell, H, dtype, compiled):
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
 def test_products_of_other_cells(architecture, C, cell, dtype, compiled):
     x, s, q, mass, parameter = tensors(C, cell, 2 * cell[0], dtype)
-    kernels = compiled(architecture, launch.associate, x, s, cell)
-    kernels += compiled(architecture, launch.aggregate, x, q, cell)
-    kernels += compiled(architecture, launch.sample_backward, s, x, q, mass, cell, None, 1e-6)
-    kernels += compiled(architecture, launch.sample_backward, s, x, q, mass, cell, parameter, 1e-6)
+    kernels = compiled(architecture, backend.BACKEND.associate, x, s, cell)
+    kernels += compiled(architecture, backend.BACKEND.aggregate, x, q, cell)
+    kernels += compiled(architecture, backend.BACKEND.sample_backward, s, x, q, mass, cell, None, 1e-6)
+    kernels += compiled(architecture, backend.BACKEND.sample_backward, s, x, q, mass, cell, parameter, 1e-6)
     names = ["associate_aggregate", "associate_aggregate", "fold", "spread", "norm_sample_backward"]
     assert [name for name, _ in kernels] == names
     for name, sass in kernels:
@@ -149,9 +150,9 @@ def tensors(C: int, cell: tuple[int, int], H: int, dtype: torch.dtype) -> list[t
 
 @pytest.mark.parametrize(("kernel", "setting"), [("spread", (64, 4)), ("norm_sample_backward", (64, 8))])
 def test_settings_with_asynchronous_products_are_refused(kernel, setting, monkeypatch):
-    monkeypatch.setitem(launch.SETTINGS, (kernel, 64, 8, 8, 2), setting)
+    monkeypatch.setitem(super_token.SETTINGS, (kernel, 64, 8, 8, 2), setting)
     with pytest.raises(ValueError, match=f"SETTINGS: expected fewer than 64 pixels or 4 warps for {kernel}"):
-        launch.cell_launch(kernel, torch.empty(1, 8, 8, 64, dtype=torch.bfloat16), [8, 8])
+        super_token.cell_launch(kernel, torch.empty(1, 8, 8, 64, dtype=torch.bfloat16), [8, 8])
 
 
 def row_loop(sass: str) -> list[str]:
@@ -171,9 +172,9 @@ def row_loop(sass: str) -> list[str]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_depthwise_kernels(architecture, C, H, gelu, dtype, compiled):
     x, weight, bias = ((128, H, H, C), dtype), ((C, 1, 3, 3), torch.float32), ((C,), torch.float32)
-    kernels = compiled(architecture, launch.depthwise3x3, x, weight, bias, gelu)
+    kernels = compiled(architecture, backend.BACKEND.depthwise3x3, x, weight, bias, gelu)
     check(kernels, ["depthwise"], set())
-    backward = compiled(architecture, launch.depthwise3x3_backward, x, x, weight, gelu)
+    backward = compiled(architecture, backend.BACKEND.depthwise3x3_backward, x, x, weight, gelu)
     check(backward, ["depthwise", "depthwise_taps"], set())
     for _, sass in (*kernels, backward[0]):
         code = instructions(sass)
@@ -192,7 +193,7 @@ def test_instructions_of_a_row(C, H, dtype, compiled):
     """For 16 bytes, of which a thread has two: what issuing them takes stays near the time of memory (docs/ops.md)."""
     x, weight, bias = ((128, H, H, C), dtype), ((C, 1, 3, 3), torch.float32), ((C,), torch.float32)
     for gelu, most in ((False, 125), (True, 205)):
-        [(_, sass)] = compiled(90, launch.depthwise3x3, x, weight, bias, gelu)
+        [(_, sass)] = compiled(90, backend.BACKEND.depthwise3x3, x, weight, bias, gelu)
         assert 72 < len(row_loop(sass)) / 2 <= most  # 72 multiplications with taps
 
 
@@ -201,4 +202,4 @@ def test_instructions_of_a_row(C, H, dtype, compiled):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bias_gelu_affine(architecture, C, H, dtype, compiled):
     x, parameter = ((128, H, H, C), dtype), ((C,), torch.float32)
-    check(compiled(architecture, launch.bias_gelu_affine, x, *[parameter] * 3), ["bias_gelu_affine"], set())
+    check(compiled(architecture, backend.BACKEND.bias_gelu_affine, x, *[parameter] * 3), ["bias_gelu_affine"], set())

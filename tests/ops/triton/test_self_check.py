@@ -1,14 +1,14 @@
 """The self-check catches wrong kernels, forward and backward. test_interpreter.py starts a process for this."""
 
 import importlib.util
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from svit.ops import backends, depthwise3x3, reference, sample, spread, verify
-from svit.ops.triton import kernels, launch
+from svit.ops import _dispatch, _kernels, _self_check, depthwise3x3, reference, sample, spread, triton
 
 # (op, form) -> what is exchanged in the source of its kernels, forward or backward
 MUTATIONS = [
@@ -29,19 +29,22 @@ CHANNELS, CELL = 64, (4, 4)
 def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("SVIT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("SVIT_SELF_CHECK", raising=False)
-    monkeypatch.setattr(verify, "verdicts", {})
-    monkeypatch.setattr(backends, "failures", {})
+    monkeypatch.setattr(_self_check, "verdicts", {})
+    monkeypatch.setattr(_dispatch, "failures", {})
 
 
 def exchange(monkeypatch, tmp_path, old: str, new: str) -> None:
-    source = Path(kernels.__file__).read_text()
-    assert old in source, "the kernels have changed: name what to exchange anew"
+    sources = {sys.modules[getattr(triton.BACKEND, op).__module__].__file__ for op in triton.BACKEND.OPS}
+    found = [source for path in sorted(sources) if old in (source := Path(path).read_text())]
+    assert found, "the kernels have changed: name what to exchange anew"
     path = tmp_path / "wrong_kernels.py"
-    path.write_text(source.replace(old, new))
+    path.write_text(found[0].replace(old, new))
     spec = importlib.util.spec_from_file_location("wrong_kernels", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(launch, "kernels", module)
+    for op in triton.BACKEND.OPS:
+        if hasattr(module, f"launch_{op}"):
+            monkeypatch.setattr(triton.BACKEND, op, getattr(module, f"launch_{op}"))
 
 
 def run(op: str, form: str, backend: str | None, device: str) -> list[torch.Tensor]:
@@ -87,14 +90,14 @@ def test_right_kernels_pass(op, form, device, launches):
         warnings.simplefilter("error")
         run(op, form, None, device)
     assert launches
-    assert set(verify.verdicts.values()) == {""}
+    assert set(_self_check.verdicts.values()) == {""}
 
 
 def test_a_kernel_that_does_not_run_is_left_out(device, monkeypatch):
     def broken(*args, **constants):
         raise RuntimeError("ptxas said no")
 
-    monkeypatch.setattr(launch, "launch", broken)
+    monkeypatch.setattr(_kernels, "launch", broken)
     with pytest.warns(UserWarning, match="self-check: RuntimeError: ptxas said no"):
         s, _ = run("sample", "", None, device)
     assert torch.allclose(s, run("sample", "", "reference", device)[0], atol=1e-5)
@@ -102,11 +105,11 @@ def test_a_kernel_that_does_not_run_is_left_out(device, monkeypatch):
 
 def test_published_shapes_are_right(device):
     """Of the super-token ops; `svit.ops.self_check()` takes some minutes for all of them in the interpreter."""
-    for name, cases in backends.checkable(torch.device(device)).items():
+    for name, cases in _dispatch.checkable(torch.device(device)).items():
         small = [case for case in cases if case.channels <= 192 and case.op != "depthwise3x3"]
         assert {case.op for case in small} >= {"associate", "aggregate", "spread", "sample"}
         for case in small:
-            row = verify.check(case, backends.MODULES[name], torch.device(device))
+            row = _self_check.check(case, _dispatch.BACKENDS[name], torch.device(device))
             assert row.ok, row
 
 
@@ -115,4 +118,4 @@ def test_odd_cells_are_checked_too(device):
     s, q = sample(x, (3, 5))
     expected = reference.sample(x.double().cpu(), (3, 5))
     torch.testing.assert_close(s.double().cpu(), expected[0], rtol=1e-4, atol=1e-5)
-    assert {(case.channels, case.cell) for case, _ in verify.verdicts} == {(24, (3, 5))}
+    assert {(case.channels, case.cell) for case, _ in _self_check.verdicts} == {(24, (3, 5))}

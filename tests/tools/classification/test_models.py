@@ -86,6 +86,15 @@ def test_model_arguments_of_the_recipe_come_back(tmp_path):
     assert loaded.feature_info[0]["reduction"] == 2
 
 
+def test_rounds_of_each_stage_come_back(tmp_path):
+    model = timm.create_model("test_svit", num_classes=3, n_iter=(2, 3, 1, 1)).eval()
+    save_model(tmp_path / "a.safetensors", model, "test_svit", recipe={"model_args": {"n_iter": [2, 3, 1, 1]}})
+    loaded = create_model("test_svit", tmp_path / "a.safetensors")
+    assert [stage.blocks[0].attn.n_iter for stage in loaded.stages] == [2, 3, 1, 1]
+    with pytest.raises(ModelError, match=r"n_iter: expected one value for each of the 4 stages, got \[2, 3\]"):
+        create_model("test_svit", n_iter=[2, 3])
+
+
 def test_a_model_of_a_fixed_size_gets_its_checkpoints(tmp_path):
     model = timm.create_model(
         "test_vit", img_size=96, num_classes=3, pretrained_cfg_overlay={"input_size": (3, 96, 96)}

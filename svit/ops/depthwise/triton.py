@@ -1,272 +1,38 @@
-"""The kernels. Maps are contiguous NHWC; sums run in float32; no atomics, so results are the same bit by bit.
+"""The Triton kernels of the residual depthwise convolution and of the stem's epilogue, and their launches, one an op.
 
-Super-token kernels: a program owns one cell. It reads the cell's pixels (P, C) and the 9 super tokens around it, padded
-to 16 for the tensor cores, and keeps q as (16, P), its softmax running over the 9. What it has for the 9 super tokens
-it writes as partial sums, which `fold` gathers.
-
-Products of float32 run on the tensor cores too, as three of TF32 ("tf32x3": 21 bits of the operands, where plain TF32
-keeps 10); AMD's GPUs have no such mode.
-
-Depthwise kernels: a program owns a strip of the map, some columns wide and some channels deep, and walks down its rows.
+A program of the convolution owns a strip of the map, some columns wide and some channels deep, and walks down its rows.
 Each row is read once, and its GELU computed once, for the three rows of results that need it.
-
-Offsets of a cell or a strip from the start of the map are 64 bit wide; those inside it must fit into 32.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
+from svit.ops import _kernels
+from svit.ops._kernels import SIZES, load_map
 
-# Triton compiles a kernel anew for a size of 1 and for multiples of 16, unless told not to. What there is to gain from
-# that lies in C, a constant, and a detector sees many sizes.
-SIZES = ("H", "W", "hh", "ww", "cells")
+# Settings of a depthwise kernel that a measurement found better than the rule of `strip_constants`:
+# (kernel, C, bytes of an element) -> (columns, warps, rows) of a strip, on maps that have as many.
+STRIP_SETTINGS: dict[tuple[str, int, int], tuple[int, int, int]] = {}
 
+# Columns and warps of a strip, where the map and its channels are wide enough: 168 registers a thread leave room for 12
+# warps a multiprocessor. Rows, at least and at most: more of them mean fewer rows read twice, more results for each
+# load of the taps (or, in their gradient, for each sum over the strip), and fewer programs.
+# Several warps of `depthwise` would exchange columns through shared memory with Triton 3.8.
+COLUMNS, STRIP_WARPS = 16, {"depthwise": 1, "depthwise_taps": 4}
+ROWS = {"depthwise": (4, 28), "depthwise_taps": (16, 128)}
 
-@triton.jit
-def cell_of(program, hh, ww):
-    """Image, row and column of the program's cell."""
-    hh, ww, program = (
-        hh.to(tl.uint32),
-        ww.to(tl.uint32),
-        program.to(tl.uint32),
-    )  # a division of signed numbers is longer
-    row = program // ww
-    b = row // hh
-    return b.to(tl.int32), (row - b * hh).to(tl.int32), (program - row * ww).to(tl.int32)
+# At most. Left to itself, NVIDIA's assembler stops at 168, where some versions spill one.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 192}
 
+# Warps of all programs: more than a large GPU holds. Strips get shorter when they would be fewer.
+LAUNCHED_WARPS = 2560
 
-@triton.jit
-def pixels_of(b, i, j, p, H, W, CELL_H: tl.constexpr, CELL_W: tl.constexpr):
-    """First pixel of cell (i, j), offsets of its pixels p from it, and which of them lie inside the map."""
-    y, x = p // CELL_W, p % CELL_W
-    first = (b.to(tl.int64) * H + i * CELL_H) * W + j * CELL_W
-    inside = (p < CELL_H * CELL_W) & (i * CELL_H + y < H) & (j * CELL_W + x < W)
-    return first, y * W + x, inside
-
-
-@triton.jit
-def load_map(x, first, offset, inside, c, C: tl.constexpr):
-    """Pixels (P, C) of a map, 0 outside it."""
-    at = x + first * C + offset[:, None] * C + c[None, :]
-    return tl.load(at, mask=inside[:, None] & (c < C)[None, :], other=0.0)
-
-
-@triton.jit
-def center(v, c, C: tl.constexpr, eps):
-    """Pixels (P, C), float32, less their mean over the channels, and 1 / standard deviation."""
-    mean = tl.sum(v, 1) * (1.0 / C)
-    v = tl.where((c < C)[None, :], v - mean[:, None], 0.0)
-    return v, tl.rsqrt(tl.sum(v * v, 1) * (1.0 / C) + eps)
-
-
-@triton.jit
-def load_pixels(x, weight, bias, eps, first, offset, inside, c, C: tl.constexpr, NORM: tl.constexpr):
-    """Pixels (P, C), float32, layer-normed if asked; 0 outside the map, after the norm."""
-    v = load_map(x, first, offset, inside, c, C).to(tl.float32)
-    if NORM:
-        v, rstd = center(v, c, C, eps)
-        v *= rstd[:, None]
-        w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
-        t = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
-        v = tl.where(inside[:, None], v * w[None, :] + t[None, :], 0.0)
-    return v
-
-
-@triton.jit
-def neighbour(k, i, j, hh, ww):
-    """Super token k of the 9 around cell (i, j): its place relative to the cell's own, and whether there is one."""
-    y, x = i + k // 3 - 1, j + k % 3 - 1
-    inside = (k < 9) & (y >= 0) & (y < hh) & (x >= 0) & (x < ww)
-    return (k // 3 - 1) * ww + k % 3 - 1, inside
-
-
-@triton.jit
-def load_neighbours(s, cell, k, i, j, hh, ww, c, C: tl.constexpr):
-    """The super tokens (16, C) around a cell, 0 where there is none."""
-    offset, inside = neighbour(k, i, j, hh, ww)
-    at = s + cell.to(tl.int64) * C + offset[:, None] * C + c[None, :]
-    return tl.load(at, mask=inside[:, None] & (c < C)[None, :], other=0.0)
-
-
-@triton.jit
-def shares(q, cell, k, p, P: tl.constexpr):
-    """Addresses (16, P) of a cell's q, and which of them exist."""
-    return q + cell.to(tl.int64) * 9 * P + k[:, None] * P + p[None, :], (k < 9)[:, None] & (p < P)[None, :]
-
-
-@triton.jit(do_not_specialize=SIZES)
-def cell_mean(
-    x, s, weight, bias, eps, H, W, hh, ww,
-    C: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """s (B, hh, ww, C): the mean over a cell's pixels, padding included."""
-    P: tl.constexpr = CELL_H * CELL_W
-    cell = tl.program_id(0)
-    b, i, j = cell_of(cell, hh, ww)
-    c = tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        first, offset, inside = pixels_of(b, i, j, start + tl.arange(0, BLOCK_P), H, W, CELL_H, CELL_W)
-        v = load_map(x, first, offset, inside, c, C).to(tl.float32)
-        if NORM:
-            v, rstd = center(v, c, C, eps)
-            v *= tl.where(inside, rstd, 0.0)[:, None]
-        total += tl.sum(v, 0)
-    total *= 1.0 / P
-    if NORM:  # of the sum, not of each pixel; the padding has no bias
-        pixels = tl.minimum(H - i * CELL_H, CELL_H) * tl.minimum(W - j * CELL_W, CELL_W)
-        w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
-        t = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
-        total = total * w + t * (pixels * (1.0 / P))
-    tl.store(s + cell.to(tl.int64) * C + c, total.to(s.dtype.element_ty), mask=c < C)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def associate_aggregate(
-    x, s, q, total, mass, weight, bias, eps, scale, H, W, hh, ww,
-    C: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr, NORM: tl.constexpr,
-    ASSOCIATE: tl.constexpr, AGGREGATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """q (B, hh, ww, 9, P), computed from s or read; partial sums (B, hh, ww, 9, C) and masses (B, hh, ww, 9) of it."""
-    P: tl.constexpr = CELL_H * CELL_W
-    cell = tl.program_id(0)
-    b, i, j = cell_of(cell, hh, ww)
-    c = tl.arange(0, BLOCK_C)
-    k = tl.arange(0, 16)
-    if ASSOCIATE:
-        near = load_neighbours(s, cell, k, i, j, hh, ww, c, C)
-    if AGGREGATE:
-        sums = tl.zeros((16, BLOCK_C), tl.float32)
-        masses = tl.zeros((16,), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        first, offset, inside = pixels_of(b, i, j, p, H, W, CELL_H, CELL_W)
-        v = load_pixels(x, weight, bias, eps, first, offset, inside, c, C, NORM).to(x.dtype.element_ty)
-        at, exists = shares(q, cell, k, p, P)
-        if ASSOCIATE:
-            logits = tl.dot(near, tl.trans(v), input_precision=PRECISION) * scale
-            logits = tl.where((k < 9)[:, None], logits, float("-inf"))
-            e = tl.exp(logits - tl.max(logits, 0)[None, :])
-            share = (e * (1.0 / tl.sum(e, 0))[None, :]).to(q.dtype.element_ty)
-            tl.store(at, share, mask=exists)
-            share = tl.where(exists, share, 0.0)
-        else:
-            share = tl.load(at, mask=exists, other=0.0)
-        if AGGREGATE:
-            sums += tl.dot(share, v, input_precision=PRECISION)
-            masses += tl.sum(share.to(tl.float32), 1)
-    if AGGREGATE:
-        row = cell.to(tl.int64) * 9
-        at = total + row * C + k[:, None] * C + c[None, :]
-        tl.store(at, sums, mask=(k < 9)[:, None] & (c < C)[None, :])
-        tl.store(mass + row + k, masses, mask=k < 9)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def fold(
-    partial, partial_mass, s, mass, cells, hh, ww,
-    C: tl.constexpr, MEAN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Per super token the sum of what its 9 cells hold for it, and the mass; the sum divided by the mass if MEAN."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    c = tl.arange(0, BLOCK_C)
-    i, j = t // ww % hh, t % ww
-    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    weight = tl.zeros((BLOCK_T,), tl.float32)
-    for k in tl.static_range(9):
-        # This super token is neighbour k of the cell at (i + 1 - k // 3, j + 1 - k % 3).
-        y, x = i + 1 - k // 3, j + 1 - k % 3
-        inside = (t < cells) & (y >= 0) & (y < hh) & (x >= 0) & (x < ww)
-        row = (t + (1 - k // 3) * ww + 1 - k % 3) * 9 + k
-        total += tl.load(partial + row[:, None] * C + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
-        weight += tl.load(partial_mass + row, mask=inside, other=0.0)
-    if MEAN:
-        total = total / (weight + 1e-12)[:, None]
-    at = s + t[:, None] * C + c[None, :]
-    tl.store(at, total.to(s.dtype.element_ty), mask=(t < cells)[:, None] & (c < C)[None, :])
-    tl.store(mass + t, weight, mask=t < cells)
-
-
-@triton.jit
-def spread_cell(near, q, cell, k, p, P: tl.constexpr, factor, MEAN: tl.constexpr):
-    """Pixels p (P, C), float32: the q-weighted sums of 9 super tokens; their weights times factor (16) if MEAN."""
-    at, exists = shares(q, cell, k, p, P)
-    share = tl.load(at, mask=exists, other=0.0)
-    if MEAN:
-        share = (share.to(tl.float32) * factor[:, None]).to(near.dtype)
-    return tl.dot(tl.trans(share), near, input_precision=PRECISION)
-
-
-@triton.jit
-def inverse_mass(mass, cell, k, i, j, hh, ww):
-    """1 / mass (16) of the super tokens around a cell.
-
-    It multiplies shares, which are part of the mass: the result is at most 1, that of super tokens may overflow.
-    """
-    offset, inside = neighbour(k, i, j, hh, ww)
-    return 1.0 / (tl.load(mass + cell.to(tl.int64) + offset, mask=inside, other=1.0) + 1e-12)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def spread(
-    s, q, mass, residual, y, H, W, hh, ww,
-    C: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr, MEAN: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """y (B, H, W, C): per pixel the q-weighted sum of its 9 super tokens, plus the residual if there is one."""
-    cell = tl.program_id(0)
-    b, i, j = cell_of(cell, hh, ww)
-    c = tl.arange(0, BLOCK_C)
-    k = tl.arange(0, 16)
-    near = load_neighbours(s, cell, k, i, j, hh, ww, c, C)
-    factor = inverse_mass(mass, cell, k, i, j, hh, ww) if MEAN else None
-    for start in range(0, CELL_H * CELL_W, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        first, offset, inside = pixels_of(b, i, j, p, H, W, CELL_H, CELL_W)
-        v = spread_cell(near, q, cell, k, p, CELL_H * CELL_W, factor, MEAN)
-        if RESIDUAL:
-            v += load_map(residual, first, offset, inside, c, C).to(tl.float32)
-        at = y + first * C + offset[:, None] * C + c[None, :]
-        tl.store(at, v.to(y.dtype.element_ty), mask=inside[:, None] & (c < C)[None, :])
-
-
-@triton.jit(do_not_specialize=SIZES)
-def norm_sample_backward(
-    grad, x, q, mass, weight, dx, dnorm, eps, H, W, hh, ww,
-    C: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """dx: the gradient of the super tokens spread over the pixels and taken back through the layer norm.
-
-    dnorm (B, hh, ww, 2, C), float32: the cell's part of the gradients of the norm's weight and bias.
-    """
-    cell = tl.program_id(0)
-    b, i, j = cell_of(cell, hh, ww)
-    c = tl.arange(0, BLOCK_C)
-    k = tl.arange(0, 16)
-    near = load_neighbours(grad, cell, k, i, j, hh, ww, c, C)
-    factor = inverse_mass(mass, cell, k, i, j, hh, ww)
-    w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
-    dweight = tl.zeros((BLOCK_C,), tl.float32)
-    dbias = tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(0, CELL_H * CELL_W, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        first, offset, inside = pixels_of(b, i, j, p, H, W, CELL_H, CELL_W)
-        g = spread_cell(near, q, cell, k, p, CELL_H * CELL_W, factor, True)
-        g = tl.where(inside[:, None], g, 0.0)  # the padding is a constant zero, not the norm of anything
-        v, rstd = center(load_map(x, first, offset, inside, c, C).to(tl.float32), c, C, eps)
-        v *= tl.where(inside, rstd, 0.0)[:, None]  # with eps = 0 the norm of zeros is not a number
-        dweight += tl.sum(g * v, 0)
-        dbias += tl.sum(g, 0)
-        g *= w[None, :]
-        g = (g - (tl.sum(g, 1) * (1.0 / C))[:, None] - v * (tl.sum(g * v, 1) * (1.0 / C))[:, None]) * rstd[:, None]
-        at = dx + first * C + offset[:, None] * C + c[None, :]
-        tl.store(at, g.to(dx.dtype.element_ty), mask=inside[:, None] & (c < C)[None, :])
-    at = dnorm + cell.to(tl.int64) * 2 * C + c
-    tl.store(at, dweight, mask=c < C)
-    tl.store(at + C, dbias, mask=c < C)
+# Bytes and channels of a program's tile in `bias_gelu_affine`: four times 16 bytes for each of 128 threads.
+PIXEL_TILE, PIXEL_CHANNELS = 4 * 128 * 16, 128
 
 
 @triton.jit
@@ -533,3 +299,75 @@ def bias_gelu_affine(
     v = v * a + tl.load(shift + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     at = y + p * C + tl.arange(0, BLOCK_P)[:, None] * C + c[None, :]
     tl.store(at, v.to(y.dtype.element_ty), mask=inside[:, None] & (c < C)[None, :])
+
+
+def strip_launch(kernel: str, x: Tensor) -> tuple[int, int, int, dict[str, int]]:
+    """Strips of all channels, programs, rows of a strip, and the constants of a depthwise kernel for a map x."""
+    B, H, W, C = x.shape
+    setting = STRIP_SETTINGS.get((kernel, C, x.element_size()))
+    if kernel == "depthwise_taps":
+        B, H = min(B, 1), B * H  # for which the images are one map
+    return strip_constants(kernel, B, H, W, C, x.element_size(), setting)
+
+
+@functools.lru_cache(maxsize=4096)
+def strip_constants(
+    kernel: str, B: int, H: int, W: int, C: int, itemsize: int, setting: tuple[int, int, int] | None
+) -> tuple[int, int, int, dict[str, int]]:
+    # A thread has 16 bytes of channels, in two columns if the kernel shifts them; it then needs no more columns on each
+    # side if the strip is wider than the map.
+    pairs = kernel == "depthwise"
+    columns, warps, rows = setting or (COLUMNS, STRIP_WARPS[kernel], None)
+    columns = min(columns, max(8, triton.next_power_of_2(W + pairs)))
+    width = columns - 2 if pairs and columns <= W else columns
+    lane = (1 + pairs) * 32 // columns * 16 // itemsize  # channels of a warp
+    while warps > 1 and C % (lane * warps):
+        warps //= 2
+    tiles = B * -(-W // width) * -(-C // (lane * warps))
+    least, most = ROWS[kernel]
+    rows = rows or min(max(H * tiles * warps // LAUNCHED_WARPS, least), most)
+    strips = max(-(-H // rows), 1)
+    rows = -(-H // strips)  # about the same for all
+    constants = dict(C=C, BLOCK_W=columns, BLOCK_C=lane * warps, num_warps=warps, **REGISTERS)
+    return B * strips * -(-W // width), tiles * strips, rows, constants
+
+
+def launch_depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    _, H, W, _ = x.shape
+    y = torch.empty_like(x)
+    _, programs, rows, constants = strip_launch("depthwise", x)
+    _kernels.launch(
+        depthwise, programs, x,
+        x, weight, bias, None, y, H, W, rows, GELU=gelu, BACKWARD=False, SLOPE=False, **constants,
+    )  # fmt: skip
+    return y
+
+
+def launch_depthwise3x3_backward(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, W, C = x.shape
+    dx = torch.empty_like(x)
+    _, programs, rows, constants = strip_launch("depthwise", x)
+    _kernels.launch(
+        depthwise, programs, x,
+        grad, weight, None, x, dx, H, W, rows, GELU=False, BACKWARD=True, SLOPE=gelu, **constants,
+    )  # fmt: skip
+    strips, programs, rows, constants = strip_launch("depthwise_taps", x)
+    partial = x.new_empty(strips, 10, C, dtype=torch.float32)
+    _kernels.launch(depthwise_taps, programs, x, grad, x, partial, H, W, B * H, rows, GELU=gelu, **constants)
+    taps = partial.sum(0)
+    return dx, taps[:9].t().reshape(C, 1, 3, 3).contiguous(), taps[9].clone()
+
+
+def launch_bias_gelu_affine(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    B, H, W, C = x.shape
+    y = torch.empty_like(x)
+    programs, constants = pixel_constants(B * H * W, C, x.element_size())
+    _kernels.launch(bias_gelu_affine, programs, x, x, bias, scale, shift, y, B * H * W, **constants)
+    return y
+
+
+@functools.lru_cache(maxsize=4096)
+def pixel_constants(pixels: int, C: int, itemsize: int) -> tuple[int, dict[str, int]]:
+    block_c = min(triton.next_power_of_2(C), PIXEL_CHANNELS)
+    block_p = PIXEL_TILE // itemsize // block_c
+    return -(-pixels // block_p) * -(-C // block_c), dict(C=C, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4)

@@ -1,57 +1,26 @@
-"""The Triton backend: any GPU that Triton serves; with TRITON_INTERPRET=1 in the environment the CPU too, for tests."""
+"""The Triton backend: any GPU that Triton serves; with TRITON_INTERPRET=1 in the environment the CPU too, for tests.
+
+This is what it serves; the operators' folders have the kernels and their launches.
+"""
 
 import functools
 import hashlib
+import importlib
 import marshal
 import os
+import sys
 from pathlib import Path
 
 import torch
 
+from . import _dispatch
+
 try:
     import triton
 
-    from . import kernels
-    from .launch import (
-        aggregate,
-        associate,
-        bias_gelu_affine,
-        depthwise3x3,
-        depthwise3x3_backward,
-        sample,
-        sample_backward,
-        spread,
-    )
-
-    version = f"triton {triton.__version__}"
+    available, version = True, f"triton {triton.__version__}"
 except ImportError as error:  # no Triton for macOS, Windows, and PyTorch builds without GPU support
-    version = f"no triton: {error}"
-    triton = None
-
-__all__ = [
-    "aggregate",
-    "associate",
-    "bias_gelu_affine",
-    "depthwise3x3",
-    "depthwise3x3_backward",
-    "fingerprint",
-    "sample",
-    "sample_backward",
-    "spread",
-    "usable",
-    "version",
-]
-
-OPS = (
-    "associate",
-    "aggregate",
-    "spread",
-    "sample",
-    "sample_backward",
-    "depthwise3x3",
-    "depthwise3x3_backward",
-    "bias_gelu_affine",
-)
+    available, version = False, f"no triton: {error}"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -66,7 +35,7 @@ ANY_CHANNELS = ("depthwise3x3", "depthwise3x3_backward", "bias_gelu_affine")
 
 def usable(op: str, x: torch.Tensor) -> tuple[bool, str]:
     """Whether this backend serves `op` on the map x (B, H, W, C), and if not, why."""
-    if triton is None:
+    if not available:
         return False, version
     if not INTERPRETED and x.device.type != "cuda":
         return False, f"x is on {x.device.type}, it runs on GPUs"
@@ -77,25 +46,30 @@ def usable(op: str, x: torch.Tensor) -> tuple[bool, str]:
         return False, f"it needs a multiple of 8 channels, not {C}"
     if C * x.element_size() > MAX_BYTES and op not in ANY_CHANNELS:
         return False, f"it serves up to {MAX_BYTES // x.element_size()} channels in {x.dtype}, not {C}"
-    if not INTERPRETED and has_old_gpu(x):
+    # A map may claim to be on a GPU where there is none: a fake tensor, while a model is compiled or exported.
+    if INTERPRETED or torch.version.hip is not None or not torch.cuda.is_available():
+        return True, ""
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
         return False, "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher"
     return True, ""
 
 
-def has_old_gpu(x: torch.Tensor) -> bool:
-    # A map may claim to be on a GPU where there is none: a fake tensor, while a model is compiled or exported.
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(x.device) < (8, 0)
+def implement(module: str, *ops: str) -> None:
+    """Adds `launch_<op>` of an operator's module to this backend, an op each; without Triton their names alone."""
+    kernels = importlib.import_module(module) if available else None
+    BACKEND.implement(**{op: getattr(kernels, f"launch_{op}", None) for op in ops})
 
 
 @functools.cache
 def build() -> str:
     """Triton's version and a digest of what is launched: the kernels as they stand in memory, and their launches."""
-    digest = hashlib.sha256(Path(__file__).with_name("launch.py").read_bytes())
-    for name, kernel in sorted(vars(kernels).items()):
-        if hasattr(kernel, "fn"):
-            digest.update(name.encode() + marshal.dumps(kernel.fn.__code__))
+    digest = hashlib.sha256()
+    for name in sorted({f"{__package__}._kernels", *(getattr(BACKEND, op).__module__ for op in BACKEND.OPS)}):
+        module = sys.modules[name]
+        digest.update(Path(module.__file__).read_bytes())
+        for kernel_name, kernel in sorted(vars(module).items()):
+            if hasattr(kernel, "fn"):
+                digest.update(kernel_name.encode() + marshal.dumps(kernel.fn.__code__))
     return f"{version}, kernels {digest.hexdigest()[:16]}"
 
 
@@ -106,3 +80,6 @@ def fingerprint(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     architecture = getattr(properties, "gcnArchName", None) or f"sm_{properties.major}{properties.minor}"
     return f"{build()}, {architecture}"
+
+
+BACKEND = _dispatch.add_backend("triton", usable, fingerprint)

@@ -1,7 +1,8 @@
 """The self-check: a fused backend runs one small case against the reference before its first real call.
 
 `problem` answers for one call of an op, from memory, from the verdicts on disk, or by running the case; `self_check`
-runs every published shape. A verdict holds for a backend's build (`fingerprint`), op, channels, cell and dtype.
+runs every published shape. The operators' self_check.py say what a case runs and compares. A verdict holds for a
+backend's build (`fingerprint`), op, channels, cell and dtype.
 
 Verdicts lie in the user's cache folder: `SVIT_CACHE_DIR`, else `$XDG_CACHE_HOME/svit`, else `~/.cache/svit`. Where that
 cannot be written to, each process checks anew. `SVIT_SELF_CHECK=0` turns the check before the first call off.
@@ -14,10 +15,9 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +25,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from svit.files import replacing
-
-from . import reference
 
 
 class Case(NamedTuple):
@@ -68,14 +66,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 WIDE = ("total", "mass", "dweight", "dbias")  # results that are float32 whatever the map
 
-FORWARD = {"sample_backward": "sample", "depthwise3x3_backward": "depthwise3x3"}
-
-# Of SViT-S, B and L: super tokens of stages 1 and 2; depthwise convolutions of all stages, and of their conv-FFN with
-# the GELU; the stem.
+# Of SViT-S, B and L: channels -> cell and heads of the stages with super tokens.
 PUBLISHED_CELLS = {64: (8, 8), 96: (8, 8), 128: (4, 4), 192: (4, 4)}
 PUBLISHED_HEADS = {64: 1, 96: 2, 128: 2, 192: 3}
-PUBLISHED_DIMS = (64, 96, 128, 192, 320, 384, 448, 512, 640)
-PUBLISHED_STEMS = (32, 48, 64, 96)
 
 # (case without its backend, device) -> "" or why the backend must not be used, of this process
 verdicts: dict[tuple, str] = {}
@@ -87,23 +80,6 @@ UNFINISHED_CHECKS = 2  # that many processes ended within the check of a case: i
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def case_of(backend: str, op: str, args: tuple) -> Case:
-    """The case of a call `op(*args)` (library.py has the schemas)."""
-    x, cell, form = args[0], None, ""
-    if op in ("associate", "aggregate", "spread"):
-        cell = tuple(args[2])
-        form = "residual" if op == "spread" and args[4] is not None else ""
-    elif op == "sample":
-        cell, form = tuple(args[1]), "" if args[3] is None else "norm"
-    elif op == "sample_backward":
-        x, cell, form = args[1], tuple(args[4]), "" if args[5] is None else "norm"
-    elif op in ("depthwise3x3", "depthwise3x3_backward"):
-        form = "gelu" if args[3] else ""
-    elif op == "super_token_attention":
-        cell = tuple(args[1])
-    return Case(backend, FORWARD.get(op, op), x.shape[-1], cell, x.dtype, form)
 
 
 # One small case an op, of two images. Maps are padded: neither side is a whole number of cells or strips.
@@ -143,124 +119,36 @@ class Inputs:
         return self.both(numbers(3, 2, hh, ww, 9, h * w).softmax(3), self.case.dtype)
 
 
-def check_associate(kernels: ModuleType, given: Inputs) -> Comparisons:
-    C, cell = given.case.channels, list(given.case.cell)
-    H, W, hh, ww = given.grid()
-    x, x64 = given.map(1, 2, H, W, C)
-    s, s64 = given.map(2, 2, hh, ww, C)
-    yield "q", kernels.associate(x, s, cell), reference.associate(x64, s64, cell)
+class Rule(NamedTuple):
+    """What the self-check knows of an op."""
+
+    map: int  # which argument of a call is the map, with its channels and dtype
+    cell: int | None  # which is the cell
+    form: tuple[int, str] | None  # which decides on the form, and its name: used where that is not None or False
+    forward: str  # the op whose case also covers this one: itself, or of a backward op the forward one
+    compare: Callable[[Any, Inputs], Comparisons] | None  # runs a case of the forward op
+    published: tuple[tuple, ...]  # (channels, cell, form) of the published models
+    sizes: Callable[[Case], dict]  # what else the choice of a backend depends on
 
 
-def check_aggregate(kernels: ModuleType, given: Inputs) -> Comparisons:
-    H, W, _, _ = given.grid()
-    cell = list(given.case.cell)
-    x, x64 = given.map(1, 2, H, W, given.case.channels)
-    q, q64 = given.association()
-    yield from zip(("total", "mass"), kernels.aggregate(x, q, cell), reference.aggregate(x64, q64, cell), strict=True)
+RULES: dict[str, Rule] = {}
 
 
-def check_spread(kernels: ModuleType, given: Inputs) -> Comparisons:
-    C, cell = given.case.channels, list(given.case.cell)
-    H, W, hh, ww = given.grid()
-    s, s64 = given.map(2, 2, hh, ww, C)
-    q, q64 = given.association()
-    residual, residual64 = given.map(1, 2, H, W, C) if given.case.form == "residual" else (None, None)
-    y = kernels.spread(s, q, cell, [H, W], residual)
-    yield "y", y, reference.spread(s64, q64, cell, (H, W), residual64)
+def add(
+    op: str,
+    map: int = 0,
+    cell: int | None = None,
+    form: tuple[int, str] | None = None,
+    compare: Callable[[Any, Inputs], Comparisons] | None = None,
+    published: Iterable[tuple] = (),
+    sizes: Callable[[Case], dict] = lambda case: {},
+    forward: str | None = None,
+) -> None:
+    """Has an op checked: an operator's self_check.py says how, see `Rule`."""
+    RULES[op] = Rule(map, cell, form, forward or op, compare, tuple(published), sizes)
 
 
-def check_sample(kernels: ModuleType, given: Inputs) -> Comparisons:
-    C, cell, eps = given.case.channels, list(given.case.cell), 1e-6
-    H, W, hh, ww = given.grid()
-    x, x64 = given.map(1, 2, H, W, C)
-    weight = weight64 = bias = bias64 = None
-    if given.case.form == "norm":
-        weight, weight64 = given.parameter(4, C, scale=0.2, plus=1)
-        bias, bias64 = given.parameter(5, C, scale=0.2)
-    results = kernels.sample(x, cell, 2, weight, bias, eps)
-    expected = reference.sample(x64, cell, 2, weight64, bias64, eps)
-    yield from zip(("s", "q", "mass"), results, expected, strict=True)
-    grad, grad64 = given.map(6, 2, hh, ww, C)
-    q, mass = (t.to(given.device, r.dtype) for t, r in zip(expected[1:], results[1:], strict=True))
-    gradients = kernels.sample_backward(grad, x, q, mass, cell, weight, eps)
-    expected = reference.sample_backward(grad64, x64, q.double().cpu(), mass.double().cpu(), cell, weight64, eps)
-    yield from zip(("dx", "dweight", "dbias"), gradients, expected, strict=True)
-
-
-def check_depthwise3x3(kernels: ModuleType, given: Inputs) -> Comparisons:
-    C, gelu = given.case.channels, given.case.form == "gelu"
-    # More than one strip of rows and of columns on a GPU; an interpreter takes seconds for that.
-    shape = (2, 15, 17, C) if given.device.type == "cuda" else (1, 5, 7, C)
-    x, x64 = given.map(1, *shape)
-    weight, weight64 = given.parameter(7, C, 1, 3, 3)
-    bias, bias64 = given.parameter(5, C)
-    yield "y", kernels.depthwise3x3(x, weight, bias, gelu), reference.depthwise3x3(x64, weight64, bias64, gelu)
-    grad, grad64 = given.map(6, *shape)
-    gradients = kernels.depthwise3x3_backward(grad, x, weight, gelu)
-    expected = reference.depthwise3x3_backward(grad64, x64, weight64, gelu)
-    yield from zip(("dx", "dweight", "dbias"), gradients, expected, strict=True)
-
-
-def check_bias_gelu_affine(kernels: ModuleType, given: Inputs) -> Comparisons:
-    C = given.case.channels
-    x, x64 = given.map(1, 2, 15, 17, C)
-    vectors = [given.parameter(seed, C) for seed in (5, 4, 11)]
-    ours, exact = zip(*vectors, strict=True)
-    yield "y", kernels.bias_gelu_affine(x, *ours), reference.bias_gelu_affine(x64, *exact)
-
-
-def check_super_token_attention(kernels: ModuleType, given: Inputs) -> Comparisons:
-    C, (h, w) = given.case.channels, given.case.cell
-    x, x64 = given.map(1, 2, 3 * h, 2 * w, C)
-    parameters = [
-        given.parameter(4, C, scale=0.2, plus=1),
-        given.parameter(5, C, scale=0.2),
-        given.parameter(8, 3 * C, C, scale=C**-0.5),
-        given.parameter(9, 3 * C, scale=0.3),
-        given.parameter(10, C, C, scale=C**-0.5),
-        given.parameter(11, C, scale=0.3),
-        given.map(12, 2, C, scale=0.3, plus=1),
-    ]
-    heads = PUBLISHED_HEADS[C]
-
-    def run(function: Callable, x: Tensor, which: int) -> tuple[Tensor, ...]:
-        weight, bias, qkv, qkv_bias, proj, proj_bias, scale = (p[which] for p in parameters)
-        return function(x, [h, w], weight, bias, 1e-6, qkv, qkv_bias, proj, proj_bias, scale, heads, True)
-
-    results, expected = run(kernels.super_token_attention, x, 0), run(reference.super_token_attention, x64, 1)
-    yield from zip(("y", "s", "q", "mass"), results, expected, strict=True)
-
-
-def check_conv_ffn(kernels: ModuleType, given: Inputs) -> Comparisons:
-    C = given.case.channels
-    tensors = [
-        given.map(1, 2, 15, 17, C),
-        given.map(2, 2, 15, 17, C),
-        given.map(8, 4 * C, C, scale=C**-0.5),
-        given.parameter(9, 4 * C, scale=0.3),
-        given.parameter(7, 4 * C, 1, 3, 3, scale=0.4),
-        given.parameter(5, 4 * C, scale=0.3),
-        given.map(10, C, 4 * C, scale=0.5 * C**-0.5),
-        given.parameter(11, C, scale=0.3),
-    ]
-    ours, exact = zip(*tensors, strict=True)
-    yield "y", kernels.conv_ffn(*ours), reference.conv_ffn(*exact)
-
-
-# Ops that can be checked; a new one wants a function here.
-CHECKS: dict[str, Callable[[ModuleType, Inputs], Comparisons]] = {
-    "associate": check_associate,
-    "aggregate": check_aggregate,
-    "spread": check_spread,
-    "sample": check_sample,
-    "depthwise3x3": check_depthwise3x3,
-    "bias_gelu_affine": check_bias_gelu_affine,
-    "super_token_attention": check_super_token_attention,
-    "conv_ffn": check_conv_ffn,
-}
-
-
-def check(case: Case, kernels: ModuleType, device: torch.device | str) -> Row:
+def check(case: Case, kernels: Any, device: torch.device | str) -> Row:
     """Runs a case on `device`. An exception of the backend is a result too; lack of memory is none, and is raised."""
     largest, reasons = 0.0, []
     tolerance = TOLERANCE[case.dtype]
@@ -271,7 +159,7 @@ def check(case: Case, kernels: ModuleType, device: torch.device | str) -> Row:
         for kind in {"cpu", torch.device(device).type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         try:
-            for name, actual, expected in CHECKS[case.op](kernels, Inputs(case, torch.device(device))):
+            for name, actual, expected in RULES[case.op].compare(kernels, Inputs(case, torch.device(device))):
                 dtype = torch.float32 if name in WIDE else case.dtype
                 if actual.shape != expected.shape:
                     reasons.append(f"{name} is {list(actual.shape)} instead of {list(expected.shape)}")
@@ -299,20 +187,12 @@ def row(case: Case, error: float, reason: str) -> Row:
 
 def published_cases(backend: str, ops: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> list[Case]:
     """The cases of the published models for those of `ops` that are forward ops, in each dtype."""
-    cases = []
-    for dtype in dtypes:
-        for op in ops:
-            if op == "depthwise3x3":
-                cases += [Case(backend, op, C, None, dtype) for C in PUBLISHED_DIMS]
-                cases += [Case(backend, op, 4 * C, None, dtype, "gelu") for C in PUBLISHED_DIMS]
-            elif op == "conv_ffn":
-                cases += [Case(backend, op, C, None, dtype) for C in PUBLISHED_CELLS]
-            elif op == "bias_gelu_affine":
-                cases += [Case(backend, op, C, None, dtype) for C in PUBLISHED_STEMS]
-            elif op not in FORWARD:
-                forms = {"spread": ("", "residual"), "sample": ("", "norm")}.get(op, ("",))
-                cases += [Case(backend, op, C, cell, dtype, f) for C, cell in PUBLISHED_CELLS.items() for f in forms]
-    return cases
+    return [
+        Case(backend, op, channels, cell, dtype, form)
+        for dtype in dtypes
+        for op in ops
+        for channels, cell, form in RULES[op].published
+    ]
 
 
 # Verdicts: of this process in `verdicts`, of earlier ones in a file each.
@@ -336,7 +216,10 @@ def cache_folder() -> Path:
 @functools.cache
 def build() -> bytes:
     """What the checks themselves are: a verdict of weaker ones does not count."""
-    return hashlib.sha256(Path(__file__).read_bytes()).digest()
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for name in sorted({rule.compare.__module__ for rule in RULES.values() if rule.compare is not None}):
+        digest.update(Path(sys.modules[name].__file__).read_bytes())
+    return digest.digest()
 
 
 def verdict_folder(backend: str, fingerprint: str) -> Path:
@@ -395,7 +278,7 @@ def unfinished(found: dict[str, Any]) -> int:
     return int(found.get("begun", 1))
 
 
-def verdict(case: Case, kernels: ModuleType, device: torch.device) -> str:
+def verdict(case: Case, kernels: Any, device: torch.device) -> str:
     """ "" or why the backend must not be used: from disk, else by running the case, which is then kept there."""
     fingerprint = kernels.fingerprint(device)
     path = verdict_file(case, fingerprint)
@@ -421,7 +304,7 @@ def store(path: Path, result: Row, fingerprint: str) -> None:
     write(path, kept)
 
 
-def problem(case: Case, kernels: ModuleType, device: torch.device) -> str | None:
+def problem(case: Case, kernels: Any, device: torch.device) -> str | None:
     """ "" where the backend may run the case, a reason where it must not, None where nobody can tell now.
 
     Nothing is run while a stream is captured into a CUDA graph. A case without a verdict then passes on a device where
@@ -430,7 +313,7 @@ def problem(case: Case, kernels: ModuleType, device: torch.device) -> str | None
     if (known := verdicts.get((case, device))) is not None:
         return known
     fingerprint = getattr(kernels, "fingerprint", None)
-    if fingerprint is None or case.op not in CHECKS or not enabled():
+    if fingerprint is None or RULES[case.op].compare is None or not enabled():
         return ""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         kept = kept_verdict(verdict_file(case, fingerprint(device)))
@@ -443,19 +326,19 @@ def problem(case: Case, kernels: ModuleType, device: torch.device) -> str | None
         return verdicts[case, device]
 
 
-def others_are_checked(backend: str, kernels: ModuleType, device: torch.device) -> bool:
+def others_are_checked(backend: str, kernels: Any, device: torch.device) -> bool:
     here = any(case.backend == backend and where == device for case, where in verdicts)
     return here or bool(kept_files(backend, kernels, device))
 
 
-def kept_files(backend: str, kernels: ModuleType, device: torch.device) -> list[Path]:
+def kept_files(backend: str, kernels: Any, device: torch.device) -> list[Path]:
     """The verdicts on disk; none if their folder cannot be read."""
     with suppress(OSError):
         return [*verdict_folder(backend, kernels.fingerprint(device)).glob("*.json")]
     return []
 
 
-def check_and_keep(case: Case, kernels: ModuleType, device: torch.device) -> Row:
+def check_and_keep(case: Case, kernels: Any, device: torch.device) -> Row:
     """Runs a case and replaces what was known of it."""
     result = check(case, kernels, device)
     fingerprint = kernels.fingerprint(device)
@@ -464,18 +347,13 @@ def check_and_keep(case: Case, kernels: ModuleType, device: torch.device) -> Row
     return result
 
 
-def serves(kernels: ModuleType, case: Case, device: torch.device) -> bool:
+def serves(kernels: Any, case: Case, device: torch.device) -> bool:
     """Whether a backend says that it can run a published case."""
     x = torch.empty(0, 56, 56, case.channels, device=device, dtype=case.dtype)
-    sizes = {}
-    if case.op == "super_token_attention":
-        sizes = {"cell": case.cell, "num_heads": PUBLISHED_HEADS[case.channels]}
-    elif case.op == "conv_ffn":
-        sizes = {"hidden": 4 * case.channels}
-    return kernels.usable(case.op, x, **sizes)[0]
+    return kernels.usable(case.op, x, **RULES[case.op].sizes(case))[0]
 
 
-def summary(backend: str, kernels: ModuleType, device: torch.device) -> str:
+def summary(backend: str, kernels: Any, device: torch.device) -> str:
     """How many cases have a verdict on disk, and which are wrong."""
     found = {path.stem: kept_verdict(path) for path in kept_files(backend, kernels, device)}
     wrong = [f"{name} ({reason})" for name, reason in sorted(found.items()) if reason]

@@ -1,0 +1,100 @@
+"""Folding, for inference, of norms and factors into the convolutions beside them.
+
+A layer that folds has `replacements()`, the children that its `fuse()` puts in the place of its own. All of them are
+computed before any child changes. They are copies, since a module or a weight may have another place in the model.
+"""
+
+import copy
+
+import torch
+from timm.layers import DropPath
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from svit.ops._numerics import widen
+
+from .fusing import is_plain_pointwise, runs_stock_forward
+
+# Of these classes, not of subclasses, which may compute something else (BatchNormAct2d has an activation inside).
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+DROPS = (nn.Dropout, DropPath, nn.Identity)
+
+
+def replace(module: nn.Module, children: dict[str, nn.Module]) -> None:
+    for name, child in children.items():
+        setattr(module, name, child)
+
+
+def expect_stock(parent: nn.Module, name: str, *classes: type[nn.Module]) -> nn.Module:
+    """Child `name` (dotted) of `parent`.
+
+    Raises:
+        ValueError: it is of another class, or hooks, a parametrization or another forward change what it computes.
+    """
+    child = parent.get_submodule(name)
+    if not runs_stock_forward({child: classes}):
+        expected = " or ".join(c.__name__ for c in classes)
+        got = type(child).__name__ + (", which is hooked or changed" if type(child) in classes else "")
+        raise ValueError(
+            f"{name}: expected a plain {expected} to fold, got {got}; first make pruning, weight norm and other "
+            "parametrizations permanent, merge adapters, and remove hooks"
+        )
+    return child
+
+
+def affine(parent: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Scale and shift of a BatchNorm by running statistics, float32 at least. None of any other norm, which stays.
+
+    Raises:
+        ValueError: it is in train mode, or something changes what it computes.
+    """
+    norm = getattr(parent, name)
+    if not isinstance(norm, BATCH_NORMS) or not (type(norm) in BATCH_NORMS or is_parametrized(norm)):
+        return None
+    expect_stock(parent, name, *BATCH_NORMS)
+    if norm.running_mean is None or norm.running_var is None:
+        return None  # normalises by the statistics of each batch, in eval mode too
+    if norm.training and not isinstance(norm, FrozenBatchNorm2d):
+        raise ValueError(f"{name}: expected eval mode, in which it folds, got train mode; call eval() first")
+    scale = (widen(norm.running_var) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
+
+
+def folded_after(parent: nn.Module, name: str, scale: torch.Tensor, shift: torch.Tensor | None = None) -> nn.Conv2d:
+    """A copy of the convolution whose outputs are scaled and shifted, channel by channel.
+
+    Raises:
+        ValueError: it is no plain nn.Conv2d, or float16 does not hold the new weights.
+    """
+    conv = expect_stock(parent, name, nn.Conv2d)
+    weight, bias = widen(conv.weight) * scale.view(-1, 1, 1, 1), conv.bias
+    bias = shift if bias is None else bias * scale if shift is None else bias * scale + shift
+    return with_weights(conv, name, weight, bias)
+
+
+def folded_before(parent: nn.Module, name: str, scale: torch.Tensor, shift: torch.Tensor) -> nn.Conv2d:
+    """A copy of the 1x1 convolution whose inputs are scaled and shifted: W (s x + t) + b = (W s) x + (W t + b).
+
+    Raises:
+        ValueError: it is no plain nn.Conv2d of single pixels, or float16 does not hold the new weights.
+    """
+    conv = expect_stock(parent, name, nn.Conv2d)
+    if not is_plain_pointwise(conv):
+        raise ValueError(f"{name}: expected a 1x1 convolution without padding and groups to fold, got {conv}")
+    weight = widen(conv.weight)
+    bias = weight.flatten(1) @ shift.to(weight.dtype)
+    return with_weights(conv, name, weight * scale.view(1, -1, 1, 1), bias if conv.bias is None else bias + conv.bias)
+
+
+def with_weights(conv: nn.Conv2d, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
+    new, dtype, trains = copy.deepcopy(conv), conv.weight.dtype, conv.weight.requires_grad
+    new.weight = nn.Parameter(weight.to(dtype), requires_grad=trains)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.to(dtype), requires_grad=trains)
+    if dtype == torch.float16 and not weight.is_meta and not all(p.isfinite().all() for p in new.parameters()):
+        raise ValueError(f"{name}: its folded weights overflow float16; fold in float32, then convert")
+    return new

@@ -1,0 +1,28 @@
+"""Checks of arguments that the operators share: a ValueError names the argument, what came and what is expected."""
+
+import torch
+from torch import Tensor
+
+
+def checked() -> bool:
+    """Whether to look at shapes: under a compiler or tracer the comparisons would become part of the program."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def expect_map(x: Tensor, name: str = "x") -> None:
+    if x.dim() != 4 or x.shape[1] < 1 or x.shape[2] < 1 or not x.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point map (B, H, W, C), got {list(x.shape)} {x.dtype}")
+
+
+def expect_cell(cell: tuple[int, int]) -> None:
+    if len(cell) != 2 or not all(isinstance(n, int) and n >= 1 for n in cell):
+        raise ValueError(f"cell: expected a height and a width of at least 1, got {cell!r}")
+
+
+def expect(t: Tensor, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> None:
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(t.shape)}")
+    if t.device != like.device:
+        raise ValueError(f"{name}: expected it on {like.device} like the rest, got {t.device}")
+    if dtype is not None and t.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {t.dtype}")

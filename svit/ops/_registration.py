@@ -1,0 +1,74 @@
+"""How an operator becomes an op of `torch.ops.svit`: its schema, and one implementation that has `_dispatch` choose.
+
+The ops take and give contiguous NHWC maps. An operator's registration.py has its schemas, the shapes of the results,
+the gradients, and the functions of each backend.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from . import _dispatch, triton
+
+LIBRARY = Library("svit", "DEF")
+ops = torch.ops.svit
+
+
+def define(
+    schema: str,
+    check: Callable[..., None] = lambda *_: None,
+    sizes: Callable[..., dict] = lambda *_: {},
+    composite: bool = False,
+) -> None:
+    """Defines an op whose last argument is `str? backend` and whose first is the map that the choice depends on.
+
+    `check` takes the others and raises a ValueError if they do not fit together; kernels trust their arguments. `sizes`
+    takes them too and gives what else the choice depends on. A `composite` op can be made of the others.
+    """
+    name, _, rest = schema.partition("(")
+    arguments, _, returns = rest.rpartition(") -> ")
+    LIBRARY.define(f"{name}({arguments}, str? backend=None) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def implementation(*args):
+        *args, backend = args if len(args) > arguments.count(",") + 1 else (*args, None)  # a default does not come
+        args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
+        check(*args)
+        # The first argument has the dtype, device and channels that the choice depends on.
+        return _dispatch.run(name, backend, sizes(*args), args[0], *args)
+
+    if composite:
+        _dispatch.COMPOSITE_OPS.add(name)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+
+
+def grid(H: int, W: int, cell: list[int]) -> tuple[int, int]:
+    return (H + cell[0] - 1) // cell[0], (W + cell[1] - 1) // cell[1]
+
+
+def refuse_second_derivative(name: str):
+    def backward(ctx, *grads):
+        raise RuntimeError(f"svit::{name} has no second derivative; use backend='reference' for double backward")
+
+    return backward
+
+
+def refuse_gradient(name: str):
+    def backward(ctx, *grads):
+        raise RuntimeError(f"svit::{name} is for inference and has no gradient")
+
+    return backward
+
+
+def flop_formula(op) -> Callable:
+    """Decorator: what an op costs, for PyTorch's FlopCounterMode, which knows its own operations only.
+
+    The products alone, as the reference's operations count, a multiply-accumulate as 2: norms, softmax and sums are
+    left out. (A tool that traces a model, as fvcore does, sees the reference's operations.)
+    """
+    if not triton.available:  # no fused op will run, and PyTorch would warn that it misses Triton
+        return lambda formula: formula
+    from torch.utils.flop_counter import register_flop_formula
+
+    return register_flop_formula(op)

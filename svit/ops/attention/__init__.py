@@ -1,0 +1,88 @@
+"""The attention half of a block: x + scale * attention(norm(x)). A composite of `sample` and `spread`, which the CUDA
+library has as one kernel. README.md has the maths.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from svit.ops._checks import checked, expect, expect_cell, expect_map
+from svit.ops._dispatch import choose
+from svit.ops.super_token import sample, spread
+
+from . import reference
+from .composition import attention_half
+
+
+def super_token_attention(
+    x: Tensor,
+    cell: tuple[int, int],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    num_heads: int,
+    scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """x + scale * attention(norm(x)): the first half of a block, with one round of association (paper: section 3.2).
+
+    Where no backend has it as a whole it is made of `sample` and `spread`.
+
+    Args:
+        x: map (B, H, W, C).
+        cell: height and width of a cell in pixels.
+        norm_weight, norm_bias: (C,), of the layer norm.
+        eps: of that norm.
+        qkv_weight, qkv_bias: (3C, C) and (3C,); outputs come head by head, in each the queries, keys, values.
+        proj_weight, proj_bias: (C, C) and (C,).
+        num_heads: a divisor of C.
+        scale: (B, C), factors of the result before it is added (layer scale, drop path), or None.
+        backend: see above.
+
+    Returns:
+        map (B, H, W, C), in the dtype of x.
+
+    Raises:
+        ValueError: an argument of another shape or device, or a backend that does not serve them.
+    """
+    parameters = qkv_weight, qkv_bias, proj_weight, proj_bias
+    if checked():
+        check_attention(x, cell, norm_weight, norm_bias, eps, *parameters, scale, num_heads)
+    sizes = {"cell": cell, "num_heads": num_heads}
+    if choose("super_token_attention", x, backend, **sizes) == "reference":
+        return attention_half(
+            x, cell, 1, norm_weight, norm_bias, eps,
+            attend=lambda s: reference.attend(s, *parameters, num_heads),
+            scale=None if scale is None else lambda s: s * scale[:, None, None].to(s.dtype),
+            residual=x, sample=partial(sample, backend=backend), spread=partial(spread, backend=backend),
+        )[0]  # fmt: skip
+    tensors = x, norm_weight, norm_bias, *parameters, scale
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    op = torch.ops.svit.super_token_attention
+    return op(x, cell, norm_weight, norm_bias, eps, *parameters, scale, num_heads, keep, backend)[0]
+
+
+def expect_linear(weight, bias, name, outputs: int, inputs: int, x) -> None:
+    expect(weight, f"{name}_weight", (outputs, inputs), x)
+    expect(bias, f"{name}_bias", (outputs,), x)
+
+
+def check_attention(
+    x, cell, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, scale, num_heads
+):
+    expect_map(x)
+    expect_cell(cell)
+    C = x.shape[3]
+    for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        expect(t, name, (C,), x)
+    if num_heads < 1 or C % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of {C} channels, got {num_heads}")
+    expect_linear(qkv_weight, qkv_bias, "qkv", 3 * C, C, x)
+    expect_linear(proj_weight, proj_bias, "proj", C, C, x)
+    if scale is not None:
+        expect(scale, "scale", (x.shape[0], C), x)

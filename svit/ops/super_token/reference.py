@@ -1,0 +1,138 @@
+"""Super-token sampling and upsampling in plain PyTorch: any device, any floating dtype, any cell. The oracle of every
+other backend.
+
+Shapes are named by these letters (README.md has the maths):
+
+    B  batch            H, W    pixels of the map         C  channels
+    P  pixels a cell    hh, ww  cells of the grid, each with one super token
+    9  the 3 x 3 super tokens around a pixel's own cell, row-major from the top left
+
+Nothing here branches on a shape, so that every function can be scripted, traced and exported with dynamic sizes; these
+are taken in ways that keep symbolic sizes simple (`narrow`, which gives the length it is told, not slices).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from svit.ops._numerics import matmul_in_own_dtype, widen
+
+
+def to_cells(x: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor:
+    """Cuts a map (B, H, W, C) into cells (B, hh, ww, P, C), zero-padded on the right and the bottom to whole cells."""
+    h, w = cell
+    B, H, W, C = x.shape
+    hh, ww = (H + h - 1) // h, (W + w - 1) // w
+    x = F.pad(x, (0, 0, 0, ww * w - W, 0, hh * h - H))
+    return x.reshape(B, hh, h, ww, w, C).transpose(2, 3).reshape(B, hh, ww, h * w, C)
+
+
+def from_cells(x: torch.Tensor, cell: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """Puts cells (B, hh, ww, P, C) together again and crops to `size`: (B, H, W, C)."""
+    h, w = cell
+    B, hh, ww, P, C = x.shape
+    x = x.reshape(B, hh, ww, h, w, C).transpose(2, 3).reshape(B, hh * h, ww * w, C)
+    # Not a view, which is contiguous only if nothing is cropped: a compiled or exported model would hold to one case.
+    return F.pad(x, (0, 0, 0, size[1] - ww * w, 0, size[0] - hh * h))
+
+
+def neighbours(s: torch.Tensor) -> torch.Tensor:
+    """The 3 x 3 super tokens around each cell, zero outside the grid: (B, hh, ww, C) -> (B, hh, ww, 9, C)."""
+    B, hh, ww, C = s.shape
+    s = F.pad(s, (0, 0, 1, 1, 1, 1))
+    return torch.stack([s.narrow(1, k // 3, hh).narrow(2, k % 3, ww) for k in range(9)], dim=3)
+
+
+def sum_neighbours(s: torch.Tensor) -> torch.Tensor:
+    """Adjoint of `neighbours`: what 9 cells hold for one super token, summed: (B, hh, ww, 9, C) -> (B, hh, ww, C)."""
+    # Super token (y, x) is neighbour k of the cell at (y + 1 - k // 3, x + 1 - k % 3): each share moves by one cell, in
+    # at one border and out at the other. Padding alone does it, whose backward needs no map of zeros for each step.
+    shares = [F.pad(share, (0, 0, k % 3 - 1, 1 - k % 3, k // 3 - 1, 1 - k // 3)) for k, share in enumerate(s.unbind(3))]
+    return torch.stack(shares).sum(0)
+
+
+def associate_cells(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """q (B, hh, ww, 9, P) from cells (B, hh, ww, P, C) and super tokens (B, hh, ww, C).
+
+    A neighbour outside the grid is a zero vector: its logit is 0 and it takes its share.
+    """
+    logits = torch.matmul(neighbours(s * x.shape[-1] ** -0.5), x.transpose(-1, -2))
+    return widen(logits).softmax(3).to(x.dtype)
+
+
+def aggregate_cells(x: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Total (B, hh, ww, C) and mass (B, hh, ww) of each super token, float32 at least."""
+    q = widen(q)
+    return sum_neighbours(matmul_in_own_dtype(q, widen(x))), sum_neighbours(q.sum(-1, keepdim=True)).squeeze(-1)
+
+
+def weighted_mean(total: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    return total / (mass.unsqueeze(-1) + 1e-12)
+
+
+def associate(x: torch.Tensor, s: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor:
+    return associate_cells(to_cells(x, cell), s)
+
+
+def aggregate(x: torch.Tensor, q: torch.Tensor, cell: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return aggregate_cells(to_cells(x, cell), q)
+
+
+def spread(
+    s: torch.Tensor,
+    q: torch.Tensor,
+    cell: tuple[int, int],
+    size: tuple[int, int],
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    cells = torch.matmul(q.to(s.dtype).transpose(-1, -2), neighbours(s))
+    y = from_cells(cells, cell, size)
+    return y if residual is None else (residual + y).to(residual.dtype)
+
+
+def sample(
+    x: torch.Tensor,
+    cell: tuple[int, int],
+    n_iter: int = 1,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    differentiable: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Super tokens s (B, hh, ww, C), association q (B, hh, ww, 9, P), mass (B, hh, ww)."""
+    if weight is not None:
+        # The parameters may be wider than x, and are where autocast chose the dtype of x.
+        x = F.layer_norm(widen(x), [x.shape[-1]], widen(weight), None if bias is None else widen(bias), eps).to(x.dtype)
+    cells = to_cells(x, cell)
+    # q is a constant to autograd (model and paper): s then depends on x through the last weighted mean alone.
+    pixels = cells if differentiable else cells.detach()
+    s = widen(pixels).mean(3)
+    q = associate_cells(pixels, s.to(x.dtype))
+    for _ in range(n_iter - 1):
+        total, mass = aggregate_cells(pixels, q)
+        q = associate_cells(pixels, weighted_mean(total, mass).to(x.dtype))
+    total, mass = aggregate_cells(cells, q)
+    return weighted_mean(total, mass).to(x.dtype), q, mass
+
+
+def sample_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    q: torch.Tensor,
+    mass: torch.Tensor,
+    cell: tuple[int, int],
+    weight: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x and of the layer norm's weight and bias (float32 at least; empty without a norm)."""
+    share = widen(grad) / (mass.unsqueeze(-1) + 1e-12)
+    dx = spread(share, widen(q), cell, (x.shape[1], x.shape[2]))
+    if weight is None:
+        return dx.to(x.dtype), dx.new_empty(0), dx.new_empty(0)
+    x = widen(x)
+    mean = x.mean(-1, keepdim=True)
+    rstd = (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    normed = (x - mean) * rstd
+    dweight, dbias = (dx * normed).sum((0, 1, 2)), dx.sum((0, 1, 2))
+    dx = dx * weight
+    dx = rstd * (dx - dx.mean(-1, keepdim=True) - normed * (dx * normed).mean(-1, keepdim=True))
+    return dx.to(q.dtype), dweight, dbias
