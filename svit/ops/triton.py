@@ -8,7 +8,6 @@ import hashlib
 import importlib
 import marshal
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -64,12 +63,13 @@ def implement(module: str, *ops: str) -> None:
 def build() -> str:
     """Triton's version and a digest of what is launched: the kernels as they stand in memory, and their launches."""
     digest = hashlib.sha256()
-    for name in sorted({f"{__package__}._kernels", *(getattr(BACKEND, op).__module__ for op in BACKEND.OPS)}):
-        module = sys.modules[name]
-        digest.update(Path(module.__file__).read_bytes())
-        for kernel_name, kernel in sorted(vars(module).items()):
+    modules = [vars(importlib.import_module("._kernels", __package__))]
+    modules += [getattr(BACKEND, op).__globals__ for op in BACKEND.OPS]
+    for module in {m["__file__"]: m for m in modules}.values():
+        digest.update(Path(module["__file__"]).read_bytes())
+        for name, kernel in sorted(module.items()):
             if hasattr(kernel, "fn"):
-                digest.update(kernel_name.encode() + marshal.dumps(kernel.fn.__code__))
+                digest.update(name.encode() + marshal.dumps(kernel.fn.__code__))
     return f"{version}, kernels {digest.hexdigest()[:16]}"
 
 
