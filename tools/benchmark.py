@@ -4,6 +4,7 @@
     python tools/benchmark.py svit_small upstream:svit_small --img-size 800 1280 --batch-size 1
     python tools/benchmark.py svit_small swin_tiny_patch4_window7_224 --sweep 224 448 672 --plot time-per-pixel.png
     python tools/benchmark.py svit_small convnext_tiny --csv speed.csv    # the columns of timm's benchmark.py
+    python tools/benchmark.py folded:svit_small caformer_s18 --runtime eager compile onnxruntime openvino
 
 A model is any timm name. Before it may stand, and add up: `maps:` for its feature maps alone, without what follows the
 last one, as detectors and segmentors use it; `upstream:` for an SViT made of the authors' operations
@@ -11,6 +12,10 @@ last one, as detectors and segmentors use it; `upstream:` for an SViT made of th
 folds, `compiled:` for torch.compile, `graph:` to replay a CUDA graph of it. The models take turns, run by run, so that
 a slow moment of the machine meets them all; each runs in the memory format in which it is faster. Peak memory is what
 the model adds: to a process of its own, or on a GPU to what the allocator gave out before.
+
+`--runtime` runs each model in each of these, in turn as well: `eager` PyTorch, `compile` (torch.compile, in inference
+with its weights frozen), and on a CPU, in inference, `onnxruntime` and `openvino` (pip install openvino), which get the
+ONNX file that tools/export.py makes for this batch and image size.
 """
 
 import argparse
@@ -23,7 +28,9 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +38,7 @@ import timm
 import torch
 from torch import nn
 
+import export
 import processes
 import svit
 from classification.models import ModelError, create_model, has_fixed_size
@@ -53,12 +61,15 @@ class Setting:
     amp: str | None
     device: str
     dtype: str = "float32"
+    runtime: str = "eager"
 
     def autocast(self) -> torch.autocast:
         # Without its cache of weights, which a CUDA graph would have to own.
         dtype = getattr(torch, self.amp or "bfloat16")
         return torch.autocast(self.device, dtype, enabled=self.amp is not None, cache_enabled=False)
 
+
+RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
 
 PREFIXES = ("upstream", "reference", "cuda", "folded", "maps", "compiled", "graph")
 
@@ -92,14 +103,36 @@ def build(spec: str, setting: Setting) -> nn.Module:
     if "maps" in prefixes:
         model = Maps(model).train(setting.train)
     if "compiled" in prefixes:
-        # Models of one class share the limit, beyond which they would run uncompiled.
-        torch._dynamo.config.recompile_limit = 64
-        model = torch.compile(model, dynamic=False)
+        model = compiled(model)
     if "graph" in prefixes:
         if setting.device != "cuda" or setting.train:
             raise SystemExit(f"error: {spec}: graph: is for inference on a GPU")
         model = Replayed(model, setting)
-    return model
+    return in_runtime(model, spec, setting)
+
+
+def in_runtime(model: nn.Module, spec: str, setting: Setting) -> nn.Module:
+    """The model, run by `setting.runtime`."""
+    if setting.runtime == "eager":
+        return model
+    if setting.runtime == "compile":
+        torch._inductor.config.freezing = not setting.train
+        return compiled(model)
+    if setting.device != "cpu" or setting.train or setting.amp or setting.dtype != "float32":
+        raise SystemExit(f"error: {spec}: --runtime {setting.runtime} is for inference in float32 on a CPU")
+    runtime = {"onnxruntime": InOnnxRuntime, "openvino": InOpenVino}[setting.runtime]
+    try:
+        return runtime(model, (setting.batch_size, 3, *setting.size))
+    except export.ExportError as error:
+        raise SystemExit(f"error: {spec}: {error}") from error
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"error: --runtime {setting.runtime}: pip install {error.name}") from error
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    # Models of one class share the limit, beyond which they would run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(model, dynamic=False)
 
 
 class Maps(nn.Module):
@@ -142,12 +175,49 @@ class Replayed(nn.Module):
             self.y = self.model(self.x)
 
 
+class InOnnxRuntime(nn.Module):
+    """A model in ONNX Runtime, for inputs of one shape, on as many threads as PyTorch has."""
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.onnx")
+            with export.in_words("the model"), torch.no_grad():
+                export.check_onnx()
+                export.write_onnx(export.trace(model, shape, ()), path, {})
+            self.load(path)
+
+    def load(self, path: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.session.run(None, {"image": x.numpy()})[0])
+
+
+class InOpenVino(InOnnxRuntime):
+    """A model in OpenVINO, as `InOnnxRuntime`."""
+
+    def load(self, path: Path) -> None:
+        import openvino
+
+        options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+        # In float32, where a processor would make it bfloat16.
+        self.model = openvino.compile_model(path, "CPU", {**options, "INFERENCE_PRECISION_HINT": "f32"})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.model({"image": x.numpy()})[0])
+
+
 class Candidate:
     """A model in one memory format, ready to run."""
 
     def __init__(self, model: nn.Module, memory_format: str, setting: Setting) -> None:
         self.model = model
-        self.memory_format = FORMATS[memory_format]
+        self.layout, self.memory_format = memory_format, FORMATS[memory_format]
         self.setting = setting
         self.seconds: list[float] = []
 
@@ -181,8 +251,11 @@ def better_format(spec: str, setting: Setting) -> str:
     """The memory format in which the model is faster: the median of three runs each (one, of seconds), after a first.
 
     Two more compilations take longer than all of the runs: what is compiled or captured for a GPU runs channels-last.
+    Other runtimes than PyTorch take NCHW, and lay it out as they like.
     """
-    if setting.device == "cuda" and {"compiled", "graph"} & set(spec.split(":")):
+    if setting.runtime in ("onnxruntime", "openvino"):
+        return "NCHW"
+    if setting.device == "cuda" and ({"compiled", "graph"} & set(spec.split(":")) or setting.runtime == "compile"):
         return "channels-last"
     model = build(spec, setting)
     medians = {}
@@ -229,27 +302,33 @@ def peak_memory_elsewhere(spec: str, memory_format: str, setting: Setting) -> fl
     return float(out.stdout)
 
 
-def compare(specs: list[str], setting: Setting, runs: int) -> list[dict]:
-    """One row a model; its ratios are to the first one."""
+def compare(specs: list[str], setting: Setting, runs: int, runtimes: Sequence[str] = ()) -> list[dict]:
+    """One row a model, and runtime if any are named; its ratios are to the first one of the same runtime."""
     candidates = {}
-    for spec in specs:
-        memory_format = better_format(spec, setting)
-        progress(f"{spec}: {memory_format}")
-        candidates[spec] = memory_format, Candidate(build(spec, setting), memory_format, setting)
-    for _, candidate in candidates.values():
+    for setting_of_runtime in [replace(setting, runtime=runtime) for runtime in runtimes] or [setting]:
+        for spec in specs:
+            memory_format = better_format(spec, setting_of_runtime)
+            progress(f"{spec}: {setting_of_runtime.runtime}, {memory_format}")
+            model = build(spec, setting_of_runtime)
+            candidates[spec, setting_of_runtime.runtime] = Candidate(model, memory_format, setting_of_runtime)
+    for candidate in candidates.values():
         candidate.run()
     for i in range(runs):
         progress(f"run {i + 1} of {runs}")
-        for _, candidate in candidates.values():
+        for candidate in candidates.values():
             candidate.seconds.append(candidate.run())
 
     rows = []
-    for spec, (memory_format, candidate) in candidates.items():
-        on_gpu = setting.device == "cuda"
-        memory = peak_memory_on_gpu(candidate) if on_gpu else peak_memory_elsewhere(spec, memory_format, setting)
+    for (spec, runtime), candidate in candidates.items():
+        on_gpu, memory_format = setting.device == "cuda", candidate.layout
+        if on_gpu:
+            memory = peak_memory_on_gpu(candidate)
+        else:
+            memory = peak_memory_elsewhere(spec, memory_format, candidate.setting)
         median = statistics.median(candidate.seconds)
         row = {
             "model": spec,
+            **({"runtime": runtime} if runtimes else {}),
             "format": memory_format,
             "img/s": setting.batch_size / median,
             "ms/img": 1e3 * median / setting.batch_size,
@@ -257,7 +336,7 @@ def compare(specs: list[str], setting: Setting, runs: int) -> list[dict]:
             "max": 1e3 * max(candidate.seconds) / setting.batch_size,
             "peak MiB": memory,
         }
-        first = rows[0] if rows else row
+        first = next((other for other in rows if other.get("runtime") == row.get("runtime")), row)
         row["time ratio"] = row["ms/img"] / first["ms/img"]
         row["memory ratio"] = row["peak MiB"] / first["peak MiB"]
         rows.append(row)
@@ -355,6 +434,7 @@ def csv_row(row: dict, setting: Setting, params: int, macs: int | None) -> dict:
         **{f"{prefix}_{name}": value for name, value in values.items()},
         "param_count": params / 1e6,
         f"{prefix}_peak_mib": None if math.isnan(memory) else round(memory, 2),
+        **({"runtime": row["runtime"]} if "runtime" in row else {}),
     }
 
 
@@ -398,6 +478,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast to this type")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--runtime", choices=RUNTIMES, nargs="+", default=[], help="see above; default: eager")
     parser.add_argument("--threads", type=int, help="PyTorch's threads")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument(
@@ -438,7 +519,7 @@ def main() -> None:
     for size in sizes:
         setting = Setting(size, args.batch_size, args.train, args.amp, args.device, args.dtype)
         counted = {spec: sizes_of(spec, setting) for spec in args.models} if args.csv else {}
-        results[size] = compare(args.models, setting, args.runs)
+        results[size] = compare(args.models, setting, args.runs, args.runtime)
         text = f"\n## {title(setting, args.runs)}\n\n{table(results[size])}\n"
         print(text)
         if args.report:

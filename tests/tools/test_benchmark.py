@@ -113,6 +113,55 @@ def test_compare_relates_rows_to_the_first(monkeypatch):
     assert rows[0]["max"] == pytest.approx(1e3 * 0.3 / 2)
 
 
+@pytest.mark.parametrize("runtime", ["compile", "onnxruntime", "openvino"])
+def test_runtimes_compute_the_same(runtime):
+    if runtime != "compile":
+        pytest.importorskip(runtime)
+    setting = benchmark.Setting((32, 48), 2, False, None, "cpu", runtime=runtime)
+    torch.manual_seed(0)
+    eager = benchmark.build("folded:test_svit", SETTING)
+    torch.manual_seed(0)
+    model = benchmark.build("folded:test_svit", setting)
+    x = torch.randn(2, 3, 32, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), eager(x), rtol=1e-4, atol=1e-5)
+    assert benchmark.Candidate(model, "NCHW", setting).run() > 0
+
+
+def test_rows_of_runtimes(monkeypatch):
+    """A row for each model in each runtime, all in turn; ratios are to the first model in the same runtime."""
+    built = []
+    monkeypatch.setattr(benchmark, "better_format", lambda spec, setting: "NCHW")
+    monkeypatch.setattr(benchmark, "peak_memory_elsewhere", lambda spec, layout, setting: 100.0)
+    monkeypatch.setattr(benchmark, "build", lambda spec, setting: built.append((spec, setting.runtime)))
+    seconds = iter([9.0] * 4 + [1.0, 2.0, 4.0, 20.0] * 2)
+    monkeypatch.setattr(benchmark.Candidate, "run", lambda self: next(seconds))
+    rows = benchmark.compare(["a", "b"], SETTING, 2, ["eager", "compile"])
+    assert (
+        built
+        == [("a", "eager"), ("b", "eager"), ("a", "compile"), ("b", "compile")]
+        == [(row["model"], row["runtime"]) for row in rows]
+    )
+    assert [row["time ratio"] for row in rows] == [1, 2, 1, 5]
+    assert benchmark.csv_row(rows[3], SETTING, 1, 1)["runtime"] == "compile"
+
+
+@pytest.mark.parametrize(
+    "change", [dict(train=True), dict(amp="bfloat16"), dict(dtype="bfloat16"), dict(device="cuda")]
+)
+def test_other_runtimes_are_for_inference_in_float32_on_a_cpu(change):
+    setting = replace(SETTING, runtime="onnxruntime", **change)
+    with pytest.raises(SystemExit, match="--runtime onnxruntime is for inference in float32 on a CPU"):
+        benchmark.in_runtime(torch.nn.Identity(), "x", setting)
+
+
+def test_runtime_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr(benchmark.export, "write_onnx", lambda *_: None)
+    with pytest.raises(SystemExit, match="error: --runtime openvino: pip install openvino"):
+        benchmark.in_runtime(torch.nn.Identity(), "x", replace(SETTING, runtime="openvino"))
+
+
 def test_command_line(tmp_path):
     report, picture = tmp_path / "report.md", tmp_path / "picture.png"
     command = [sys.executable, TOOL, "test_svit", "upstream:test_svit", "--sweep", "32", "64", "--runs", "2"]
@@ -245,10 +294,10 @@ def test_csv_is_whole_or_not_there(run, monkeypatch):
     Path("speed.csv").write_text("the last one")
     compare = benchmark.compare
 
-    def fail_at_64(specs, setting, runs):
+    def fail_at_64(specs, setting, *args):
         if setting.size == (64, 64):
             raise RuntimeError("out of memory")
-        return compare(specs, setting, runs)
+        return compare(specs, setting, *args)
 
     monkeypatch.setattr(benchmark, "sizes_of", lambda *_: (1, 1))
     monkeypatch.setattr(benchmark, "compare", fail_at_64)
