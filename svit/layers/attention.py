@@ -12,6 +12,7 @@ from svit.ops._dispatch import Plan, choose_plan, transformed
 from svit.ops._numerics import autocast_dtype
 from svit.ops.attention.composition import attention_half
 
+from . import folding
 from .checks import check_map, pair
 from .fusing import (
     DROPS,
@@ -20,6 +21,7 @@ from .fusing import (
     is_plain_pointwise,
     pointwise,
     renamed,
+    runs_packed,
     runs_stock_forward,
 )
 
@@ -207,8 +209,11 @@ class SuperTokenAttention(nn.Module):
         """Multi-head self-attention among all H * W tokens of a map (B, C, H, W)."""
         B, C, H, W = x.shape
         d = self.dim // self.num_heads
+        packed = False
+        if not torch.jit.is_scripting():
+            packed = runs_packed(x, self.qkv, self.proj)
         # Channels must lie together, else the fused attention falls back to one that holds the N x N map.
-        qkv = self.qkv(x) if torch.jit.is_scripting() else pointwise(self.qkv, x)
+        qkv = self.qkv(x) if torch.jit.is_scripting() else pointwise(self.qkv, x, packed)
         qkv = qkv.permute(0, 2, 3, 1).contiguous().reshape(B, H * W, self.num_heads, 3, d)
         q, k, v = qkv.transpose(1, 2).unbind(3)  # (B, heads, N, d) each
         fused = self.fused_attn
@@ -221,8 +226,13 @@ class SuperTokenAttention(nn.Module):
             attn = torch.matmul(q * d**-0.5, k.transpose(-1, -2)).softmax(-1)
             x = torch.matmul(self.attn_drop(attn), v)
         x = x.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
-        x = self.proj(x) if torch.jit.is_scripting() else pointwise(self.proj, x)
+        x = self.proj(x) if torch.jit.is_scripting() else pointwise(self.proj, x, packed)
         return self.proj_drop(x)
+
+    def fuse(self) -> "SuperTokenAttention":
+        """Lets oneDNN keep the weights of both convolutions in its own layout, for inference on a CPU."""
+        folding.keep_packed(self.backend, self.qkv, self.proj)
+        return self
 
 
 def scale_tokens(scale: Callable[[torch.Tensor], torch.Tensor], s: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from .checks import check_map
 from .fusing import (
     DROPS,
     POINTWISE,
+    convolve,
     default_backend,
     dropout_inactive,
     for_other_programs,
@@ -147,14 +148,18 @@ class ConvFFN(nn.Module):
     @torch.jit.ignore
     def forward_fused(self, x: torch.Tensor, plan: Plan, residual: torch.Tensor | None = None) -> torch.Tensor:
         """self(x), plus the residual if there is one: in one piece, by the plan that `choose_plan` gave for x."""
+        weight1, weight2 = self.fc1.weight.flatten(1), self.fc2.weight.flatten(1)
+        for conv, weight in ((self.fc1, weight1), (self.fc2, weight2)):
+            if "packed" in vars(conv):
+                weight.packed = conv.packed
         y = plan.ops.conv_ffn(
             self.norm(x).to(x.dtype).permute(0, 2, 3, 1),  # autocast widens some norms
             None if residual is None else residual.permute(0, 2, 3, 1),
-            self.fc1.weight.flatten(1),
+            weight1,
             self.fc1.bias,
             self.dwconv.weight,
             self.dwconv.bias,
-            self.fc2.weight.flatten(1),
+            weight2,
             self.fc2.bias,
         )
         return y.permute(0, 3, 1, 2)
@@ -179,6 +184,7 @@ class ConvFFN(nn.Module):
 
     def fuse(self) -> "ConvFFN":
         folding.replace(self, self.replacements())
+        folding.keep_packed(getattr(self.dwconv, "backend", None), self.fc1, self.fc2)
         return self
 
 
@@ -304,23 +310,29 @@ def affine(norms: Sequence[nn.BatchNorm2d]) -> tuple[Sequence[torch.Tensor], Seq
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2, then BatchNorm: (B, dim, H, W) to (B, out_dim, ceil(H / 2), ceil(W / 2))."""
+    """3x3 convolution of stride 2, then BatchNorm: (B, dim, H, W) to (B, out_dim, ceil(H / 2), ceil(W / 2)).
+
+    `backend` as in `SuperTokenAttention`: 'reference' keeps the convolution to PyTorch's after `fuse()` too.
+    """
 
     def __init__(
         self,
         dim: int,
         out_dim: int,
         norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
+        backend: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.backend = default_backend(backend)
         self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
         self.norm = get_norm_layer(norm_layer)(out_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.conv(x))
+        x = self.conv(x) if torch.jit.is_scripting() else convolve(self.conv, x)
+        return self.norm(x)
 
     @torch.no_grad()
     def replacements(self) -> dict[str, nn.Module]:
@@ -330,13 +342,15 @@ class Downsample(nn.Module):
 
     def fuse(self) -> "Downsample":
         folding.replace(self, self.replacements())
+        folding.keep_packed(self.backend, self.conv)
         return self
 
 
 class FinalConv(nn.Module):
     """1x1 convolution, BatchNorm, SiLU, between the last stage and the head: (B, dim, H, W) to (B, width, H, W).
 
-    With `width` None there is no convolution, and BatchNorm and SiLU act on the last stage's channels.
+    With `width` None there is no convolution, and BatchNorm and SiLU act on the last stage's channels. `backend` as in
+    `Downsample`.
     """
 
     def __init__(
@@ -344,11 +358,13 @@ class FinalConv(nn.Module):
         dim: int,
         width: int | None,
         norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
+        backend: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.backend = default_backend(backend)
         self.conv = nn.Conv2d(dim, width, 1, **dd) if width else nn.Identity()
         self.norm = get_norm_layer(norm_layer)(width or dim, **dd)
         self.act = nn.SiLU()
@@ -365,4 +381,5 @@ class FinalConv(nn.Module):
 
     def fuse(self) -> "FinalConv":
         folding.replace(self, self.replacements())
+        folding.keep_packed(self.backend, self.conv)
         return self

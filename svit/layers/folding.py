@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from svit.ops._numerics import widen
+from svit.ops.onednn import PackedWeight
 
 from .fusing import is_plain_pointwise, runs_stock_forward
 
@@ -24,6 +25,15 @@ DROPS = (nn.Dropout, DropPath, nn.Identity)
 def replace(module: nn.Module, children: dict[str, nn.Module]) -> None:
     for name, child in children.items():
         setattr(module, name, child)
+
+
+def keep_packed(backend: str | None, *convs: nn.Module) -> None:
+    """Lets oneDNN keep the weights in its own layout (svit/ops/onednn.py), unless `backend` keeps it out."""
+    for conv in convs:
+        if backend not in (None, "onednn") or type(conv) is not nn.Conv2d or isinstance(conv.padding, str):
+            continue
+        if (conv.groups, conv.dilation, conv.padding_mode) == (1, (1, 1), "zeros"):
+            conv.packed = PackedWeight()
 
 
 def expect_stock(parent: nn.Module, name: str, *classes: type[nn.Module]) -> nn.Module:

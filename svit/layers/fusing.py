@@ -11,6 +11,8 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from svit.ops import onednn
+
 # Layers that drop; those of these classes do nothing else.
 DROPS = (nn.Identity, nn.Dropout, DropPath)
 PLAIN = (nn.Parameter, torch.Tensor, type(None))
@@ -55,18 +57,42 @@ def dropout_inactive(*drops: nn.Module) -> bool:
     return True
 
 
-def pointwise(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """conv(x) of a 1x1 convolution, on a GPU in 16 bit as a product of matrices: (B, C, H, W) to (B, C', H, W).
+def pointwise(conv: nn.Module, x: torch.Tensor, packed: bool | None = None) -> torch.Tensor:
+    """conv(x) of a 1x1 convolution: (B, C, H, W) to (B, C', H, W).
 
-    cuDNN adds a bias in a pass of its own over the result, cuBLAS inside the product. The result is channels-last.
-    Under TorchScript, which passes no modules to functions, callers write conv(x).
+    On a GPU in 16 bit it runs as a product of matrices: cuDNN adds a bias in a pass of its own over the result, cuBLAS
+    inside the product. The result is channels-last. On a CPU it runs by the layout of its weight that oneDNN keeps, if
+    `packed`, the answer of `runs_packed`, says so; None to ask here. Under TorchScript, which passes no modules to
+    functions, callers write conv(x).
     """
+    if packed or (packed is None and "packed" in vars(conv) and runs_packed(x, conv)):
+        return onednn.convolution(x, conv.weight, conv.bias, packed=conv.packed)
     if not runs_as_product(conv, x):
         return conv(x)
     B, _, H, W = x.shape
     # PyTorch adds the bias inside the product for matrices, but not for maps in every version.
     y = F.linear(x.permute(0, 2, 3, 1).flatten(0, 2), conv.weight.flatten(1), conv.bias)
     return y.view(B, H, W, conv.weight.shape[0]).permute(0, 3, 1, 2)
+
+
+def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """conv(x), by the layout of its weight that oneDNN keeps if `runs_packed` says so."""
+    if not runs_packed(x, conv):
+        return conv(x)
+    return onednn.convolution(x, conv.weight, conv.bias, conv.stride, conv.padding, packed=conv.packed)
+
+
+def runs_packed(x: torch.Tensor, *convs: nn.Module) -> bool:
+    """Whether convolutions of x run by the layouts of their weights that oneDNN keeps after `fuse()`."""
+    for conv in convs:
+        if "packed" not in vars(conv):
+            return False
+    if not isinstance(x, torch.Tensor) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    weights = [conv.weight for conv in convs]
+    if not runs_stock_forward(dict.fromkeys(convs, nn.Conv2d)) or not onednn.usable("", x, weights=weights)[0]:
+        return False
+    return x.dim() == 4 and x.shape[1] == weights[0].shape[1]  # else the convolution names what is wrong
 
 
 def runs_as_product(conv: nn.Module, x: torch.Tensor) -> bool:

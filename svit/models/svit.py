@@ -293,12 +293,12 @@ class SViT(nn.Module):
                 backend=backend,
                 **dd,
             )
-            downsample = Downsample(embed_dims[i - 1], dim, norm_layer, **dd) if i > 0 else nn.Identity()
+            downsample = Downsample(embed_dims[i - 1], dim, norm_layer, backend, **dd) if i > 0 else nn.Identity()
             stages.append(Stage(downsample, [block(drop_path=rate) for rate in drop_path_rates[i]]))
             self.feature_info.append(dict(num_chs=dim, reduction=stem_stride * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
 
-        self.final_conv = FinalConv(embed_dims[-1], head_width, norm_layer, **dd)
+        self.final_conv = FinalConv(embed_dims[-1], head_width, norm_layer, backend, **dd)
         self.num_features = head_width or embed_dims[-1]
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features

@@ -41,7 +41,6 @@ _FORMER = {
     "backends": "_dispatch",
     "functional": "",
     "library": "_registration",
-    "onednn": "conv_ffn.onednn",
     "verify": "_self_check",
 }
 

@@ -1,0 +1,98 @@
+"""The oneDNN backend: inference on a CPU.
+
+This is what it serves, and weights in oneDNN's own layout; conv_ffn/onednn.py has the conv-FFN.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.autograd import forward_ad
+
+from . import _dispatch
+
+
+def usable(
+    op: str, x: torch.Tensor, hidden: int = 0, residual: bool = True, weights: Sequence[torch.Tensor] = ()
+) -> tuple[bool, str]:
+    """Whether this backend serves `op` on the map x (B, H, W, C), with these weights if given, and if not, why."""
+    if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False, "x is traced"
+    if torch.is_grad_enabled():
+        return False, "autograd is on"
+    # `transformed` and `autocast_dtype`, spelled out: this is asked at each step of a model.
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return False, "torch.func or forward-mode AD is at work"
+    if x.device.type != "cpu":
+        return False, f"x is on {x.device.type}"
+    autocasts = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocasts else x.dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False, f"it computes in float32 and bfloat16, not in {dtype}"
+    if not (torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+        return False, "this PyTorch has no oneDNN, or it is switched off"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return False, "a dispatch mode (a FLOP counter, say) wants to see each operation"
+    if torch._C._len_torch_function_stack() and _dispatch.has_function_mode():
+        return False, "a mode of __torch_function__ wants to see each operation"
+    for weight in weights:
+        if weight.device != x.device:
+            return False, f"a weight is on {weight.device}"
+        if weight.dtype != x.dtype and not autocasts:
+            return False, f"a weight is {weight.dtype}, x is {x.dtype}"
+    return True, ""
+
+
+BACKEND = _dispatch.add_backend("onednn", usable)
+
+
+class PackedWeight:
+    """Keeps a convolution's weight in the layout that oneDNN has for maps of one shape.
+
+    With a plain weight oneDNN makes it at every call, which takes longer than the convolution of a small map. Kept, it
+    is made at the first call, and again when a map of another shape comes (the layout for one shape can take 50 times
+    as long on another) or the weight changes. Copies and files hold no layout.
+    """
+
+    def __init__(self) -> None:
+        self.kept: tuple[tuple, torch.Tensor, torch.Tensor] | None = None  # key, some values, the layout
+
+    def __deepcopy__(self, memo: dict) -> "PackedWeight":
+        return PackedWeight()
+
+    def __reduce__(self) -> tuple:
+        return PackedWeight, ()
+
+
+def convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    gelu: bool = False,
+    residual: torch.Tensor | None = None,
+    packed: PackedWeight | None = None,
+) -> torch.Tensor:
+    """Convolution without groups of a map (B, C, H, W), then exact GELU or plus a residual of its dtype, in one pass.
+
+    To (B, C', H', W'), channels-last if x is. `packed` keeps the layout of the weight. A change of the weight that
+    raises no version (`weight.data`) is seen if it meets one of a few values: one of each channel of the output.
+    """
+    if packed is not None and not weight.is_inference() and weight.is_contiguous() and x.numel() and weight.numel():
+        key = weight.data_ptr(), weight._version, weight.dtype, x.shape
+        step = weight.stride(0) + 1
+        values = weight.as_strided(((weight.numel() - 1) // step + 1,), (step,))
+        kept = packed.kept
+        if kept is None or kept[0] != key or not torch.equal(kept[1], values):
+            weight = torch._C._nn.mkldnn_reorder_conv2d_weight(
+                weight.detach().to_mkldnn(), list(padding), list(stride), [1, 1], 1, list(x.shape)
+            )
+            packed.kept = key, values.detach().clone(), weight
+        else:
+            weight = kept[2]
+    where = list(padding), list(stride), [1, 1], 1
+    if residual is not None:
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, weight, bias, *where, "add", None, None, [], None
+        )
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *where, "gelu" if gelu else "none", [], "none")
