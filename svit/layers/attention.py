@@ -218,8 +218,9 @@ class SuperTokenAttention(nn.Module):
         q, k, v = qkv.transpose(1, 2).unbind(3)  # (B, heads, N, d) each
         fused = self.fused_attn
         if not torch.jit.is_scripting():
-            # PyTorch's fused attention has no jvp and no second derivative, and goes round the dropout layer.
-            fused = fused and not transformed() and runs_stock_forward({self.attn_drop: nn.Dropout})
+            # PyTorch's fused attention has no jvp and no second derivative, and knows no other dropout. Hooks of the
+            # dropout see nothing of it, as in all of timm: `timm.layers.set_fused_attn(False)` shows them the map.
+            fused = fused and not transformed() and type(self.attn_drop) is nn.Dropout
         if fused:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
         else:
