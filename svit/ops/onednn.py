@@ -78,7 +78,8 @@ def convolution(
     To (B, C', H', W'), channels-last if x is. `packed` keeps the layout of the weight. A change of the weight that
     raises no version (`weight.data`) is seen if it meets one of a few values: one of each channel of the output.
     """
-    if packed is not None and not weight.is_inference() and weight.is_contiguous() and x.numel() and weight.numel():
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    if packed is not None and dense and not weight.is_inference() and x.numel() and weight.numel():
         key = weight.data_ptr(), weight._version, weight.dtype, x.shape
         step = weight.stride(0) + 1
         values = weight.as_strided(((weight.numel() - 1) // step + 1,), (step,))
@@ -92,6 +93,7 @@ def convolution(
             weight = kept[2]
     where = list(padding), list(stride), [1, 1], 1
     if residual is not None:
+        residual = residual.to(memory_format=torch.channels_last)  # maps of one pixel have strides of no format
         return torch.ops.mkldnn._convolution_pointwise.binary(
             x, residual, weight, bias, *where, "add", None, None, [], None
         )
