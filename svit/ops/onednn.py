@@ -92,9 +92,11 @@ def convolution(
         else:
             weight = kept[2]
     where = list(padding), list(stride), [1, 1], 1
-    if residual is not None:
-        residual = residual.to(memory_format=torch.channels_last)  # maps of one pixel have strides of no format
+    # One channel or one pixel has the strides of any format, and PyTorch does not convert what it takes for another.
+    adds = residual is not None and (residual.shape[1] == 1 or residual.shape[2] * residual.shape[3] == 1)
+    if residual is not None and not adds:
         return torch.ops.mkldnn._convolution_pointwise.binary(
             x, residual, weight, bias, *where, "add", None, None, [], None
         )
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *where, "gelu" if gelu else "none", [], "none")
+    y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *where, "gelu" if gelu else "none", [], "none")
+    return residual + y if adds else y

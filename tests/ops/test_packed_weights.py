@@ -191,3 +191,15 @@ def test_what_oneDNN_has_no_layout_for_stays():
     expected = layer(x)
     assert close(layer.fuse()(x), expected)
     assert "packed" not in vars(layer.conv)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("H", "W"), [(1, 1), (1, 3), (3, 1), (2, 2)])
+@pytest.mark.parametrize(("C", "channels"), [(1, 1), (1, 4), (4, 1), (128, 32)])
+def test_strides_of_one_channel_and_one_pixel(H, W, C, channels):
+    weight, packed = torch.randn(channels, C, 1, 1), onednn.PackedWeight()
+    maps = lambda C: [torch.randn(2, C, H, W), torch.randn(2, H, W, C).permute(0, 3, 1, 2)]  # noqa: E731
+    for x in maps(C):
+        for residual in maps(channels):
+            y = onednn.convolution(x, weight, None, residual=residual, packed=packed)
+            assert close(y, residual + F.conv2d(x, weight))
