@@ -2,8 +2,9 @@
 
 Paper: Huang et al., "Vision Transformer with Super Token Sampling", CVPR 2023, https://arxiv.org/abs/2211.11167
 
-image -> stem -> 4 stages of blocks (position encoding, super-token attention, conv-FFN), each but the first beginning
-with a downsampling convolution -> final convolution -> head. A stage's feature map is what it hands to the next stage.
+image -> stem -> 4 stages of blocks (conditional positional encoding, super-token attention, conv-FFN), each but the
+first beginning with a downsampling convolution -> final convolution -> head. A stage's feature map is what it hands to
+the next stage.
 """
 
 import copy
