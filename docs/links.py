@@ -1,11 +1,14 @@
 """A hook of MkDocs: links from a page to files outside docs/ work on GitHub, but there is no such file on the site.
 
-They lead to the repository where mkdocs.yml has a `repo_url`; where it has none only their text stays, names as code.
+A line that is a link to an operator's README becomes its text, without the links in it. The others lead to the
+repository where mkdocs.yml has a `repo_url`; where it has none only their text stays, names as code.
 """
 
 import posixpath
 import re
+from pathlib import Path
 
+README = re.compile(r"^\[[^][]+\]\(\.\./(svit/ops/\w+/README\.md)\)$", re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[([^][]+)\]\((\.\./[^)\s]+)\)")
 
 
@@ -21,4 +24,8 @@ def on_page_markdown(markdown, page, config, files):
             return f"[{text}]({config.repo_url.rstrip('/')}/blob/HEAD/{path})"
         return text if " " in text or "`" in text else f"`{text}`"
 
-    return LINK.sub(replace, markdown)
+    def text_of(link: re.Match) -> str:
+        text = (Path(config.config_file_path).parent / link[1]).read_text()
+        return re.sub(r"\[([^][]+)\]\(\w+\.py\)", r"`\1`", text).replace("# ", "### ", 1)
+
+    return LINK.sub(replace, README.sub(text_of, markdown))

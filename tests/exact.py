@@ -12,7 +12,7 @@ import torch
 from svit.ops import _dispatch, _registration, cuda, reference, triton
 
 PARTS = triton.BACKEND.OPS
-WHOLES = cuda.BACKEND.OPS
+COMPOSITE_OPS = cuda.BACKEND.OPS
 
 
 def kernel(op: str, factor: float = 1.0) -> Callable:
@@ -41,5 +41,5 @@ def install(monkeypatch, **factors: float) -> None:
     exact = SimpleNamespace(OPS=PARTS, usable=lambda op, x: (True, ""), **parts)
     monkeypatch.setattr(_dispatch, "BACKENDS", {"cuda": cuda.BACKEND, "exact": exact})
     monkeypatch.setattr(cuda.BACKEND, "usable", lambda op, x, **sizes: (True, ""))
-    for op in WHOLES:
+    for op in COMPOSITE_OPS:
         monkeypatch.setattr(cuda.BACKEND, op, kernel(op, factors.get(op, 1.0)))

@@ -1,5 +1,6 @@
 """The package as a user gets it: built as wheel and sdist, installed where nothing else is, imported, run."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -133,30 +134,73 @@ def test_complete(built, kind):
     assert expected <= set(found), expected - set(found)
 
 
-def test_layers_know_no_model():
-    """Imports point one way: adapters -> models -> layers -> ops."""
+def imports(file: Path) -> set[str]:
+    """Full names of the modules and members that a file of the package imports, anywhere in it."""
+    package = file.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *filter(None, [node.module])))
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def inside(name: str, modules) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def test_imports_point_one_way():
+    """tools -> adapters -> convert, profiling, visualize -> models -> layers -> ops."""
+    apart = ["svit.files", "svit.names", "svit.images", "svit.folders"]
+    helpers = ["svit.convert", "svit.profiling", "svit.visualize"]
     above = {
-        "ops": ["layers", "models", "adapters"],
-        "layers": ["models", "adapters"],
-        "models": ["adapters", "profiling", "convert"],
+        "svit/ops": ["svit.layers", "svit.models", "svit.adapters", *helpers],
+        "svit/layers": ["svit.models", "svit.adapters", *helpers],
+        "svit/models": ["svit.adapters", *helpers],
+        **{f"{name.replace('.', '/')}.py": ["svit.adapters"] for name in helpers},
+        **{
+            f"{name.replace('.', '/')}.py": ["svit.ops", "svit.layers", "svit.models", "svit.adapters", *helpers]
+            for name in apart
+        },
     }
-    for package, forbidden in above.items():
-        for file in (ROOT / "svit" / package).rglob("*.py"):
-            names = re.findall(r"^\s*(?:from|import) +(?:svit\.|\.\.)(\w+)", file.read_text(), re.MULTILINE)
-            assert not set(names) & set(forbidden), file
+    for part, forbidden in above.items():
+        files = [ROOT / part] if part.endswith(".py") else [*(ROOT / part).rglob("*.py")]
+        assert files, part
+        for file in files:
+            assert not {name for name in imports(file) if inside(name, forbidden)}, file
+
+
+def test_the_package_knows_no_tool():
+    tools = {
+        file.stem for file in (ROOT / "tools").iterdir() if file.suffix == ".py" or (file / "__init__.py").exists()
+    }
+    assert {"train", "gpu_check", "gpu", "classification"} <= tools
+    for file in (ROOT / "svit").rglob("*.py"):
+        assert not {name for name in imports(file) if inside(name, tools | {"tools"})}, file
 
 
 def test_operators_know_each_other_by_their_public_functions():
-    """`_dispatch` and what it stands on know no operator; kernels no reference."""
+    """`_dispatch` and what it stands on know no operator; kernels no reference and no other kernels."""
     ops = ROOT / "svit" / "ops"
     operators = {folder.name for folder in ops.iterdir() if (folder / "registration.py").exists()}
     assert operators == {"super_token", "depthwise", "attention", "conv_ffn"}
-    for name in ("_dispatch", "_self_check", "_checks", "_numerics", "_registration", "_kernels", "triton", "cuda"):
-        source = (ops / f"{name}.py").read_text()
-        assert not set(re.findall(r"^\s*(?:from|import) +(?:svit\.ops)?\.(\w+)", source, re.MULTILINE)) & operators, (
-            name
-        )
+    folders = {f"svit.ops.{name}" for name in operators}
+    shared = [file for file in ops.glob("*.py") if file.name not in ("__init__.py", "reference.py")]
+    assert len(shared) > 6
+    for file in shared:
+        assert not {name for name in imports(file) if inside(name, folders)}, file
     for folder in operators:
-        for kernel in ("triton", "cuda", "onednn"):
-            if (file := ops / folder / f"{kernel}.py").exists():
-                assert not re.search(r"^\s*(?:from|import).*reference", file.read_text(), re.MULTILINE), file
+        kernels = [file for name in ("triton", "cuda", "onednn") if (file := ops / folder / f"{name}.py").exists()]
+        assert kernels
+        for file in kernels:
+            assert not {name for name in imports(file) if "reference" in name.split(".")}, file
+            assert not {name for name in imports(file) if inside(name, folders - {f"svit.ops.{folder}"})}, file
+        for file in (ops / folder).glob("*.py"):
+            for name in imports(file):
+                other = next((o for o in operators - {folder} if inside(name, [f"svit.ops.{o}"])), None)
+                if other is not None:  # a public function, or the reference's in a reference
+                    public = name.removeprefix(f"svit.ops.{other}.")
+                    assert "." not in public or (file.stem == "reference" and public.startswith("reference.")), file

@@ -13,7 +13,7 @@ from svit.ops._numerics import autocast_dtype
 from svit.ops.attention.composition import attention_half
 
 from . import folding
-from .checks import check_map, pair
+from .checks import check_map, pair, positive_int
 from .fusing import (
     DROPS,
     default_backend,
@@ -77,13 +77,11 @@ class SuperTokenAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
-        if not isinstance(n_iter, int) or n_iter < 1:
-            raise ValueError(f"n_iter: expected at least 1, got {n_iter!r}")
         dd = {"device": device, "dtype": dtype}
-        self.dim = dim
-        self.num_heads = num_heads
+        self.dim = int(dim)
+        self.num_heads = int(num_heads)
         self.cell = pair(stoken_size, "stoken_size")
-        self.n_iter = n_iter
+        self.n_iter = positive_int(n_iter, "n_iter")
         self.differentiable_association = differentiable_association
         self.fused_attn = use_fused_attn()
         if differentiable_association and backend not in (None, "reference"):

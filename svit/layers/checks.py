@@ -1,6 +1,10 @@
 """Checks shared by the layers. They stand in functions of their own so that torch.fx takes each as one step."""
 
+from collections.abc import Iterable
+
 import torch
+
+from svit.ops._checks import is_integer
 
 
 def check_map(x: torch.Tensor, channels: int) -> torch.Tensor:
@@ -10,9 +14,23 @@ def check_map(x: torch.Tensor, channels: int) -> torch.Tensor:
     return x
 
 
+def positive_int(value: int, name: str) -> int:
+    """`value`, which may be NumPy's, as an int of at least 1."""
+    if not is_integer(value):
+        raise ValueError(f"{name}: expected at least 1, got {value!r}, which is no integer")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value!r}")
+    return int(value)
+
+
+def plain_ints(values: Iterable[object]) -> list:
+    """`values`, NumPy's integers among them as int, the only one that TorchScript takes."""
+    return [int(v) if is_integer(v) else v for v in values]
+
+
 def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
     """`value` as a pair of positive ints: an int counts twice."""
     both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(both) != 2 or not all(isinstance(v, int) and v >= 1 for v in both):
+    if len(both) != 2 or not all(is_integer(v) and v >= 1 for v in both):
         raise ValueError(f"{name}: expected a positive int or a pair of them, got {value!r}")
-    return both
+    return int(both[0]), int(both[1])

@@ -42,8 +42,8 @@ GELU_INSIDE = LAYERS._replace(op="depthwise3x3")
 class ResidualDepthwiseConv(nn.Conv2d):
     """x + depthwise 3x3 convolution of x, with bias: (B, dim, H, W) to the same.
 
-    The position encoding of a block and the middle of its conv-FFN (paper: section 3.1). `backend` as in
-    `SuperTokenAttention`; `gelu` convolves GELU(x) (exact) instead of x.
+    The conditional positional encoding (CPE) of a block and the middle of its conv-FFN (paper: section 3.1). `backend`
+    as in `SuperTokenAttention`; `gelu` convolves GELU(x) (exact) instead of x.
     """
 
     bias: torch.Tensor  # that of nn.Conv2d may be None, which TorchScript would not pass on

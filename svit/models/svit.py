@@ -2,14 +2,16 @@
 
 Paper: Huang et al., "Vision Transformer with Super Token Sampling", CVPR 2023, https://arxiv.org/abs/2211.11167
 
-image -> stem -> 4 stages of blocks (position encoding, super-token attention, conv-FFN), each but the first beginning
-with a downsampling convolution -> final convolution -> head. A stage's feature map is what it hands to the next stage.
+image -> stem -> 4 stages of blocks (conditional positional encoding, super-token attention, conv-FFN), each but the
+first beginning with a downsampling convolution -> final convolution -> head. A stage's feature map is what it hands to
+the next stage.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -39,6 +41,7 @@ from svit.layers import (
     SuperTokenAttention,
     folding,
 )
+from svit.layers.checks import plain_ints
 from svit.layers.fusing import DROPS, dropout_inactive, runs_stock_forward
 from svit.ops import _dispatch
 from svit.ops._dispatch import Plan
@@ -253,7 +256,7 @@ class SViT(nn.Module):
         num_stages = len(embed_dims)
         if layer_scale_init is None or isinstance(layer_scale_init, (int, float)):
             layer_scale_init = (layer_scale_init,) * num_stages
-        if isinstance(n_iter, int):
+        if isinstance(n_iter, Integral):
             n_iter = (n_iter,) * num_stages
         per_stage = {
             "depths": depths,
@@ -266,6 +269,8 @@ class SViT(nn.Module):
             if not isinstance(value, Sequence) or len(value) != num_stages:
                 raise ValueError(f"{name}: expected one value for each of the {num_stages} stages, got {value!r}")
 
+        embed_dims, depths, num_heads = map(plain_ints, (embed_dims, depths, num_heads))
+        in_chans, num_classes, head_width, stem_stride = plain_ints((in_chans, num_classes, head_width, stem_stride))
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         self.num_classes = num_classes

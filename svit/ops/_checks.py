@@ -1,5 +1,7 @@
 """Checks of arguments that the operators share: a ValueError names the argument, what came and what is expected."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,13 @@ def expect_map(x: Tensor, name: str = "x") -> None:
         raise ValueError(f"{name}: expected a floating-point map (B, H, W, C), got {list(x.shape)} {x.dtype}")
 
 
+def is_integer(value: object) -> bool:
+    """Whether this is an integer, NumPy's too, and no truth value."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
 def expect_cell(cell: tuple[int, int]) -> None:
-    if len(cell) != 2 or not all(isinstance(n, int) and n >= 1 for n in cell):
+    if len(cell) != 2 or not all(is_integer(n) and n >= 1 for n in cell):
         raise ValueError(f"cell: expected a height and a width of at least 1, got {cell!r}")
 
 

@@ -38,7 +38,7 @@ OTHER_OPS = (
 )
 
 
-WHOLES = ("super_token_attention", "conv_ffn")  # half a block, which no Triton kernel has
+COMPOSITE_OPS = ("super_token_attention", "conv_ffn")  # half a block, which no Triton kernel has
 STEM_OPS = ("bias_gelu_affine",)
 REHEARSED_OPS = ("super_token_attention", "depthwise3x3_backward gelu", "conv_ffn")
 
@@ -65,7 +65,7 @@ class Call:
     args: tuple
 
     def fused(self, backend: str) -> Callable[[], object]:
-        if self.op in WHOLES and backend == "triton":
+        if self.op in COMPOSITE_OPS and backend == "triton":
             return self.parts
         return lambda: getattr(torch.ops.svit, self.op)(*self.args, backend)
 

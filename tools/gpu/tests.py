@@ -16,7 +16,7 @@ DESCRIPTION = "pytest; each failing test at once, the whole output in the log be
 PATHS = ("tests/ops", "tests/layers", "tests/models/test_fused.py", "tests/test_gpu.py")
 # What stands in for a GPU: interpreter, machine code, emulator. They take minutes.
 STAND_INS = ("tests/ops/triton/test_interpreter.py", "tests/ops/triton/test_sass.py", "tests/ops/cuda")
-REHEARSED = ("tests/ops/test_backends.py", "tests/test_gpu.py", "tests/ops/triton/test_kernels.py")
+REHEARSED = ("tests/ops/test_dispatch.py", "tests/test_gpu.py", "tests/ops/triton/test_kernels.py")
 PROCESSES = 8  # at most, that share the GPU
 
 OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")

@@ -31,7 +31,7 @@ def super_token_attention(
 ) -> Tensor:
     """x + scale * attention(norm(x)): the first half of a block, with one round of association (paper: section 3.2).
 
-    Where no backend has it as a whole it is made of `sample` and `spread`.
+    Where no backend has it as one kernel it is made of `sample` and `spread`.
 
     Args:
         x: map (B, H, W, C).

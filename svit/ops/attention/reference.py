@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from svit.ops._dispatch import transformed
 from svit.ops._numerics import widen
 from svit.ops.super_token.reference import sample, spread
 
@@ -17,11 +18,19 @@ def attend(
     proj_bias: torch.Tensor,
     num_heads: int,
 ) -> torch.Tensor:
-    """Self-attention among all super tokens of an image: (B, hh, ww, C) to the same. qkv comes head by head."""
+    """Self-attention among all super tokens of an image: (B, hh, ww, C) to the same. qkv comes head by head.
+
+    Differentiable any number of times, forward and backward.
+    """
     B, hh, ww, C = s.shape
     qkv = F.linear(s.flatten(1, 2), qkv_weight.to(s.dtype), qkv_bias.to(s.dtype))
     q, k, v = qkv.reshape(B, hh * ww, num_heads, 3, C // num_heads).transpose(1, 2).unbind(3)
-    result = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, hh, ww, C)
+    if transformed() or (torch.is_grad_enabled() and qkv.requires_grad):
+        # PyTorch's fused attention has no jvp and no second derivative.
+        result = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    else:
+        result = F.scaled_dot_product_attention(q, k, v)
+    result = result.transpose(1, 2).reshape(B, hh, ww, C)
     return F.linear(result, proj_weight.to(s.dtype), proj_bias.to(s.dtype))
 
 

@@ -48,7 +48,7 @@ def attention_context(ctx, inputs, output):
 
 
 def attention_gradients(ctx, grad, *_):
-    """Of the parts that the whole is made of: spreading, attention among the super tokens, sampling."""
+    """Of the primitives that it is a composite of: spreading, attention among the super tokens, sampling."""
     if not ctx.keep:
         raise RuntimeError("svit::super_token_attention keeps nothing for a backward with keep=False")
     # s is a constant here, so a second derivative would silently lack a part.

@@ -27,7 +27,7 @@ def conv_ffn(
 ) -> Tensor:
     """residual + conv-FFN of x, the second half of a block: 1x1 conv, GELU, u + depthwise conv of u, 1x1 conv.
 
-    Where no backend has it as a whole, and where gradients are wanted, it is made of `depthwise3x3` and products.
+    Where no backend has it in one piece, and where gradients are wanted, it is made of `depthwise3x3` and products.
 
     Args:
         x: map (B, H, W, C), normalised (BatchNorm is folded into `weight1`, or was applied).

@@ -11,7 +11,7 @@ Whatever the backend: softmax, mass and sums run in float32 at least, and q is a
 import torch
 from torch import Tensor
 
-from svit.ops._checks import checked, expect, expect_cell, expect_map
+from svit.ops._checks import checked, expect, expect_cell, expect_map, is_integer
 from svit.ops._dispatch import choose
 from svit.ops._numerics import to_autocast_dtype
 
@@ -193,6 +193,8 @@ def expect_size(size: tuple[int, int], s: Tensor, cell: tuple[int, int]) -> None
 
 
 def expect_rounds(n_iter: int) -> None:
+    if not is_integer(n_iter):
+        raise ValueError(f"n_iter: expected at least 1, got {n_iter!r}, which is no integer")
     if n_iter < 1:
         raise ValueError(f"n_iter: expected at least 1, got {n_iter}")
 

@@ -2,12 +2,11 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from svit.ops import aggregate, depthwise3x3, sample, spread
+from svit.ops import aggregate, sample, spread
 from svit.ops.reference import from_cells, neighbours, sum_neighbours, to_cells
 
 SHAPES = [  # cell, H x W: whole grids, padding on one side and on both, one cell, one row of cells, odd cells
@@ -140,39 +139,3 @@ def test_sums_run_in_float32(dtype):
         s, q = sample(x.float(), (32, 32))
     assert q.dtype == torch.float32
     torch.testing.assert_close(s.float(), torch.full((1, 3, 3, 8), 90.0), rtol=1e-6, atol=0)
-
-
-def residual_depthwise(x, weight, bias, gelu=False):
-    """In float64, from NHWC to NHWC."""
-    x = x.double().permute(0, 3, 1, 2)
-    u = F.gelu(x) if gelu else x
-    y = u + F.conv2d(u, weight.double(), bias.double(), padding=1, groups=x.shape[1])
-    return y.permute(0, 2, 3, 1)
-
-
-@pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_depthwise_adds_its_input(dtype, gelu):
-    x = torch.randn(2, 5, 6, 4, dtype=dtype)
-    weight, bias = torch.randn(4, 1, 3, 3, dtype=dtype), torch.randn(4, dtype=dtype)
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 0.05}[dtype]
-    y, expected = depthwise3x3(x, weight, bias, gelu), residual_depthwise(x, weight, bias, gelu)
-    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-def test_depthwise_in_16_bit_keeps_the_digits_of_its_centre_tap():
-    # 1 + 2**-9 is not a bfloat16: a residual folded into the tap would lose the tap altogether.
-    x = torch.full((1, 1, 1, 1), 256.0)
-    weight = torch.zeros(1, 1, 3, 3)
-    weight[..., 1, 1] = 2.0**-9
-    with torch.autocast("cpu", torch.bfloat16):
-        y = depthwise3x3(x, weight, torch.zeros(1))
-    assert y.item() == 256.5
-
-
-@pytest.mark.parametrize("gelu", [False, True])
-def test_gradients_of_depthwise(gelu):
-    x = torch.randn(1, 4, 3, 2, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda *args: depthwise3x3(*args, gelu), (x, weight, bias))

@@ -1,5 +1,6 @@
 """The public functions: arguments, choice of backend, autocast."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,11 @@ def on_meta(t: torch.Tensor) -> torch.Tensor:
     return t.to("meta")
 
 
+def test_integers_of_numpy():
+    for a, b in zip(sample(X, tuple(np.array(CELL)), np.int32(2)), sample(X, CELL, 2), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -25,6 +31,10 @@ def on_meta(t: torch.Tensor) -> torch.Tensor:
         (lambda: sample(X, (4, 0)), r"cell: expected .* got \(4, 0\)"),
         (lambda: sample(X, (4.0, 4)), r"cell: expected .* got \(4.0, 4\)"),
         (lambda: sample(X, (4, 4, 4)), "cell: expected"),
+        (lambda: sample(X, (True, 4)), r"cell: expected .* got \(True, 4\)"),
+        (lambda: sample(X, CELL, n_iter=True), "n_iter: expected at least 1, got True, which is no integer"),
+        (lambda: sample(X, CELL, n_iter=1.0), "n_iter: expected at least 1, got 1.0, which is no integer"),
+        (lambda: sample(X, CELL, n_iter="1"), "n_iter: expected at least 1, got '1', which is no integer"),
         (lambda: sample(X, CELL, n_iter=0), "n_iter: expected at least 1, got 0"),
         (lambda: sample(X, CELL, weight=BIAS), "weight, bias: expected both or none"),
         (lambda: sample(X, CELL, weight=BIAS[:8], bias=BIAS), r"weight: expected \[16\], got \[8\]"),
