@@ -358,6 +358,9 @@ class SViT(nn.Module):
         That is the BatchNorm of conv-FFN, downsampling and final convolution, and the layer scale. Norms of another
         class (LayerNorm, BatchNorm with an activation inside) stay, and so does a BatchNorm without running statistics.
 
+        On a CPU the convolutions then keep their weights in oneDNN's layout, too, unless the backend is 'reference'.
+        A changed weight is noticed; for a change of single values through `weight.data` call `fuse()` again.
+
         Raises:
             ValueError: a BatchNorm is in train mode, or a module that folds is hooked, parametrized, pruned, wrapped
                 or of another class. The message names it, and the model is as it was.
