@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from timm.data import resolve_model_data_config
+from timm.utils.model import reparameterize_model
 from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
@@ -140,7 +141,16 @@ def build(
             model = create_model(name, img_size=size, **options)
     except (ValueError, OSError) as error:
         raise ExportError(str(error)) from error
-    return model, in_chans, size
+    return fused(model), in_chans, size
+
+
+def fused(model: nn.Module) -> nn.Module:
+    """The model with what folds exactly folded, as timm does for inference; as it is where it refuses."""
+    try:
+        return reparameterize_model(model)
+    except ValueError as error:
+        print(f"warning: norms and layer scales are not folded: {first_line(error)}", file=sys.stderr)
+        return model
 
 
 @contextmanager
@@ -203,10 +213,27 @@ def write_onnx(program: ExportedProgram, path: Path, told: dict[str, str]) -> No
     names = dict(input_names=["image"], output_names=["logits"], dynamic_shapes=(dynamic_axes(program),))
     example, _ = program.example_inputs  # goes with the names of the axes, and no further
     onnx_program = torch.onnx.export(program, example, dynamo=True, verbose=False, **names)
+    fold_weights(onnx_program.model)
     onnx_program.model.metadata_props.update(told)
     onnx_program.save(path)
     if len(list(path.parent.iterdir())) > 1:
         raise ExportError("the weights do not fit in one ONNX file; --format torch takes them")
+
+
+def fold_weights(model) -> None:
+    """Computes once what depends on weights alone, whatever its size, and drops the shapes of values in between.
+
+    The exporter leaves some of these stale, such as that of a transposed weight: quantizers and others that infer
+    shapes refuse them.
+    """
+    from onnxscript import optimizer
+
+    optimizer.optimize(model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
+    outputs = {*model.graph.outputs}
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in outputs:
+                value.shape = value.type = None
 
 
 def load_onnx(path: Path) -> Run:

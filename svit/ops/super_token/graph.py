@@ -1,0 +1,101 @@
+"""Sampling and upsampling for graphs that other programs read (ONNX, torch.export): the reference's numbers in a
+quarter of its nodes. Letters as in reference.py.
+
+A neighbour is a tap of a depthwise 3 x 3 convolution of the super tokens, zero-padded as the grid is, and the sum over
+neighbours is the transposed convolution. Super tokens are held as maps (B, C, hh, ww), cells as (B, hh, ww, C, P).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from svit.ops._numerics import widen
+
+
+def is_whole(length: int, cell: int) -> bool:
+    """Whether cells cover `length` pixels without padding, as far as the graph is told: not for a dynamic size."""
+    return isinstance(length, int) and length % cell == 0
+
+
+def to_cells(x: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor:
+    """(B, H, W, C) to cells (B, hh, ww, C, P), zero-padded on the right and the bottom to whole cells."""
+    h, w = cell
+    B, H, W, C = x.shape
+    hh, ww = (H + h - 1) // h, (W + w - 1) // w
+    if not (is_whole(H, h) and is_whole(W, w)):
+        x = F.pad(x, (0, 0, 0, ww * w - W, 0, hh * h - H))
+    return x.reshape(B, hh, h, ww, w, C).permute(0, 1, 3, 5, 2, 4).reshape(B, hh, ww, C, h * w)
+
+
+def from_cells(x: torch.Tensor, cell: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """Cells (B, hh, ww, C, P) to a map, cropped to `size`: (B, H, W, C)."""
+    h, w = cell
+    B, hh, ww, C, _ = x.shape
+    x = x.reshape(B, hh, ww, C, h, w).permute(0, 3, 1, 4, 2, 5).reshape(B, C, hh * h, ww * w)
+    if not (is_whole(size[0], h) and is_whole(size[1], w)):
+        x = F.pad(x, (0, size[1] - ww * w, 0, size[0] - hh * h))
+    return x.permute(0, 2, 3, 1)
+
+
+def taps(s: torch.Tensor, channels: int) -> torch.Tensor:
+    """For each channel 9 kernels, which pick one neighbour each: (9 * channels, 1, 3, 3), of the dtype of s."""
+    return torch.eye(9, dtype=s.dtype, device=s.device).reshape(9, 1, 3, 3).repeat(channels, 1, 1, 1)
+
+
+def neighbours(s: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """(B, C, hh, ww) to (B, hh, ww, 9, C), times `factor`."""
+    B, C, hh, ww = s.shape
+    s = F.conv2d(s, taps(s, C) * factor, padding=1, groups=C)
+    return s.reshape(B, C, 9, hh, ww).permute(0, 3, 4, 2, 1)
+
+
+def sum_neighbours(s: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Adjoint of `neighbours`, plus `bias`: (B, hh, ww, 9, C) to (B, C, hh, ww)."""
+    B, hh, ww, _, C = s.shape
+    s = s.permute(0, 4, 3, 1, 2).reshape(B, C * 9, hh, ww)
+    return F.conv_transpose2d(s, taps(s, C), bias, padding=1, groups=C)
+
+
+def associate(cells: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """q (B, hh, ww, 9, P) of cells and super tokens (B, C, hh, ww)."""
+    logits = torch.matmul(neighbours(s, s.shape[1] ** -0.5), cells)
+    return widen(logits).softmax(3).to(cells.dtype)
+
+
+def aggregate(cells: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Super tokens (B, C, hh, ww)."""
+    q = widen(q)
+    total = sum_neighbours(torch.matmul(q, widen(cells).transpose(-1, -2)))
+    mass = sum_neighbours(q.sum(-1, keepdim=True), q.new_full((1,), 1e-12))
+    return (total / mass).to(cells.dtype)
+
+
+def sample(
+    x: torch.Tensor,
+    cell: tuple[int, int],
+    n_iter: int = 1,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Super tokens (B, hh, ww, C) and association q (B, hh, ww, 9, P)."""
+    if weight is not None:
+        x = F.layer_norm(x, [x.shape[-1]], weight, bias, eps)
+    cells = to_cells(x, cell)
+    s = widen(cells).mean(-1).to(cells.dtype).permute(0, 3, 1, 2)
+    q = associate(cells, s)
+    for _ in range(n_iter - 1):
+        q = associate(cells, aggregate(cells, q))
+    return aggregate(cells, q).permute(0, 2, 3, 1), q
+
+
+def spread(
+    s: torch.Tensor,
+    q: torch.Tensor,
+    cell: tuple[int, int],
+    size: tuple[int, int],
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As the reference's."""
+    cells = torch.matmul(neighbours(s.permute(0, 3, 1, 2)).transpose(-1, -2), q.to(s.dtype))
+    y = from_cells(cells, cell, size)
+    return y if residual is None else residual + y
