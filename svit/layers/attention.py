@@ -102,12 +102,13 @@ class SuperTokenAttention(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
             if isinstance(x, torch.Tensor):  # not so in torch.fx
                 x = x.permute(0, 2, 3, 1)
-                plan = REFERENCE if way == "reference" else choose_plan("sample", x, self.backend)
+                if exporting():
+                    plan = graph.PLAN
+                else:
+                    plan = REFERENCE if way == "reference" else choose_plan("sample", x, self.backend)
                 sampling, spreading = plan.ops.sample, plan.ops.spread
                 if plan.backend != "reference":
                     x = x.to(autocast_dtype(x)).contiguous()
-                elif exporting():
-                    sampling, spreading = graph.sample, graph.spread
                 elif self.differentiable_association:
                     sampling = partial(sampling, differentiable=True)
                 half = x, self.cell, self.n_iter, None, None, 0.0, self.attend_tokens, None, None
@@ -136,6 +137,8 @@ class SuperTokenAttention(nn.Module):
         """
         if self.cell == (1, 1):
             return REFERENCE
+        if exporting():
+            return graph.PLAN
         x = x.permute(0, 2, 3, 1)
         if self.n_iter == 1:
             sizes = {"cell": self.cell, "num_heads": self.num_heads}
@@ -244,8 +247,8 @@ class SuperTokenAttention(nn.Module):
             qkv, scale = self.qkv(x), d**-0.5
         q, k, v = qkv.reshape(B, self.num_heads, 3 * d, H * W).split(d, dim=2)  # (B, heads, d, N) each
         q = q if scale == 1.0 else q * scale
-        attn = torch.matmul(q.transpose(-1, -2), k).softmax(-1)
-        x = torch.matmul(v, self.attn_drop(attn).transpose(-1, -2)).reshape(B, C, H, W)
+        attn = torch.matmul(k.transpose(-1, -2), q).softmax(-2)  # of the keys, which come first
+        x = torch.matmul(v, self.attn_drop(attn)).reshape(B, C, H, W)
         return self.proj_drop(self.proj(x))
 
 

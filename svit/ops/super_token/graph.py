@@ -2,12 +2,16 @@
 quarter of its nodes. Letters as in reference.py.
 
 A neighbour is a tap of a depthwise 3 x 3 convolution of the super tokens, zero-padded as the grid is, and the sum over
-neighbours is the transposed convolution. Super tokens are held as maps (B, C, hh, ww), cells as (B, hh, ww, C, P).
+neighbours is the transposed convolution. Super tokens are held as maps (B, C, hh, ww), the association pixel by pixel:
+(B, hh, ww, P, 9).
 """
+
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
+from svit.ops._dispatch import Plan
 from svit.ops._numerics import widen
 
 
@@ -17,20 +21,34 @@ def is_whole(length: int, cell: int) -> bool:
 
 
 def to_cells(x: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor:
-    """(B, H, W, C) to cells (B, hh, ww, C, P), zero-padded on the right and the bottom to whole cells."""
+    """Cuts a map (B, H, W, C) of whole cells into cells (B, hh, ww, h, w, C)."""
+    h, w = cell
+    B, H, W, C = x.shape
+    return x.reshape(B, H // h, h, W // w, w, C).transpose(2, 3)
+
+
+def normed_cells(
+    x: torch.Tensor, cell: tuple[int, int], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """Cells (B, hh, ww, P, C) of the map (B, H, W, C) after its layer norm, if there is one: zero in the padding."""
     h, w = cell
     B, H, W, C = x.shape
     hh, ww = (H + h - 1) // h, (W + w - 1) // w
-    if not (is_whole(H, h) and is_whole(W, w)):
-        x = F.pad(x, (0, 0, 0, ww * w - W, 0, hh * h - H))
-    return x.reshape(B, hh, h, ww, w, C).permute(0, 1, 3, 5, 2, 4).reshape(B, hh, ww, C, h * w)
+    whole = is_whole(H, h) and is_whole(W, w)
+    if whole:
+        x = to_cells(x, cell)  # first, so that one transposition serves the norm and the cut
+    if weight is not None:
+        x = F.layer_norm(widen(x), [C], widen(weight), None if bias is None else widen(bias), eps).to(x.dtype)
+    if not whole:
+        x = to_cells(F.pad(x, (0, 0, 0, ww * w - W, 0, hh * h - H)), cell)
+    return x.reshape(B, hh, ww, h * w, C)
 
 
 def from_cells(x: torch.Tensor, cell: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
-    """Cells (B, hh, ww, C, P) to a map, cropped to `size`: (B, H, W, C)."""
+    """Cells (B, hh, ww, P, C) to a map, cropped to `size`: (B, H, W, C)."""
     h, w = cell
-    B, hh, ww, C, _ = x.shape
-    x = x.reshape(B, hh, ww, C, h, w).permute(0, 3, 1, 4, 2, 5).reshape(B, C, hh * h, ww * w)
+    B, hh, ww, _, C = x.shape
+    x = x.reshape(B, hh, ww, h, w, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, hh * h, ww * w)
     if not (is_whole(size[0], h) and is_whole(size[1], w)):
         x = F.pad(x, (0, size[1] - ww * w, 0, size[0] - hh * h))
     return x.permute(0, 2, 3, 1)
@@ -42,31 +60,31 @@ def taps(s: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def neighbours(s: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-    """(B, C, hh, ww) to (B, hh, ww, 9, C), times `factor`."""
+    """(B, C, hh, ww) to (B, hh, ww, C, 9), times `factor`."""
     B, C, hh, ww = s.shape
     s = F.conv2d(s, taps(s, C) * factor, padding=1, groups=C)
-    return s.reshape(B, C, 9, hh, ww).permute(0, 3, 4, 2, 1)
+    return s.reshape(B, C, 9, hh, ww).permute(0, 3, 4, 1, 2)
 
 
 def sum_neighbours(s: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Adjoint of `neighbours`, plus `bias`: (B, hh, ww, 9, C) to (B, C, hh, ww)."""
-    B, hh, ww, _, C = s.shape
-    s = s.permute(0, 4, 3, 1, 2).reshape(B, C * 9, hh, ww)
+    """Adjoint of `neighbours`, plus `bias`: (B, 9 * C, hh, ww) to (B, C, hh, ww)."""
+    C = s.shape[1] // 9
     return F.conv_transpose2d(s, taps(s, C), bias, padding=1, groups=C)
 
 
 def associate(cells: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """q (B, hh, ww, 9, P) of cells and super tokens (B, C, hh, ww)."""
-    logits = torch.matmul(neighbours(s, s.shape[1] ** -0.5), cells)
-    return widen(logits).softmax(3).to(cells.dtype)
+    """q (B, hh, ww, P, 9) of cells and super tokens (B, C, hh, ww)."""
+    logits = torch.matmul(cells, neighbours(s, s.shape[1] ** -0.5))
+    return widen(logits).softmax(-1).to(cells.dtype)
 
 
 def aggregate(cells: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Super tokens (B, C, hh, ww)."""
+    B, hh, ww, _, C = cells.shape
     q = widen(q)
-    total = sum_neighbours(torch.matmul(q, widen(cells).transpose(-1, -2)))
-    mass = sum_neighbours(q.sum(-1, keepdim=True), q.new_full((1,), 1e-12))
-    return (total / mass).to(cells.dtype)
+    total = torch.matmul(q.transpose(-1, -2), widen(cells)).permute(0, 4, 3, 1, 2).reshape(B, C * 9, hh, ww)
+    mass = sum_neighbours(q.sum(3).permute(0, 3, 1, 2), q.new_full((1,), 1e-12))
+    return (sum_neighbours(total) / mass).to(cells.dtype)
 
 
 def sample(
@@ -77,12 +95,9 @@ def sample(
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Super tokens (B, hh, ww, C) and association q (B, hh, ww, 9, P)."""
-    if weight is not None:
-        x = F.layer_norm(x, [x.shape[-1]], weight, bias, eps)
-    cells = to_cells(x, cell)
-    s = widen(cells).mean(-1).to(cells.dtype).permute(0, 3, 1, 2)
-    q = associate(cells, s)
+    """Super tokens (B, hh, ww, C) and association q (B, hh, ww, P, 9)."""
+    cells = normed_cells(x, cell, weight, bias, eps)
+    q = associate(cells, widen(cells).mean(3).to(cells.dtype).permute(0, 3, 1, 2))
     for _ in range(n_iter - 1):
         q = associate(cells, aggregate(cells, q))
     return aggregate(cells, q).permute(0, 2, 3, 1), q
@@ -95,7 +110,10 @@ def spread(
     size: tuple[int, int],
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As the reference's."""
-    cells = torch.matmul(neighbours(s.permute(0, 3, 1, 2)).transpose(-1, -2), q.to(s.dtype))
+    """Each pixel's weighted sum of its 9 super tokens, plus the residual: (B, H, W, C)."""
+    cells = torch.matmul(q.to(s.dtype), neighbours(s.permute(0, 3, 1, 2)).transpose(-1, -2))
     y = from_cells(cells, cell, size)
-    return y if residual is None else residual + y
+    return y if residual is None else (residual + y).to(residual.dtype)
+
+
+PLAN = Plan("sample", "graph", SimpleNamespace(sample=sample, spread=spread), False)
