@@ -21,10 +21,10 @@ def is_whole(length: int, cell: int) -> bool:
 
 
 def to_cells(x: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor:
-    """Cuts a map (B, H, W, C) of whole cells into cells (B, hh, ww, h, w, C)."""
+    """Cuts a map (B, C, H, W) of whole cells into cells (B, hh, ww, h, w, C)."""
     h, w = cell
-    B, H, W, C = x.shape
-    return x.reshape(B, H // h, h, W // w, w, C).transpose(2, 3)
+    B, C, H, W = x.shape
+    return x.reshape(B, C, H // h, h, W // w, w).permute(0, 2, 4, 3, 5, 1)
 
 
 def normed_cells(
@@ -36,22 +36,22 @@ def normed_cells(
     hh, ww = (H + h - 1) // h, (W + w - 1) // w
     whole = is_whole(H, h) and is_whole(W, w)
     if whole:
-        x = to_cells(x, cell)  # first, so that one transposition serves the norm and the cut
+        x = to_cells(x.permute(0, 3, 1, 2), cell)  # first, so that one transposition serves the norm and the cut
     if weight is not None:
         x = F.layer_norm(widen(x), [C], widen(weight), None if bias is None else widen(bias), eps).to(x.dtype)
     if not whole:
-        x = to_cells(F.pad(x, (0, 0, 0, ww * w - W, 0, hh * h - H)), cell)
+        x = to_cells(F.pad(x.permute(0, 3, 1, 2), (0, ww * w - W, 0, hh * h - H)), cell)
     return x.reshape(B, hh, ww, h * w, C)
 
 
 def from_cells(x: torch.Tensor, cell: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
-    """Cells (B, hh, ww, P, C) to a map, cropped to `size`: (B, H, W, C)."""
+    """Cells (B, hh, ww, P, C) to a map, cropped to `size`: (B, C, H, W)."""
     h, w = cell
     B, hh, ww, _, C = x.shape
     x = x.reshape(B, hh, ww, h, w, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, hh * h, ww * w)
     if not (is_whole(size[0], h) and is_whole(size[1], w)):
         x = F.pad(x, (0, size[1] - ww * w, 0, size[0] - hh * h))
-    return x.permute(0, 2, 3, 1)
+    return x
 
 
 def taps(s: torch.Tensor, channels: int) -> torch.Tensor:
@@ -113,7 +113,9 @@ def spread(
     """Each pixel's weighted sum of its 9 super tokens, plus the residual: (B, H, W, C)."""
     cells = torch.matmul(q.to(s.dtype), neighbours(s.permute(0, 3, 1, 2)).transpose(-1, -2))
     y = from_cells(cells, cell, size)
-    return y if residual is None else (residual + y).to(residual.dtype)
+    if residual is not None:
+        y = (residual.permute(0, 3, 1, 2) + y).to(residual.dtype)
+    return y.permute(0, 2, 3, 1)
 
 
 PLAN = Plan("sample", "graph", SimpleNamespace(sample=sample, spread=spread), False)
