@@ -2,8 +2,7 @@
 quarter of its nodes. Letters as in reference.py.
 
 A neighbour is a tap of a depthwise 3 x 3 convolution of the super tokens, zero-padded as the grid is, and the sum over
-neighbours is the transposed convolution. Super tokens are held as maps (B, C, hh, ww), the association pixel by pixel:
-(B, hh, ww, P, 9).
+neighbours is the transposed convolution. Super tokens are held as maps (B, C, hh, ww).
 """
 
 from types import SimpleNamespace
@@ -21,34 +20,21 @@ def is_whole(length: int, cell: int) -> bool:
 
 
 def to_cells(x: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor:
-    """Cuts a map (B, C, H, W) of whole cells into cells (B, hh, ww, h, w, C)."""
-    h, w = cell
-    B, C, H, W = x.shape
-    return x.reshape(B, C, H // h, h, W // w, w).permute(0, 2, 4, 3, 5, 1)
-
-
-def normed_cells(
-    x: torch.Tensor, cell: tuple[int, int], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> torch.Tensor:
-    """Cells (B, hh, ww, P, C) of the map (B, H, W, C) after its layer norm, if there is one: zero in the padding."""
+    """Cuts a map (B, H, W, C) into cells (B, hh, ww, P, C), zero-padded on the right and the bottom to whole cells."""
     h, w = cell
     B, H, W, C = x.shape
     hh, ww = (H + h - 1) // h, (W + w - 1) // w
-    whole = is_whole(H, h) and is_whole(W, w)
-    if whole:
-        x = to_cells(x.permute(0, 3, 1, 2), cell)  # first, so that one transposition serves the norm and the cut
-    if weight is not None:
-        x = F.layer_norm(widen(x), [C], widen(weight), None if bias is None else widen(bias), eps).to(x.dtype)
-    if not whole:
-        x = to_cells(F.pad(x.permute(0, 3, 1, 2), (0, ww * w - W, 0, hh * h - H)), cell)
-    return x.reshape(B, hh, ww, h * w, C)
+    if not (is_whole(H, h) and is_whole(W, w)):
+        x = F.pad(x, (0, 0, 0, ww * w - W, 0, hh * h - H))
+    return x.reshape(B, hh, h, ww, w, C).transpose(2, 3).reshape(B, hh, ww, h * w, C)
 
 
 def from_cells(x: torch.Tensor, cell: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
-    """Cells (B, hh, ww, P, C) to a map, cropped to `size`: (B, C, H, W)."""
+    """Cells (B, hh, ww, C, P) to a map, cropped to `size`: (B, C, H, W)."""
     h, w = cell
-    B, hh, ww, _, C = x.shape
-    x = x.reshape(B, hh, ww, h, w, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, hh * h, ww * w)
+    B, hh, ww, C, _ = x.shape
+    # The rows of a cell stay together: runtimes copy them in one piece.
+    x = x.reshape(B, hh, ww, C, h, w).permute(0, 3, 1, 4, 2, 5).reshape(B, C, hh * h, ww * w)
     if not (is_whole(size[0], h) and is_whole(size[1], w)):
         x = F.pad(x, (0, size[1] - ww * w, 0, size[0] - hh * h))
     return x
@@ -73,17 +59,17 @@ def sum_neighbours(s: torch.Tensor, bias: torch.Tensor | None = None) -> torch.T
 
 
 def associate(cells: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """q (B, hh, ww, P, 9) of cells and super tokens (B, C, hh, ww)."""
-    logits = torch.matmul(cells, neighbours(s, s.shape[1] ** -0.5))
-    return widen(logits).softmax(-1).to(cells.dtype)
+    """q (B, hh, ww, 9, P) of cells (B, hh, ww, P, C) and super tokens (B, C, hh, ww)."""
+    logits = torch.matmul(neighbours(s, s.shape[1] ** -0.5).transpose(-1, -2), cells.transpose(-1, -2))
+    return widen(logits).softmax(3).to(cells.dtype)
 
 
 def aggregate(cells: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Super tokens (B, C, hh, ww)."""
     B, hh, ww, _, C = cells.shape
     q = widen(q)
-    total = torch.matmul(q.transpose(-1, -2), widen(cells)).permute(0, 4, 3, 1, 2).reshape(B, C * 9, hh, ww)
-    mass = sum_neighbours(q.sum(3).permute(0, 3, 1, 2), q.new_full((1,), 1e-12))
+    total = torch.matmul(q, widen(cells)).permute(0, 4, 3, 1, 2).reshape(B, C * 9, hh, ww)
+    mass = sum_neighbours(q.sum(-1).permute(0, 3, 1, 2), q.new_full((1,), 1e-12))
     return (sum_neighbours(total) / mass).to(cells.dtype)
 
 
@@ -95,8 +81,10 @@ def sample(
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Super tokens (B, hh, ww, C) and association q (B, hh, ww, P, 9)."""
-    cells = normed_cells(x, cell, weight, bias, eps)
+    """Super tokens (B, hh, ww, C) and association q (B, hh, ww, 9, P)."""
+    if weight is not None:
+        x = F.layer_norm(widen(x), [x.shape[-1]], widen(weight), None if bias is None else widen(bias), eps).to(x.dtype)
+    cells = to_cells(x, cell)
     q = associate(cells, widen(cells).mean(3).to(cells.dtype).permute(0, 3, 1, 2))
     for _ in range(n_iter - 1):
         q = associate(cells, aggregate(cells, q))
@@ -111,7 +99,7 @@ def spread(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each pixel's weighted sum of its 9 super tokens, plus the residual: (B, H, W, C)."""
-    cells = torch.matmul(q.to(s.dtype), neighbours(s.permute(0, 3, 1, 2)).transpose(-1, -2))
+    cells = torch.matmul(neighbours(s.permute(0, 3, 1, 2)), q.to(s.dtype))
     y = from_cells(cells, cell, size)
     if residual is not None:
         y = (residual.permute(0, 3, 1, 2) + y).to(residual.dtype)
