@@ -216,24 +216,28 @@ def write_onnx(program: ExportedProgram, path: Path, told: dict[str, str]) -> No
     fold_weights(onnx_program.model)
     onnx_program.model.metadata_props.update(told)
     onnx_program.save(path)
+    drop_shapes(path)
     if len(list(path.parent.iterdir())) > 1:
         raise ExportError("the weights do not fit in one ONNX file; --format torch takes them")
 
 
 def fold_weights(model) -> None:
-    """Computes once what depends on weights alone, whatever its size, and drops the shapes of values in between.
-
-    The exporter leaves some of these stale, such as that of a transposed weight: quantizers and others that infer
-    shapes refuse them.
-    """
+    """Computes once, in place, what depends on weights alone, whatever its size."""
     from onnxscript import optimizer
 
     optimizer.optimize(model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
-    outputs = {*model.graph.outputs}
-    for node in model.graph:
-        for value in node.outputs:
-            if value not in outputs:
-                value.shape = value.type = None
+
+
+def drop_shapes(path: Path) -> None:
+    """Takes the shapes of values inside the graph out of a file.
+
+    The exporter leaves some stale, such as that of a transposed weight: quantizers, which infer shapes, refuse them.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    del model.graph.value_info[:]
+    onnx.save(model, path)
 
 
 def load_onnx(path: Path) -> Run:

@@ -102,10 +102,9 @@ class SuperTokenAttention(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
             if isinstance(x, torch.Tensor):  # not so in torch.fx
                 x = x.permute(0, 2, 3, 1)
-                if exporting():
+                plan = REFERENCE if way == "reference" else choose_plan("sample", x, self.backend)
+                if plan.backend == "reference" and exporting():
                     plan = graph.PLAN
-                else:
-                    plan = REFERENCE if way == "reference" else choose_plan("sample", x, self.backend)
                 sampling, spreading = plan.ops.sample, plan.ops.spread
                 if plan.backend != "reference":
                     x = x.to(autocast_dtype(x)).contiguous()
@@ -137,8 +136,6 @@ class SuperTokenAttention(nn.Module):
         """
         if self.cell == (1, 1):
             return REFERENCE
-        if exporting():
-            return graph.PLAN
         x = x.permute(0, 2, 3, 1)
         if self.n_iter == 1:
             sizes = {"cell": self.cell, "num_heads": self.num_heads}

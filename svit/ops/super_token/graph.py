@@ -80,14 +80,16 @@ def sample(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
+    differentiable: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Super tokens (B, hh, ww, C) and association q (B, hh, ww, 9, P)."""
     if weight is not None:
         x = F.layer_norm(widen(x), [x.shape[-1]], widen(weight), None if bias is None else widen(bias), eps).to(x.dtype)
     cells = to_cells(x, cell)
-    q = associate(cells, widen(cells).mean(3).to(cells.dtype).permute(0, 3, 1, 2))
+    pixels = cells if differentiable else cells.detach()  # as in the reference
+    q = associate(pixels, widen(pixels).mean(3).to(cells.dtype).permute(0, 3, 1, 2))
     for _ in range(n_iter - 1):
-        q = associate(cells, aggregate(cells, q))
+        q = associate(pixels, aggregate(pixels, q))
     return aggregate(cells, q).permute(0, 2, 3, 1), q
 
 
@@ -106,4 +108,4 @@ def spread(
     return y.permute(0, 2, 3, 1)
 
 
-PLAN = Plan("sample", "graph", SimpleNamespace(sample=sample, spread=spread), False)
+PLAN = Plan("sample", "reference", SimpleNamespace(sample=sample, spread=spread), False)
