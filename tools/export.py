@@ -147,7 +147,7 @@ def build(
 def fused(model: nn.Module) -> nn.Module:
     """The model with what folds exactly folded, as timm does for inference; as it is where it refuses."""
     try:
-        return reparameterize_model(model)
+        return reparameterize_model(model, inplace=True)
     except ValueError as error:
         print(f"warning: norms and layer scales are not folded: {first_line(error)}", file=sys.stderr)
         return model
