@@ -211,7 +211,7 @@ class SuperTokenAttention(nn.Module):
         B, C, H, W = x.shape
         d = self.dim // self.num_heads
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
-            if exporting() and not self.fused_attn:
+            if not self.fused_attn and exporting():
                 return self.attend_in_graph(x)
         # Channels must lie together, else the fused attention falls back to one that holds the N x N map.
         qkv = self.qkv(x) if torch.jit.is_scripting() else pointwise(self.qkv, x)

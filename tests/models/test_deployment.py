@@ -180,8 +180,8 @@ def test_legacy_onnx(tmp_path: Path) -> None:
     """Which other tools still call."""
     try:
         import onnxruntime
-    except ModuleNotFoundError as error:
-        missing(str(error))
+    except ModuleNotFoundError as e:
+        missing(e.name)
     with set_exportable(True):
         model = timm.create_model("test_svit").eval()
     path = tmp_path / "model.onnx"
