@@ -244,8 +244,8 @@ class SuperTokenAttention(nn.Module):
             qkv, scale = self.qkv(x), d**-0.5
         q, k, v = qkv.reshape(B, self.num_heads, 3 * d, H * W).split(d, dim=2)  # (B, heads, d, N) each
         q = q if scale == 1.0 else q * scale
-        attn = torch.matmul(q.transpose(-1, -2), k).softmax(-1)
-        x = torch.matmul(v, self.attn_drop(attn).transpose(-1, -2)).reshape(B, C, H, W)
+        attn = torch.matmul(k.transpose(-1, -2), q).softmax(-2)  # of each query in a column
+        x = torch.matmul(v, self.attn_drop(attn)).reshape(B, C, H, W)
         return self.proj_drop(self.proj(x))
 
 

@@ -67,10 +67,11 @@ def associate(cells: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
 def aggregate(cells: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Super tokens (B, C, hh, ww)."""
     B, hh, ww, _, C = cells.shape
-    q = widen(q)
-    total = torch.matmul(q, widen(cells)).permute(0, 4, 3, 1, 2).reshape(B, C * 9, hh, ww)
-    mass = sum_neighbours(q.sum(-1).permute(0, 3, 1, 2), q.new_full((1,), 1e-12))
-    return (sum_neighbours(total) / mass).to(cells.dtype)
+    pixels = F.pad(widen(cells), (0, 1), value=1.0)  # whose sum is the mass
+    total = torch.matmul(widen(q), pixels).permute(0, 4, 3, 1, 2).reshape(B, (C + 1) * 9, hh, ww)
+    tiny = F.pad(total.new_full((1,), 1e-12), (C, 0))  # as a bias: optimizers drop what is added by itself
+    total, mass = sum_neighbours(total, tiny).split((C, 1), dim=1)
+    return (total / mass).to(cells.dtype)
 
 
 def sample(
