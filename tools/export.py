@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from timm.data import resolve_model_data_config
+from timm.utils.model import reparameterize_model
 from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
@@ -140,7 +141,16 @@ def build(
             model = create_model(name, img_size=size, **options)
     except (ValueError, OSError) as error:
         raise ExportError(str(error)) from error
-    return model, in_chans, size
+    return fused(model), in_chans, size
+
+
+def fused(model: nn.Module) -> nn.Module:
+    """The model with what folds exactly folded, as timm does for inference; as it is where it refuses."""
+    try:
+        return reparameterize_model(model, inplace=True)
+    except ValueError as error:
+        print(f"warning: norms and layer scales are not folded: {first_line(error)}", file=sys.stderr)
+        return model
 
 
 @contextmanager
@@ -203,10 +213,31 @@ def write_onnx(program: ExportedProgram, path: Path, told: dict[str, str]) -> No
     names = dict(input_names=["image"], output_names=["logits"], dynamic_shapes=(dynamic_axes(program),))
     example, _ = program.example_inputs  # goes with the names of the axes, and no further
     onnx_program = torch.onnx.export(program, example, dynamo=True, verbose=False, **names)
+    fold_weights(onnx_program.model)
     onnx_program.model.metadata_props.update(told)
     onnx_program.save(path)
+    drop_shapes(path)
     if len(list(path.parent.iterdir())) > 1:
         raise ExportError("the weights do not fit in one ONNX file; --format torch takes them")
+
+
+def fold_weights(model) -> None:
+    """Computes once, in place, what depends on weights alone, whatever its size."""
+    from onnxscript import optimizer
+
+    optimizer.optimize(model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
+
+
+def drop_shapes(path: Path) -> None:
+    """Takes the shapes of values inside the graph out of a file.
+
+    The exporter leaves some stale, such as that of a transposed weight: quantizers, which infer shapes, refuse them.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    del model.graph.value_info[:]
+    onnx.save(model, path)
 
 
 def load_onnx(path: Path) -> Run:

@@ -8,9 +8,10 @@ from timm.layers import LayerNorm2d, use_fused_attn
 from torch import nn
 
 from svit.ops import _dispatch, sample, spread, super_token_attention
-from svit.ops._dispatch import Plan, choose_plan, transformed
+from svit.ops._dispatch import Plan, choose_plan, exporting, transformed
 from svit.ops._numerics import autocast_dtype
 from svit.ops.attention.composition import attention_half
+from svit.ops.super_token import graph
 
 from . import folding
 from .checks import check_map, pair, positive_int
@@ -102,6 +103,8 @@ class SuperTokenAttention(nn.Module):
             if isinstance(x, torch.Tensor):  # not so in torch.fx
                 x = x.permute(0, 2, 3, 1)
                 plan = REFERENCE if way == "reference" else choose_plan("sample", x, self.backend)
+                if plan.backend == "reference" and exporting():
+                    plan = graph.PLAN
                 sampling, spreading = plan.ops.sample, plan.ops.spread
                 if plan.backend != "reference":
                     x = x.to(autocast_dtype(x)).contiguous()
@@ -209,6 +212,8 @@ class SuperTokenAttention(nn.Module):
         d = self.dim // self.num_heads
         packed = False
         if not torch.jit.is_scripting():
+            if not self.fused_attn and exporting():
+                return self.attend_in_graph(x)
             packed = runs_packed(x, self.qkv, self.proj)
         # Channels must lie together, else the fused attention falls back to one that holds the N x N map.
         qkv = self.qkv(x) if torch.jit.is_scripting() else pointwise(self.qkv, x, packed)
@@ -227,6 +232,24 @@ class SuperTokenAttention(nn.Module):
         x = x.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
         x = self.proj(x) if torch.jit.is_scripting() else pointwise(self.proj, x, packed)
         return self.proj_drop(x)
+
+    @torch.jit.ignore
+    def attend_in_graph(self, x: torch.Tensor) -> torch.Tensor:
+        """`attend` for graphs that other programs read: tokens stay last, and the scale goes into the weights of q."""
+        B, C, H, W = x.shape
+        d = self.dim // self.num_heads
+        if is_plain_pointwise(self.qkv):
+            scales = x.new_full((d,), d**-0.5), x.new_ones(2 * d)
+            factor = torch.cat(scales).repeat(self.num_heads)
+            weight, bias = self.qkv.weight * factor.view(-1, 1, 1, 1), self.qkv.bias
+            qkv, scale = F.conv2d(x, weight, None if bias is None else bias * factor), 1.0
+        else:
+            qkv, scale = self.qkv(x), d**-0.5
+        q, k, v = qkv.reshape(B, self.num_heads, 3 * d, H * W).split(d, dim=2)  # (B, heads, d, N) each
+        q = q if scale == 1.0 else q * scale
+        attn = torch.matmul(k.transpose(-1, -2), q).softmax(-2)  # of each query in a column
+        x = torch.matmul(v, self.attn_drop(attn)).reshape(B, C, H, W)
+        return self.proj_drop(self.proj(x))
 
     def fuse(self) -> "SuperTokenAttention":
         """Lets oneDNN keep the weights of both convolutions in its own layout, for inference on a CPU."""

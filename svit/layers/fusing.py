@@ -12,6 +12,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from svit.ops import onednn
+from svit.ops._dispatch import exporting
 
 # Layers that drop; those of these classes do nothing else.
 DROPS = (nn.Identity, nn.Dropout, DropPath)
@@ -117,8 +118,7 @@ def is_plain_pointwise(conv: nn.Module) -> bool:
 
 def for_other_programs() -> bool:
     """Whether what runs is written down by torch.jit.trace or torch.export."""
-    # Not torch.compiler.is_exporting(), which is true under torch.compile too (PyTorch 2.11).
-    return torch.jit.is_tracing() or getattr(torch.compiler, "_is_exporting_flag", False)
+    return torch.jit.is_tracing() or exporting()
 
 
 def renamed(old: str, new: str) -> Callable:

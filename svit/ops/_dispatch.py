@@ -103,6 +103,12 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def exporting() -> bool:
+    """Whether torch.export writes down what runs, also on the way to ONNX or AOTInductor."""
+    # Not torch.compiler.is_exporting(), which is true under torch.compile too (PyTorch 2.11).
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
 def has_function_mode() -> bool:
     """Whether a mode of `__torch_function__` is on, other than that of `torch.device`, which all factories know."""
     if torch._C._len_torch_function_stack() == 0:

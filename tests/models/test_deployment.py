@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -173,6 +174,26 @@ def test_script(scriptable: bool, name: str) -> None:
     for size in SIZES:
         x = image(*size)
         assert error(scripted(x), model(x)) < 1e-5
+
+
+def test_legacy_onnx(tmp_path: Path) -> None:
+    """Which other tools still call."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as e:
+        missing(e.name)
+    with set_exportable(True):
+        model = timm.create_model("test_svit").eval()
+    path = tmp_path / "model.onnx"
+    axes = {"image": {0: "batch", 2: "height", 3: "width"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (image(*SIZES[0]),), path, dynamo=False, input_names=["image"], dynamic_axes=axes)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for size in SIZES:
+        x = image(*size)
+        (found,) = session.run(None, {"image": x.numpy()})
+        assert error(torch.from_numpy(found), model(x)) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)

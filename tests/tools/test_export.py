@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 from torch._inductor import cpp_builder
 
 import export
@@ -126,6 +127,65 @@ def test_onnx_of_one_size(run, two_stages, monkeypatch):
     assert (status, out) == (1, "")
     assert err == "error: the weights do not fit in one ONNX file; --format torch takes them\n"
     assert sorted(os.listdir()) == ["c.safetensors", "one.onnx"]
+
+
+def test_onnx_has_few_nodes(run):
+    """Each costs a runtime something, and caformer_s18 has 508."""
+    needs_onnx()
+    import onnx
+
+    status, _, _ = run("svit_small", "--static", "--img-size", "64")
+    assert status == 0
+    graph = onnx.load("svit_small.onnx").graph
+    assert len(graph.node) < 600
+    assert not {node.op_type for node in graph.node} & {"Slice", "Squeeze", "Unsqueeze"}
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    sums = [values[node.input[2]] for node in graph.node if node.op_type == "ConvTranspose"]
+    assert len(sums) == 8
+    assert all(bias[-1] > 0 and not bias[:-1].any() for bias in sums)  # 1e-12, without which a mass may be 0
+
+
+def test_onnx_quantizes(run, two_stages):
+    """As it is, by both quantizers of onnxruntime; the outputs stay near."""
+    needs_onnx()
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+
+    class Images(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.images = iter(torch.randn(8, 2, 3, 64, 64).numpy())
+
+        def get_next(self) -> dict | None:
+            return next(({"image": x} for x in self.images), None)
+
+    options = ["--checkpoint", "c.safetensors", "--static", "--batch-size", "2"]
+    assert run("test_svit", *options)[0] == 0
+    quantize_dynamic("test_svit.onnx", "dynamic.onnx", weight_type=QuantType.QUInt8)
+    quantize_static("test_svit.onnx", "static.onnx", Images())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = two_stages(x)
+    for file in ("dynamic.onnx", "static.onnx"):
+        found = export.load_onnx(Path(file))(x)
+        difference = (found - expected).norm() / expected.norm()
+        assert 1e-5 < difference < 0.1, (file, difference)
+
+
+def test_model_that_does_not_fuse(run, two_stages, monkeypatch):
+    """Its norms stay in the file, which is said."""
+    create = export.create_model
+
+    def create_pruned(*args, **kwargs) -> torch.nn.Module:
+        model = create(*args, **kwargs)
+        torch.nn.utils.prune.l1_unstructured(model.stages[0].blocks[0].mlp.fc1, "weight", 0.5)
+        return model
+
+    monkeypatch.setattr(export, "create_model", create_pruned)
+    options = ["--format", "torch", "--static", "--img-size", "32", "--checkpoint", "c.safetensors"]
+    status, out, err = run("test_svit", *options)
+    assert status == 0
+    assert err.startswith("warning: norms and layer scales are not folded: ")
+    assert "fc1: expected a plain Conv2d" in err
+    assert "wrote test_svit.pt2" in out
 
 
 def test_torch(run, two_stages):

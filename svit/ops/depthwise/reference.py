@@ -10,7 +10,7 @@ def depthwise3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu
     x, weight, bias = x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype)
     if gelu:
         x = F.gelu(x)
-    if computes_in_16_bit(x):
+    if computes_in_16_bit(x) or torch.jit.is_tracing():  # a trace would not know that kernel's shape
         y = x + F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
     else:
         # The centre tap takes the residual in, which saves a pass; in 16 bit it would lose digits to the 1.
