@@ -443,14 +443,14 @@ def test_largest_error():
 @pytest.fixture
 def swept(monkeypatch):
     """A function: the error and the time of each setting of `spread` -> what a sweep of them finds."""
-    monkeypatch.setattr(sweep.launching, "SETTINGS", {}, raising=False)
+    monkeypatch.setattr(sweep.super_token, "SETTINGS", {})
     monkeypatch.setattr(sweep, "ratios", {})
     shape = ops.Shape(1, 8, 8, 64, (8, 8), 1)
     call = ops.call_of("spread", shape, torch.float32, "cpu")
     table = sweep.Table("spread", call, shape)
 
     def run(errors: dict, seconds: dict, banned: tuple = ()) -> dict:
-        now = lambda: sweep.launching.SETTINGS.get(table.key, "now")  # noqa: E731
+        now = lambda: sweep.super_token.SETTINGS.get(table.key, "now")  # noqa: E731
         monkeypatch.setattr(call, "fused", lambda backend: lambda: call.reference()() * (1 + errors.get(now(), 0)))
         monkeypatch.setattr(sweep, "launches", lambda call: [SimpleNamespace(name="spread", run=now)])
         monkeypatch.setattr(sweep, "is_banned", lambda launch: now() in banned)
