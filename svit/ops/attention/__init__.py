@@ -62,9 +62,9 @@ def super_token_attention(
             residual=x, sample=partial(sample, backend=backend), spread=partial(spread, backend=backend),
         )[0]  # fmt: skip
     tensors = x, norm_weight, norm_bias, *parameters, scale
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save_for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     op = torch.ops.svit.super_token_attention
-    return op(x, cell, norm_weight, norm_bias, eps, *parameters, scale, num_heads, keep, backend)[0]
+    return op(x, cell, norm_weight, norm_bias, eps, *parameters, scale, num_heads, save_for_backward, backend)[0]
 
 
 def expect_linear(weight, bias, name, outputs: int, inputs: int, x) -> None:

@@ -24,23 +24,24 @@ def super_token_attention(
     proj_bias: Tensor,
     scale: Tensor | None,
     num_heads: int,
-    keep: bool,
+    save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, W, C = x.shape
     h, w = cell
     x = cuda.aligned(x)
     clusters = cuda.max_active_clusters(C, H // h, W // w, x.device) > 0
     y = torch.empty_like(x)
-    s = x.new_empty((B, H // h, W // w, C) if keep else 0)
+    s = x.new_empty((B, H // h, W // w, C) if save_for_backward else 0)
     # Without clusters q passes through global memory.
-    stores_q = keep or not clusters
+    stores_q = save_for_backward or not clusters
     q = x.new_empty((B, H // h, W // w, 9, h * w) if stores_q else 0)
-    mass = x.new_empty((B, H // h, W // w) if keep else 0, dtype=torch.float32)
+    mass = x.new_empty((B, H // h, W // w) if save_for_backward else 0, dtype=torch.float32)
     torch.ops.svit_cuda.super_token_attention(
         x, *(cuda.parameter(t, x) for t in (norm_weight, norm_bias)), eps,
         cuda.weight(qkv_weight, x), cuda.parameter(qkv_bias, x),
         cuda.weight(proj_weight, x), cuda.parameter(proj_bias, x),
         None if scale is None else cuda.aligned(scale.float().contiguous()),
-        h, w, clusters, y, s if keep else None, q if stores_q else None, mass if keep else None,
+        h, w, clusters, y,
+        s if save_for_backward else None, q if stores_q else None, mass if save_for_backward else None,
     )  # fmt: skip
-    return y, s, q if keep else x.new_empty(0), mass
+    return y, s, q if save_for_backward else x.new_empty(0), mass

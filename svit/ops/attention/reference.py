@@ -80,13 +80,13 @@ def super_token_attention(
     proj_bias: torch.Tensor,
     scale: torch.Tensor | None,
     num_heads: int,
-    keep: bool,
+    save_for_backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x + scale * attention(norm(x)), and s, q and mass of the sampling (empty without `keep`)."""
+    """x + scale * attention(norm(x)), and s, q and mass of the sampling (empty without `save_for_backward`)."""
     y, s, q, mass = attention_half(
         x, cell, 1, norm_weight, norm_bias, eps,
         attend=lambda s: attend(s, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads),
         scale=None if scale is None else lambda s: s * scale[:, None, None].to(s.dtype),
         residual=x, sample=sample, spread=spread,
     )  # fmt: skip
-    return (y, s, q, mass) if keep else (y, s.new_empty(0), q.new_empty(0), mass.new_empty(0))
+    return (y, s, q, mass) if save_for_backward else (y, s.new_empty(0), q.new_empty(0), mass.new_empty(0))
