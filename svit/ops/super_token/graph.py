@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from svit.ops._dispatch import Plan
 from svit.ops._numerics import widen
 
+from .reference import layer_norm
+
 
 def is_whole(length: int, cell: int) -> bool:
     """Whether cells cover `length` pixels without padding, as far as the graph is told: not for a dynamic size."""
@@ -85,7 +87,7 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Super tokens (B, hh, ww, C) and association q (B, hh, ww, 9, P)."""
     if weight is not None:
-        x = F.layer_norm(widen(x), [x.shape[-1]], widen(weight), None if bias is None else widen(bias), eps).to(x.dtype)
+        x = layer_norm(x, weight, bias, eps)
     cells = to_cells(x, cell)
     pixels = cells if differentiable else cells.detach()  # as in the reference
     q = associate(pixels, widen(pixels).mean(3).to(cells.dtype).permute(0, 3, 1, 2))

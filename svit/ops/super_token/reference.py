@@ -69,6 +69,12 @@ def weighted_mean(total: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     return total / (mass.unsqueeze(-1) + 1e-12)
 
 
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Over the channels; parameters may be wider than x, and are where autocast chose the dtype of x."""
+    bias = None if bias is None else widen(bias)
+    return F.layer_norm(widen(x), [x.shape[-1]], widen(weight), bias, eps).to(x.dtype)
+
+
 def associate(x: torch.Tensor, s: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor:
     return associate_cells(to_cells(x, cell), s)
 
@@ -100,8 +106,7 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Super tokens s (B, hh, ww, C), association q (B, hh, ww, 9, P), mass (B, hh, ww)."""
     if weight is not None:
-        # The parameters may be wider than x, and are where autocast chose the dtype of x.
-        x = F.layer_norm(widen(x), [x.shape[-1]], widen(weight), None if bias is None else widen(bias), eps).to(x.dtype)
+        x = layer_norm(x, weight, bias, eps)
     cells = to_cells(x, cell)
     # q is a constant to autograd (model and paper): s then depends on x through the last weighted mean alone.
     pixels = cells if differentiable else cells.detach()
