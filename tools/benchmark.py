@@ -69,7 +69,8 @@ class Setting:
         return torch.autocast(self.device, dtype, enabled=self.amp is not None, cache_enabled=False)
 
 
-RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
+OF_ONNX = ("onnxruntime", "openvino")
+RUNTIMES = ("eager", "compile", *OF_ONNX)
 
 PREFIXES = ("upstream", "reference", "cuda", "folded", "maps", "compiled", "graph")
 
@@ -85,6 +86,8 @@ def build(spec: str, setting: Setting) -> nn.Module:
     arguments = {}
     for backend in {"reference", "cuda"} & set(prefixes):
         arguments["backend"] = backend
+    if setting.runtime in OF_ONNX:
+        arguments["exportable"] = True  # as tools/export.py makes it
     try:
         if has_fixed_size(name):
             arguments["img_size"] = setting.size
@@ -253,7 +256,7 @@ def better_format(spec: str, setting: Setting) -> str:
     Two more compilations take longer than all of the runs: what is compiled or captured for a GPU runs channels-last.
     Other runtimes than PyTorch take NCHW, and lay it out as they like.
     """
-    if setting.runtime in ("onnxruntime", "openvino"):
+    if setting.runtime in OF_ONNX:
         return "NCHW"
     if setting.device == "cuda" and ({"compiled", "graph"} & set(spec.split(":")) or setting.runtime == "compile"):
         return "channels-last"

@@ -128,6 +128,14 @@ def test_runtimes_compute_the_same(runtime):
     assert benchmark.Candidate(model, "NCHW", setting).run() > 0
 
 
+def test_runtimes_of_onnx_get_the_file_of_the_export_tool(monkeypatch):
+    made = []
+    monkeypatch.setattr(benchmark, "in_runtime", lambda model, spec, setting: made.append(model))
+    for runtime in benchmark.RUNTIMES:
+        benchmark.build("test_svit", replace(SETTING, runtime=runtime))
+    assert [model.stages[0].blocks[0].attn.fused_attn for model in made] == [True, True, False, False]
+
+
 def test_rows_of_runtimes(monkeypatch):
     """A row for each model in each runtime, all in turn; ratios are to the first model in the same runtime."""
     built = []
