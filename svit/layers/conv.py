@@ -10,6 +10,7 @@ GELU and a zero-padded convolution, where a folded shift would be wrong at the b
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import get_act_layer, get_norm_layer
 from torch import nn
 
@@ -43,16 +44,20 @@ class ResidualDepthwiseConv(nn.Conv2d):
     """x + depthwise 3x3 convolution of x, with bias: (B, dim, H, W) to the same.
 
     The conditional positional encoding (CPE) of a block and the middle of its conv-FFN (paper: section 3.1). `backend`
-    as in `SuperTokenAttention`; `gelu` convolves GELU(x) (exact) instead of x.
+    as in `SuperTokenAttention`; `gelu` convolves GELU(x) (exact) instead of x. With a `dilation` above 1 PyTorch's
+    convolution runs, whatever the backend.
     """
 
     bias: torch.Tensor  # that of nn.Conv2d may be None, which TorchScript would not pass on
 
-    def __init__(self, dim: int, backend: str | None = None, device=None, dtype=None) -> None:
-        super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+    def __init__(self, dim: int, backend: str | None = None, dilation: int = 1, device=None, dtype=None) -> None:
+        super().__init__(dim, dim, 3, padding=dilation, dilation=dilation, groups=dim, device=device, dtype=dtype)
         self.backend = default_backend(backend)
 
     def forward(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        if self.dilation[0] > 1:
+            x = F.gelu(x) if gelu else x
+            return x + self._conv_forward(x, self.weight, self.bias)
         x = x.permute(0, 2, 3, 1)
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
             if isinstance(x, torch.Tensor) and x.shape[3] == self.out_channels:
@@ -74,6 +79,7 @@ class ConvFFN(nn.Module):
         norm_layer: layer class, or timm's name of one.
         act_layer: the same of the activation.
         backend: of the depthwise convolution, as in `SuperTokenAttention`.
+        dilation: of the depthwise convolution.
 
     Shape: (B, dim, H, W) to the same.
     """
@@ -86,6 +92,7 @@ class ConvFFN(nn.Module):
         norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
         act_layer: str | type[nn.Module] = nn.GELU,
         backend: str | None = None,
+        dilation: int = 1,
         device=None,
         dtype=None,
     ) -> None:
@@ -95,7 +102,7 @@ class ConvFFN(nn.Module):
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
         self.act = get_act_layer(act_layer)()
         self.drop1 = nn.Dropout(drop)
-        self.dwconv = ResidualDepthwiseConv(hidden_dim, backend, **dd)
+        self.dwconv = ResidualDepthwiseConv(hidden_dim, backend, dilation, **dd)
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1, **dd)
         self.drop2 = nn.Dropout(drop)
 
@@ -132,10 +139,14 @@ class ConvFFN(nn.Module):
         dim, hidden = x.shape[1], fc1.out_channels
         weights = fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias
         shapes = (hidden, dim, 1, 1), (hidden,), (hidden, 1, 3, 3), (hidden,), (dim, hidden, 1, 1), (dim,)
-        if torch.is_grad_enabled() or not (
-            (fc1.kernel_size, fc1.stride, fc1.padding, fc1.groups)
-            == (fc2.kernel_size, fc2.stride, fc2.padding, fc2.groups)
-            == POINTWISE
+        if (
+            torch.is_grad_enabled()
+            or dwconv.dilation != (1, 1)
+            or not (
+                (fc1.kernel_size, fc1.stride, fc1.padding, fc1.groups)
+                == (fc2.kernel_size, fc2.stride, fc2.padding, fc2.groups)
+                == POINTWISE
+            )
         ):
             return GELU_INSIDE
         for weight, shape in zip(weights, shapes, strict=True):
@@ -312,7 +323,8 @@ def affine(norms: Sequence[nn.BatchNorm2d]) -> tuple[Sequence[torch.Tensor], Seq
 class Downsample(nn.Module):
     """3x3 convolution of stride 2, then BatchNorm: (B, dim, H, W) to (B, out_dim, ceil(H / 2), ceil(W / 2)).
 
-    `backend` as in `SuperTokenAttention`: 'reference' keeps the convolution to PyTorch's after `fuse()` too.
+    With `stride` 1 the map keeps its size, and `dilation` may be above 1, for dense prediction. `backend` as in
+    `SuperTokenAttention`: 'reference' keeps the convolution to PyTorch's after `fuse()` too.
     """
 
     def __init__(
@@ -321,13 +333,15 @@ class Downsample(nn.Module):
         out_dim: int,
         norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
         backend: str | None = None,
+        stride: int = 2,
+        dilation: int = 1,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.backend = default_backend(backend)
-        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=stride, padding=dilation, dilation=dilation, **dd)
         self.norm = get_norm_layer(norm_layer)(out_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

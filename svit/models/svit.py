@@ -71,12 +71,13 @@ class Block(nn.Module):
         norm_layer: LayerType = nn.BatchNorm2d,
         act_layer: LayerType = nn.GELU,
         backend: str | None = None,
+        dilation: int = 1,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.pos_embed = ResidualDepthwiseConv(dim, backend, **dd)
+        self.pos_embed = ResidualDepthwiseConv(dim, backend, dilation, **dd)
         self.norm1 = LayerNorm2d(dim, eps=1e-6, **dd)
         self.attn = SuperTokenAttention(
             dim,
@@ -91,7 +92,7 @@ class Block(nn.Module):
         )
         self.ls1 = nn.Identity() if layer_scale_init is None else LayerScale(dim, layer_scale_init, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.mlp = ConvFFN(dim, int(dim * mlp_ratio), proj_drop, norm_layer, act_layer, backend, **dd)
+        self.mlp = ConvFFN(dim, int(dim * mlp_ratio), proj_drop, norm_layer, act_layer, backend, dilation, **dd)
         self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(dim, layer_scale_init, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -212,6 +213,9 @@ class SViT(nn.Module):
         head_width: channels of the 1x1 convolution before the pool, None or 0 for no such convolution
             (`timm.create_model` drops keywords that are None: give it 0).
         stem_stride: pixels of the image to one of the first stage: 1, 2 or 4.
+        output_stride: pixels of the image to one of the last stage, at most: 8, 16 or 32. Downsampling convolutions
+            that would go beyond have stride 1, and the convolutions after them are dilated instead, as in timm's
+            ConvNeXt. Weights are the same; cells keep their size in pixels of the map.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after the stem, inside the conv-FFN and after the attention's projection.
         attn_drop_rate: dropout of the attention weights.
@@ -242,6 +246,7 @@ class SViT(nn.Module):
         mlp_ratio: float = 4.0,
         head_width: int | None = 1024,
         stem_stride: int = 4,
+        output_stride: int = 32,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -271,6 +276,8 @@ class SViT(nn.Module):
 
         embed_dims, depths, num_heads = map(plain_ints, (embed_dims, depths, num_heads))
         in_chans, num_classes, head_width, stem_stride = plain_ints((in_chans, num_classes, head_width, stem_stride))
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride: expected 8, 16 or 32, got {output_stride!r}")
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -281,7 +288,16 @@ class SViT(nn.Module):
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.feature_info = []
         stages = []
+        reduction, dilation = stem_stride, 1
         for i, dim in enumerate(embed_dims):
+            downsample = nn.Identity()
+            if i > 0:
+                stride = 2 if reduction < output_stride else 1
+                # A convolution whose stride is taken sees what it saw; those after it saw every second pixel.
+                downsample = Downsample(
+                    embed_dims[i - 1], dim, norm_layer, backend, stride, dilation if stride == 1 else 1, **dd
+                )
+                reduction, dilation = reduction * stride, dilation * 2 // stride
             block = partial(
                 Block,
                 dim,
@@ -296,11 +312,11 @@ class SViT(nn.Module):
                 norm_layer=norm_layer,
                 act_layer=act_layer,
                 backend=backend,
+                dilation=dilation,
                 **dd,
             )
-            downsample = Downsample(embed_dims[i - 1], dim, norm_layer, backend, **dd) if i > 0 else nn.Identity()
             stages.append(Stage(downsample, [block(drop_path=rate) for rate in drop_path_rates[i]]))
-            self.feature_info.append(dict(num_chs=dim, reduction=stem_stride * 2**i, module=f"stages.{i}"))
+            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
 
         self.final_conv = FinalConv(embed_dims[-1], head_width, norm_layer, backend, **dd)
