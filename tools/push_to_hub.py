@@ -8,6 +8,7 @@ pretrained=True)` and "local-dir:..." load the model, after `import svit`. Pushi
 """
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -244,6 +245,7 @@ def write_files(
     if names and len(names) == model.num_classes:
         config["label_names"] = list(names)
     save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
+    drop_repeated_arguments(folder / "config.json")
     # safetensors makes a file for its owner alone.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
@@ -275,6 +277,16 @@ def write_files(
         facts=yaml.safe_dump(shown, sort_keys=False) if shown else "",
     )
     card.save(folder / "README.md")
+
+
+def drop_repeated_arguments(path: Path) -> None:
+    """Takes num_classes out of the model_args of timm's config.json, which says it once more at its top.
+
+    timm takes either; transformers passes both, and its models end in "multiple values for num_classes".
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("model_args", {}).pop("num_classes", None) is not None:
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def without_places(facts: Mapping[str, Any]) -> dict[str, Any]:

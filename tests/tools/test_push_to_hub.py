@@ -47,7 +47,10 @@ def check_files(folder: str, model: torch.nn.Module, repo_id: str) -> None:
     config = timm.data.resolve_model_data_config(loaded)
     assert (config["mean"], config["input_size"], config["interpolation"]) == ([0.5, 0.4, 0.3], (3, 48, 64), "nearest")
     assert loaded.pretrained_cfg["label_names"] == CLASSES
-    assert json.loads(Path(folder, "config.json").read_text())["label_names"] == CLASSES
+    written = json.loads(Path(folder, "config.json").read_text())
+    assert written["label_names"] == CLASSES
+    assert written["num_classes"] == 10
+    assert "num_classes" not in written.get("model_args", {})  # transformers passes it by itself
     assert f'timm.create_model("hf-hub:{repo_id}", pretrained=True)' in Path(folder, "README.md").read_text()
 
 
