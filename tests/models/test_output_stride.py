@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-import svit  # noqa: F401
+import svit
 
 NAMES = ["test_svit", "svit_nano_32", "svit_nano"]
 
