@@ -405,3 +405,19 @@ def distributed_worker(folder: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     distributed_worker(Path(sys.argv[1]), int(sys.argv[2]))
+
+
+@pytest.mark.parametrize("first", ["training", "validation"])
+def test_scripted_training_between_validations(first):
+    """TorchScript's profile of the one must not spoil the other: no tensor of inference mode reaches autograd."""
+    eager = timm.create_model("test_svit", num_classes=3, scriptable=True)
+    model, x = torch.jit.script(eager), torch.randn(2, 3, 72, 88)
+    for turn in range(6):
+        if (turn % 2 == 0) == (first == "training"):
+            model.train()(x).sum().backward()
+            assert model.stages[0].blocks[0].attn.qkv.weight.grad.abs().max() > 0
+        else:
+            with torch.inference_mode():
+                for _ in range(2):
+                    y = model.eval()(x)
+                torch.testing.assert_close(y, eager.eval()(x), rtol=1e-4, atol=1e-6)

@@ -39,7 +39,9 @@ def neighbours(s: torch.Tensor) -> torch.Tensor:
     """The 3 x 3 super tokens around each cell, zero outside the grid: (B, hh, ww, C) -> (B, hh, ww, 9, C)."""
     B, hh, ww, C = s.shape
     s = F.pad(s, (0, 0, 1, 1, 1, 1))
-    return torch.stack([s.narrow(1, k // 3, hh).narrow(2, k % 3, ww) for k in range(9)], dim=3)
+    # Without a loop, in which TorchScript forgets what wants a gradient.
+    rows = torch.stack((s.narrow(1, 0, hh), s.narrow(1, 1, hh), s.narrow(1, 2, hh)), dim=3)
+    return torch.stack((rows.narrow(2, 0, ww), rows.narrow(2, 1, ww), rows.narrow(2, 2, ww)), dim=4).flatten(3, 4)
 
 
 def sum_neighbours(s: torch.Tensor) -> torch.Tensor:
