@@ -47,13 +47,11 @@ def commands() -> list[tuple[str, str, str]]:
 
 
 def options(source: Path) -> set[str]:
-    """What a tool's parser takes, and those of the modules of tools/ that it imports."""
+    """What a command's parser takes, and those of the commands' modules that it imports."""
     text = source.read_text()
     known = set(re.findall(r"""["'](--[a-z][\w-]*)["']""", text))
-    for module in re.findall(r"^(?:from|import) ([\w.]+)", text, re.MULTILINE):
-        path = ROOT / "tools" / (module.replace(".", "/") + ".py")
-        if path.is_file():
-            known |= options(path)
+    for module in re.findall(r"^from (svit\.(?:cli|training)\.\w+)", text, re.MULTILINE):
+        known |= options(ROOT / (module.replace(".", "/") + ".py"))
     return known
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 import svit
-import validate
-from classification.models import create_model
+from svit.cli import validate
+from svit.training.models import create_model
 
 FILE = Path(svit.__file__).parent / "weights" / "svit_nano_32.cifar10.safetensors"
 IMAGES = Path(__file__).parent / "data" / "cifar10_200.tar"  # the first 20 test images of each class, in file order

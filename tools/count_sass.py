@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import processes
+from svit import processes
 
 ARCHITECTURE = re.compile(r"\s*arch = (\w+)")
 FUNCTION = re.compile(r"\s*Function\s*:\s*(\w+)|\.text\.(\w+):")

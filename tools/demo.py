@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import processes
+from svit import processes
 from svit.files import replacing
 
 TOOLS = Path(__file__).parent

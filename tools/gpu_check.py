@@ -37,10 +37,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # a checkout that is not installed
 
-import processes  # noqa: E402
 from gpu import machine, worker  # noqa: E402
 from gpu.items import START, Batch, Item, Setup, Stage  # noqa: E402
 from gpu.report import CRASHED, CUT, FAILED, HUNG, OK, Report, ReportError  # noqa: E402
+from svit import processes  # noqa: E402
 
 # In the order in which they run -> their modules.
 STEPS = {name: f"gpu.{name}" for name in ("build", "smoke", "kernels", "models", "tests", "sanitizer", "sweep")}

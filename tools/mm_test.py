@@ -1,75 +1,7 @@
-"""Evaluates a detector of MMDetection or a segmentor of MMSegmentation.
+"""`svit mm-test`, from a clone."""
 
-    python tools/mm_test.py mask-rcnn_svit-s_fpn_1x_coco work_dirs/mask-rcnn_svit-s_fpn_1x_coco/epoch_12.pth
-    python tools/mm_test.py svit-s_upernet_8xb2-160k_ade20k-512x512 iter_160000.pth --tta --out metrics.json
-    torchrun --nproc-per-node 8 tools/mm_test.py mask-rcnn_svit-s_fpn_1x_coco epoch_12.pth
-
-CONFIG is a file or the name of one that comes with the package.
-"""
-
-import argparse
-import json
-from pathlib import Path
-from pickle import UnpicklingError
-
-from mmengine.config import Config
-from mmengine.runner import Runner
-
-import processes
-from mm_train import add_common_arguments, drop_start_weights, failed, start_processes
-from svit.adapters.checkpoints import refuse_foreign_objects
-from svit.adapters.checks import check_backbone, check_checkpoint, check_data
-from svit.adapters.configs import ConfigError, load_config
-from svit.adapters.images import ImageError
-from svit.files import replacing
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 0 or 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of the whole model, as mm_train.py writes it")
-    parser.add_argument("--work-dir", metavar="DIR", help="logs; default: work_dirs/NAME_OF_CONFIG/test")
-    parser.add_argument("--data-root", metavar="DIR", help="the data, in place of the config's data_root")
-    parser.add_argument("--tta", action="store_true", help="several sizes and flips, if the config has tta_pipeline")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="write the metrics as JSON")
-    add_common_arguments(parser)
-    args = parser.parse_args(argv)
-    refuse_foreign_objects()
-    try:
-        if args.out and not args.out.parent.is_dir():  # before the work, not after
-            raise ConfigError(f"--out: there is no folder {args.out.parent}")
-        config = load_config(args.config, args.cfg_options, args.data_root)
-        config.work_dir = args.work_dir or str(Path("work_dirs", Path(args.config).stem, "test"))
-        config.launcher = args.launcher
-        config.load_from, config.resume = args.checkpoint, False
-        drop_start_weights(config)
-        check_backbone(config)
-        check_checkpoint(config, args.checkpoint)
-        if args.tta:
-            check_tta(config)
-            config.test_dataloader.dataset.pipeline = config.tta_pipeline
-        check_data(config, "test")
-        start_processes(config)
-        if args.tta:
-            config.model = dict(config.tta_model, module=config.model)
-        runner = Runner.from_cfg(config)
-    except ValueError as error:
-        return failed(error)
-    try:
-        metrics = runner.test()
-    except (ImageError, UnpicklingError) as error:
-        return failed(error)
-    if args.out and runner.rank == 0:
-        with replacing(args.out) as part:
-            part.write_text(json.dumps({k: float(v) for k, v in metrics.items()}, indent=2) + "\n")
-    return 0
-
-
-def check_tta(config: Config) -> None:
-    if "tta_pipeline" not in config or "tta_model" not in config:
-        raise ConfigError("--tta: the config has no tta_pipeline and tta_model")
-
+from svit import processes
+from svit.cli.mm_test import main
 
 if __name__ == "__main__":
     processes.run(main)

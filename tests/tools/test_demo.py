@@ -1,14 +1,14 @@
 import csv
 import json
 
-import demo
 import numpy as np
 import pytest
 import timm
 import torch
 from sklearn.datasets import load_digits
 
-from classification.models import read_metadata
+import demo
+from svit.training.models import read_metadata
 
 
 def test_digits_are_real_and_disjoint():

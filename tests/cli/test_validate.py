@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import image_data
-import validate
-from classification.evaluation import Accuracy
-from classification.models import save_model
+from svit.cli import validate
+from svit.training.evaluation import Accuracy
+from svit.training.models import save_model
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
 
-from classification.models import (
+from svit.convert import CheckpointError
+from svit.models.original import to_original
+from svit.training.models import (
     ModelError,
     add_model_arguments,
     class_names,
@@ -20,8 +22,6 @@ from classification.models import (
     read_metadata,
     save_model,
 )
-from svit.convert import CheckpointError
-from svit.models.original import to_original
 
 NAMES = ["cat", "dog", "coffee cup"]
 PREPROCESSING = {

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from classification.evaluation import evaluate
+from svit.training.evaluation import evaluate
 
 CPU = torch.device("cpu")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from convert_checkpoint import main
 from safetensors.torch import load_file
 
+from svit.cli.convert import main
 from svit.models.original import to_original
 
 ROOT = Path(__file__).parents[2]

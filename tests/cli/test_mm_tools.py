@@ -20,12 +20,10 @@ needs_mm()
 
 from mmengine.config import Config  # noqa: E402
 
-import mm_infer  # noqa: E402
-import mm_test  # noqa: E402
-import mm_train  # noqa: E402
 from mm_data import TILE, ade_folder, coco_folder  # noqa: E402
 from svit.adapters import ConfigError, find_config  # noqa: E402
 from svit.adapters.checkpoints import allow_mmengine_checkpoints  # noqa: E402
+from svit.cli import mm_infer, mm_test, mm_train  # noqa: E402
 
 TOOLS = Path(__file__).parents[2] / "tools"
 ENDS_THREADS = Path(__file__).with_name("ends_threads.py")

@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flops
 import pytest
 import timm
 
 import svit.profiling
 from helpers import needs_mm
+from svit.cli import flops
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["model", "img_size", "params", "macs", "published_macs"]

@@ -21,13 +21,13 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import image_data
-import processes
-import train
-import validate
-from classification import state as states
-from classification.evaluation import Accuracy
-from classification.models import create_model, read_metadata, save_model
+from svit import processes
+from svit.cli import train, validate
 from svit.files import replacing
+from svit.training import loop
+from svit.training import state as states
+from svit.training.evaluation import Accuracy
+from svit.training.models import create_model, read_metadata, save_model
 
 TOOLS = Path(__file__).parents[2] / "tools"
 ENDS_THREADS = Path(__file__).with_name("ends_threads.py")
@@ -174,7 +174,7 @@ class Stopped(Exception):
 @pytest.mark.parametrize("update", [1, 7, 10, 14])
 def test_a_training_that_breaks_off_anywhere_goes_on_exactly(tmp_path, recipe, uninterrupted, monkeypatch, update):
     """An epoch has 10 updates; the last state is up to 2 updates old."""
-    step = train.Training.step
+    step = loop.Training.step
 
     def breaks(self, batches):
         if self.total == update:
@@ -182,10 +182,10 @@ def test_a_training_that_breaks_off_anywhere_goes_on_exactly(tmp_path, recipe, u
         return step(self, batches)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(train.Training, "step", breaks)
+    monkeypatch.setattr(loop.Training, "step", breaks)
     with pytest.raises(Stopped):
         run(recipe, out, "--set", "save_every=3")
-    monkeypatch.setattr(train.Training, "step", step)
+    monkeypatch.setattr(loop.Training, "step", step)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert updates_saved(out) == {1: 0, 7: 6, 10: 10, 14: 12}[update]
     if update > 1:  # the accuracy of other weights is not told
@@ -229,7 +229,7 @@ def test_a_signal_saves_and_exits(tmp_path, recipe, uninterrupted, number, statu
 
 
 def test_sigterm_in_an_evaluation(tmp_path, recipe, uninterrupted, monkeypatch):
-    evaluate, seen = train.evaluate, []
+    evaluate, seen = loop.evaluate, []
 
     def terminated(model, batches, *arguments, **options):
         def watched():
@@ -243,7 +243,7 @@ def test_sigterm_in_an_evaluation(tmp_path, recipe, uninterrupted, monkeypatch):
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", terminated)
+        patch.setattr(loop, "evaluate", terminated)
         assert run(recipe, out) == 143
     assert len(seen) == 2  # of 5 batches
     state = torch.load(out / "state.pt", weights_only=True)["state"]
@@ -404,13 +404,13 @@ def test_starting_from_a_checkpoint_of_other_classes(tmp_path, frozen, data):
 
 def test_drop_path_follows_its_schedule(tmp_path, recipe, monkeypatch):
     seen = []
-    step = train.Training.step
+    step = loop.Training.step
 
     def watch(self, batches):
         seen.append((self.state.epoch, max(module.drop_prob for module, _ in self.drop_paths)))
         return step(self, batches)
 
-    monkeypatch.setattr(train.Training, "step", watch)
+    monkeypatch.setattr(loop.Training, "step", watch)
     assert run(recipe, tmp_path / "out", "--set", "epochs=2", "drop_path_schedule={1: 0.6}") == 0
     assert dict(seen) == {0: pytest.approx(0.3), 1: pytest.approx(0.6)}
 
@@ -438,7 +438,7 @@ def test_shards_train_and_go_on_exactly(tmp_path, recipe, monkeypatch):
     arguments = ("--data-dir", str(root), "--set", "dataset=wds/digits", "num_classes=5", "repeated_augmentation=1")
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run(recipe, whole, *arguments) == 0
-    step = train.Training.step
+    step = loop.Training.step
 
     def breaks(self, batches):
         if self.total == 13:
@@ -446,7 +446,7 @@ def test_shards_train_and_go_on_exactly(tmp_path, recipe, monkeypatch):
         return step(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "step", breaks)
+        patch.setattr(loop.Training, "step", breaks)
         with pytest.raises(Stopped):
             run(recipe, out, *arguments, "save_every=3")
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -587,7 +587,7 @@ def test_out_of_memory_says_what_to_lower(tmp_path, recipe, monkeypatch, capsys)
     def step(self, batches):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train.Training, "step", step)
+    monkeypatch.setattr(loop.Training, "step", step)
     message = error_of(capsys, recipe, tmp_path / "out")
     assert "out of memory: lower batch_size, now 8, and raise grad_accum" in message
 
@@ -638,7 +638,7 @@ def poison_average(training) -> None:
 
 def poisoned(monkeypatch, update, poison) -> None:
     """Calls `poison` right after that update, the first time that it is done."""
-    step, left = train.Training.step, [update]
+    step, left = loop.Training.step, [update]
 
     def stepped(self, batches):
         loss = step(self, batches)
@@ -647,7 +647,7 @@ def poisoned(monkeypatch, update, poison) -> None:
             return poison(self) or loss
         return loss
 
-    monkeypatch.setattr(train.Training, "step", stepped)
+    monkeypatch.setattr(loop.Training, "step", stepped)
 
 
 @pytest.mark.parametrize(
@@ -719,9 +719,9 @@ def test_gradients_that_a_scaler_leaves_out_are_no_error(tmp_path, frozen, monke
         return loss
 
     scales = []
-    step, write = train.Training.step, states.write
+    step, write = loop.Training.step, states.write
     monkeypatch.setattr(train, "Accelerator", accelerator)
-    monkeypatch.setattr(train.Training, "step", stepped)
+    monkeypatch.setattr(loop.Training, "step", stepped)
     monkeypatch.setattr(states, "write", lambda path, *a: (scales.append(a[1]["scaler"]["scale"]), write(path, *a)))
     out = tmp_path / "out"
     assert run(frozen / "recipe.yaml", out, "--set", "batch_size=8", "epochs=1", "save_every=1") == 0
@@ -730,14 +730,14 @@ def test_gradients_that_a_scaler_leaves_out_are_no_error(tmp_path, frozen, monke
 
 
 def test_logits_that_are_not_finite_are_not_the_best(tmp_path, recipe, monkeypatch):
-    evaluate, seen = train.evaluate, []
+    evaluate, seen = loop.evaluate, []
 
     def evaluated(*arguments, **options):
         found = evaluate(*arguments, **options)
         seen.append(found)
         return Accuracy(found.count, found.count, found.count, float("nan"), [], []) if len(seen) == 2 else found
 
-    monkeypatch.setattr(train, "evaluate", evaluated)
+    monkeypatch.setattr(loop, "evaluate", evaluated)
     out = tmp_path / "out"
     assert run(recipe, out) == 0
     state = torch.load(out / "state.pt", weights_only=True)["state"]
@@ -748,11 +748,11 @@ def test_logits_that_are_not_finite_are_not_the_best(tmp_path, recipe, monkeypat
 
 # A process of which the loss alone is none, and what the others do.
 ONE_OF_TWO = """
-import os, sys
-sys.path.insert(0, {tools!r})
-import processes, train
+from svit import processes
+from svit.cli import train
+from svit.training.loop import Training
 
-step = train.Training.step
+step = Training.step
 
 
 def one_of_two(self, batches):
@@ -760,7 +760,7 @@ def one_of_two(self, batches):
     return loss * float("nan") if self.rank == 1 and self.total == 4 else loss
 
 
-train.Training.step = one_of_two
+Training.step = one_of_two
 processes.run(train.main)
 """
 
@@ -769,7 +769,7 @@ processes.run(train.main)
     "changes", [("save_every=5",), ("log_every=5",), ("save_every=5", "parallel=fsdp")], ids=["save", "log", "fsdp"]
 )
 def test_two_processes_agree_that_it_diverged(tmp_path, frozen, changes):
-    (tmp_path / "tool.py").write_text(ONE_OF_TWO.format(tools=str(TOOLS)))
+    (tmp_path / "tool.py").write_text(ONE_OF_TWO)
     launcher = (*TWO_PROCESSES, tmp_path / "tool.py")
     command = [*launcher, frozen / "recipe.yaml", "--output", tmp_path / "out", "--set", "batch_size=4", *changes]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -828,7 +828,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, recipe, monkeypatch):
 
 
 def test_an_interrupted_tool_says_so_in_one_line():
-    code = f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import os, signal, processes\n"
+    code = "import os, signal; from svit import processes\n"
     code += "processes.run(lambda: os.kill(os.getpid(), signal.SIGINT))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

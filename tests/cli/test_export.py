@@ -11,9 +11,9 @@ import torch
 import torch.nn.utils.prune
 from torch._inductor import cpp_builder
 
-import export
-from classification.models import save_model
 from helpers import missing
+from svit.cli import export
+from svit.training.models import save_model
 
 CLASSES = [f"class {i}" for i in range(10)]
 PREPROCESSING = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2), crop_pct=0.9, interpolation="nearest")

@@ -15,7 +15,8 @@ from timm.data import create_transform
 from timm.data.auto_augment import NAME_TO_OP, AugmentOp
 
 import image_data
-from classification.data import (
+from svit.images import MODES
+from svit.training.data import (
     MOVES,
     DataError,
     Loader,
@@ -31,7 +32,6 @@ from classification.data import (
     seed_all,
     train_transform,
 )
-from svit.images import MODES
 
 PREPROCESSING = {
     "input_size": (3, 16, 16),

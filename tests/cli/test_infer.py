@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import image_data
-from infer import find_images, main
+from svit.cli.infer import find_images, main
 
 
 @pytest.fixture

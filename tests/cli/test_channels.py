@@ -11,15 +11,10 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-import export
-import infer
-import push_to_hub
-import train
-import validate
-import visualize
-from classification.models import create_model, save_model
 from helpers import missing
+from svit.cli import export, infer, push, train, validate, visualize
 from svit.images import MODES
+from svit.training.models import create_model, save_model
 
 RECIPE = """
 model: test_svit
@@ -114,7 +109,7 @@ def test_from_training_to_the_hub(data, channels, tmp_path, capsys):
     assert told == {"input_size": [channels, 16, 16], "mean": cfg["mean"], "std": cfg["std"]}
     torch.testing.assert_close(run(pixels(files[0], channels)), logits[:1], atol=1e-4, rtol=1e-4)
 
-    assert push_to_hub.main([str(checkpoint), "me/small", "--local", str(tmp_path / "hub")]) == 0
+    assert push.main([str(checkpoint), "me/small", "--local", str(tmp_path / "hub")]) == 0
     usage = re.search(r"```python\n(.*?)```", (tmp_path / "hub" / "README.md").read_text(), re.DOTALL)[1]
     assert f'read_image("photo.jpg", "{MODES[channels]}")' in usage
     usage = usage.replace("hf-hub:me/small", f"local-dir:{tmp_path / 'hub'}").replace("photo.jpg", str(files[0]))

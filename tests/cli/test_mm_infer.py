@@ -14,8 +14,8 @@ needs_mm()
 
 from mmengine.registry import MODELS  # noqa: E402
 
-import mm_infer  # noqa: E402
 from svit.adapters import find_config, load_config  # noqa: E402
+from svit.cli import mm_infer  # noqa: E402
 
 SEGMENTOR = """
 _base_ = {base!r}

@@ -9,8 +9,8 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-import push_to_hub
-from classification.models import create_model, save_model
+from svit.cli import push
+from svit.training.models import create_model, save_model
 
 CLASSES = [f"class {i}" for i in range(10)]
 FACTS = dict(top1=91.25, recipe={"opt": "adamw", "data_dir": "/data/cifar10", "mean": [0.5, 0.4, 0.3]})
@@ -33,7 +33,7 @@ def run(capsys, monkeypatch, tmp_path, model):
     save_model(Path("best.safetensors"), model, "test_svit.untrained", CLASSES, **FACTS)
 
     def run(*args: str) -> tuple[int, str, str]:
-        status = push_to_hub.main(list(args))
+        status = push.main(list(args))
         return status, *capsys.readouterr()
 
     return run
@@ -126,7 +126,7 @@ def test_upload(run, model, monkeypatch):
             check_files(folder_path, model, repo_id)
             calls.append(("upload_folder", repo_id, options))
 
-    monkeypatch.setattr(push_to_hub, "HfApi", Hub)
+    monkeypatch.setattr(push, "HfApi", Hub)
     status, out, err = run("best.safetensors", "small", "--private")
     assert (status, out, err) == (0, "pushed to https://huggingface.co/owner/small\n", "")
     assert calls == [
@@ -142,7 +142,7 @@ def test_no_hub(run, monkeypatch):
     def refuse(*_, **__):
         raise OfflineModeIsEnabled("Cannot reach it.\nReally.")
 
-    monkeypatch.setattr(push_to_hub.HfApi, "create_repo", refuse)
+    monkeypatch.setattr(push.HfApi, "create_repo", refuse)
     assert run("best.safetensors", "me/small") == (1, "", "error: me/small: cannot be pushed: Cannot reach it.\n")
 
 

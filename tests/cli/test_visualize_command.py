@@ -11,10 +11,10 @@ import timm
 import torch
 from PIL import Image
 
-from classification.models import save_model
 from helpers import missing
+from svit.cli.visualize import input_size, main
+from svit.training.models import save_model
 from svit.visualize import draw_attention
-from visualize import input_size, main
 
 FIGURES = ("super-tokens", "attention", "rounds-of-association")
 

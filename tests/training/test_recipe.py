@@ -3,7 +3,7 @@
 import pytest
 import timm
 
-from classification.recipe import FOLDER, Recipe, RecipeError, differences, load_recipe
+from svit.training.recipe import FOLDER, Recipe, RecipeError, differences, load_recipe
 
 SMALL = "model: test_svit\ndata_dir: data\nepochs: 3\n"
 

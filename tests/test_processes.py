@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[2] / "tools"
+TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def tool(body: str) -> list[str]:
     """A command that runs `body` as the main function of a tool."""
     lines = "".join(f"    {line}\n" for line in body.splitlines())
-    code = f"import sys\nsys.path.insert(0, {str(TOOLS)!r})\nimport processes\ndef main():\n{lines}processes.run(main)"
+    code = f"import sys\nfrom svit import processes\ndef main():\n{lines}processes.run(main)"
     return [sys.executable, "-c", code]
 
 

@@ -1,0 +1,329 @@
+"""Exports a model of timm to ONNX, torch.export or AOTInductor, and checks the file against PyTorch.
+
+    python tools/export.py svit_small --checkpoint svit_small.safetensors
+    python tools/export.py svit_small --checkpoint svit_small.safetensors --img-size 384 --static --out svit_384.onnx
+    python tools/export.py svit_small --checkpoint svit_small.safetensors --format aoti
+
+The file takes any batch, height and width that the model takes, unless --static. With it come the names of the classes
+and the preprocessing. It is loaded again and run at the exported and two other sizes; the differences are printed, and
+one that is too large is an error. Needs '.[export]' for ONNX, a C++ compiler for AOTInductor. docs/export.md tells
+more.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from timm.data import resolve_model_data_config
+from timm.utils.model import reparameterize_model
+from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.export import Dim, ExportedProgram
+
+from svit.files import replacing
+from svit.training.models import class_names, create_model
+
+AXES = {0: "batch", 2: "height", 3: "width"}
+# Largest difference from PyTorch, relative to the largest output. Another order of summation gives about 1e-6.
+TOLERANCE = 1e-3
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+class ExportError(Exception):
+    """What the user is told in one line."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 0 or 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="of timm or svit; hf-hub: and local-dir: names bring weights")
+    parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="weights; default: random ones")
+    parser.add_argument("--pretrained", action="store_true", help="timm's weights, or those that come with svit")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default: MODEL.onnx or MODEL.pt2")
+    parser.add_argument("--img-size", metavar="N", type=positive, nargs="+", help="H [W]; default: the model's own")
+    parser.add_argument("--batch-size", metavar="N", type=positive, default=1, help="default: 1; matters for --static")
+    parser.add_argument("--static", action="store_true", help="this batch and image size alone")
+    args = parser.parse_args(argv)
+    if args.img_size and len(args.img_size) > 2:
+        parser.error(f"--img-size: expected one or two numbers, got {len(args.img_size)}")
+    size = (args.img_size[0], args.img_size[-1]) if args.img_size else None
+    form = FORMATS[args.format]
+    out = args.out or Path(re.split("[/:]", args.model.rstrip("/"))[-1] + form.suffix)
+    try:
+        check_target(out, form.suffix)
+        form.check()
+        with warnings.catch_warnings():
+            # Of PyTorch's exporters about themselves.
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            export(args.model, args.checkpoint, args.pretrained, form, out, size, args.batch_size, args.static)
+    except ExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text}")
+    return int(text)
+
+
+def check_target(out: Path, suffix: str) -> None:
+    """Before the work, not after."""
+    if out.suffix != suffix:
+        raise ExportError(f"{out}: expected a name that ends in {suffix}")
+    if not out.parent.is_dir():
+        raise ExportError(f"{out}: there is no folder {out.parent}")
+    if out.is_dir():
+        raise ExportError(f"{out}: is a folder")
+
+
+def export(
+    name: str,
+    checkpoint: Path | None,
+    pretrained: bool,
+    form: "Format",
+    out: Path,
+    img_size: tuple[int, int] | None,
+    batch_size: int,
+    static: bool,
+) -> None:
+    """Writes `out`, after a check of what was written, and prints how far it is from PyTorch.
+
+    Raises:
+        ExportError: the model cannot be made or exported, the file cannot be written or computes something else.
+    """
+    model, in_chans, size = build(name, checkpoint, pretrained, img_size)
+    fixed_size = model.pretrained_cfg.get("fixed_input_size")
+    # torch.export takes a size of 1 for a fixed one.
+    shape = (batch_size if static else max(batch_size, 2), in_chans, *size)
+    try:
+        with replacing(out) as part:
+            with in_words(name):
+                program = trace(model, shape, () if static else (0,) if fixed_size else AXES)
+                form.write(program, part, metadata(model, shape))
+                run = form.load(part)
+            for other in check_shapes(program, shape):
+                with in_words(name):
+                    compare(model, run, other)
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written ({error})") from error
+    print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): {name}, image {signature(program)}")
+
+
+def build(
+    name: str, checkpoint: Path | None, pretrained: bool, img_size: tuple[int, int] | None
+) -> tuple[nn.Module, int, tuple]:
+    """The model, of plain operations only, the channels and the size of its images."""
+    # A name with a colon says where its weights are.
+    pretrained = pretrained or (":" in name and checkpoint is None)
+    if checkpoint is None and not pretrained:
+        print(f"warning: {name}: no --checkpoint, so its weights are random", file=sys.stderr)
+    options = dict(checkpoint=checkpoint, pretrained=pretrained, exportable=True)
+    try:
+        model = create_model(name, **options)
+        in_chans, *own_size = resolve_model_data_config(model)["input_size"]
+        size = img_size or tuple(own_size)
+        if model.pretrained_cfg.get("fixed_input_size") and size != tuple(own_size):
+            model = create_model(name, img_size=size, **options)
+    except (ValueError, OSError) as error:
+        raise ExportError(str(error)) from error
+    return fused(model), in_chans, size
+
+
+def fused(model: nn.Module) -> nn.Module:
+    """The model with what folds exactly folded, as timm does for inference; as it is where it refuses."""
+    try:
+        return reparameterize_model(model, inplace=True)
+    except ValueError as error:
+        print(f"warning: norms and layer scales are not folded: {first_line(error)}", file=sys.stderr)
+        return model
+
+
+@contextmanager
+def in_words(name: str) -> Iterator[None]:
+    """Turns whatever the exporters raise, which is nearly anything, into an `ExportError`; OSErrors pass."""
+    try:
+        yield
+    except (ExportError, OSError):
+        raise
+    except Exception as error:
+        raise ExportError(f"{name}: cannot be exported: {type(error).__name__}: {first_line(error)}") from error
+
+
+def trace(model: nn.Module, shape: tuple[int, ...], axes: Iterable[int]) -> ExportedProgram:
+    """The program of a model for images of `shape`, of any size along `axes`, as far as the model allows."""
+    shapes = (dict.fromkeys(axes, Dim.AUTO),)
+    return torch.export.export(model, (torch.zeros(shape),), dynamic_shapes=shapes)
+
+
+def image(program: ExportedProgram) -> torch.Tensor:
+    """The program's input: a tensor without values whose sizes are numbers or symbols."""
+    (name,) = program.graph_signature.user_inputs
+    return next(node.meta["val"] for node in program.graph.nodes if node.name == name)
+
+
+def dynamic_axes(program: ExportedProgram) -> dict[int, str]:
+    """The axes of the image that may have any size, with their names."""
+    return {axis: name for axis, name in AXES.items() if not isinstance(image(program).shape[axis], int)}
+
+
+def signature(program: ExportedProgram) -> str:
+    """The image's shape in words, and the limits of its sizes where these are more than a pixel or two."""
+    shape, axes, limits = image(program).shape, dynamic_axes(program), []
+    for axis, name in axes.items():
+        allowed = program.range_constraints[shape[axis].node.expr]
+        if allowed.lower > 2:
+            limits.append(f"{name} from {allowed.lower}")
+        if allowed.upper < sys.maxsize:
+            limits.append(f"{name} to {allowed.upper}")
+    words = " x ".join(axes.get(axis, str(size)) for axis, size in enumerate(shape))
+    return f"{words} ({', '.join(limits)})" if limits else words
+
+
+def metadata(model: nn.Module, shape: tuple[int, ...]) -> dict[str, str]:
+    """What a user of the file needs to know, each value as JSON: the classes and timm's preprocessing."""
+    told = {**resolve_model_data_config(model), "input_size": shape[1:]}
+    told.update(architecture=model.pretrained_cfg["architecture"], class_names=class_names(model))
+    return {key: json.dumps(value) for key, value in told.items()}
+
+
+def check_onnx() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise ExportError(f"--format onnx: needs {error.name}; pip install '.[export]'") from error
+
+
+def write_onnx(program: ExportedProgram, path: Path, told: dict[str, str]) -> None:
+    names = dict(input_names=["image"], output_names=["logits"], dynamic_shapes=(dynamic_axes(program),))
+    example, _ = program.example_inputs  # goes with the names of the axes, and no further
+    onnx_program = torch.onnx.export(program, example, dynamo=True, verbose=False, **names)
+    fold_weights(onnx_program.model)
+    onnx_program.model.metadata_props.update(told)
+    onnx_program.save(path)
+    drop_shapes(path)
+    if len(list(path.parent.iterdir())) > 1:
+        raise ExportError("the weights do not fit in one ONNX file; --format torch takes them")
+
+
+def fold_weights(model) -> None:
+    """Computes once, in place, what depends on weights alone, whatever its size."""
+    from onnxscript import optimizer
+
+    optimizer.optimize(model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
+
+
+def drop_shapes(path: Path) -> None:
+    """Takes the shapes of values inside the graph out of a file.
+
+    The exporter leaves some stale, such as that of a transposed weight: quantizers, which infer shapes, refuse them.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    del model.graph.value_info[:]
+    onnx.save(model, path)
+
+
+def load_onnx(path: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+
+
+def write_torch(program: ExportedProgram, path: Path, told: dict[str, str]) -> None:
+    torch.export.save(program, path, extra_files=told)
+
+
+def load_torch(path: Path) -> Run:
+    return torch.export.load(path).module()
+
+
+def check_compiler() -> None:
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ExportError("--format aoti: needs a C++ compiler, such as g++, or one that CXX names") from error
+
+
+def write_aoti(program: ExportedProgram, path: Path, told: dict[str, str]) -> None:
+    configs = {"aot_inductor.metadata": told}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+
+
+def load_aoti(path: Path) -> Run:
+    return torch._inductor.aoti_load_package(str(path))
+
+
+class Format(NamedTuple):
+    """What is needed, whether it is there, how a file is written, and how it is run again."""
+
+    suffix: str
+    check: Callable[[], None]
+    write: Callable[[ExportedProgram, Path, dict[str, str]], None]
+    load: Callable[[Path], Run]
+
+
+FORMATS = {
+    "onnx": Format(".onnx", check_onnx, write_onnx, load_onnx),
+    "torch": Format(".pt2", lambda: None, write_torch, load_torch),
+    "aoti": Format(".pt2", check_compiler, write_aoti, load_aoti),
+}
+
+
+def check_shapes(program: ExportedProgram, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """`shape` and two others, as far as the program takes others; which ones it refuses is said on stderr."""
+    axes = dynamic_axes(program)
+    batch, channels, height, width = shape
+    yield shape
+    # The second is odd: padding, and rounding in the strides.
+    for other in ((1, channels, height + 32, width + 64), (batch + 1, channels, height + 7, width + 21)):
+        other = tuple(new if axis in axes else old for axis, (old, new) in enumerate(zip(shape, other, strict=True)))
+        if other == shape:
+            return
+        try:
+            program.module()(torch.zeros(other))
+        except (AssertionError, RuntimeError) as error:  # a file of another format computes something, but what?
+            print(f"warning: images of {show(other)} do not work: {first_line(error)}", file=sys.stderr)
+        else:
+            yield other
+
+
+def compare(model: nn.Module, run: Run, shape: tuple[int, ...]) -> None:
+    """Prints how far `run` is from the model on a random image of `shape`.
+
+    Raises:
+        ExportError: too far.
+    """
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, actual = model(x), run(x)
+    largest = expected.abs().max().item()
+    difference = (actual - expected).abs().max().item()
+    told = f"{show(shape)}: max difference from PyTorch {difference:.1e}, largest output {largest:.2g}"
+    if not difference <= TOLERANCE * largest:  # NaN is an error too
+        raise ExportError(f"the file is wrong, and is not kept; {told}")
+    print(told)
+
+
+def show(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,232 @@
+"""Parameters and multiply-accumulates (MACs) of models, detectors and segmentors, for one image.
+
+    python tools/flops.py svit_small svit_base swin_tiny_patch4_window7_224
+    python tools/flops.py svit_small --img-size 800 1280 --per-module
+    python tools/flops.py svit_small svit_base svit_large --img-size 384 --json flops.json
+    python tools/flops.py mask-rcnn_svit-s_fpn_1x_coco --shape 800 1280 --no-attention-products
+
+A detector or segmentor is a config file or the name of one that comes with the package (needs '.[mm]').
+docs/flops.md says what counts.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import timm
+from tabulate import tabulate
+from torch import nn
+
+import svit  # noqa: F401  registers the models
+from svit.files import replacing
+from svit.names import did_you_mean
+from svit.profiling import Count, count
+
+# (model, image) -> MACs of the authors' code, counted by the same rules.
+PUBLISHED = {
+    ("svit_small", (224, 224)): 4_367_000_000,
+    ("svit_small", (384, 384)): 14_156_000_000,
+    ("svit_base", (224, 224)): 9_872_000_000,
+    ("svit_base", (384, 384)): 31_489_000_000,
+    ("svit_large", (224, 224)): 15_597_000_000,
+    ("svit_large", (384, 384)): 49_748_000_000,
+}
+# (backbone, detector or segmentor, image) -> the paper's figure, which leaves attention out: --no-attention-products.
+PUBLISHED_DENSE = {
+    ("svit_small", "MaskRCNN", (800, 1280)): 252_000_000_000,
+    ("svit_base", "MaskRCNN", (800, 1280)): 359_000_000_000,
+    ("svit_large", "MaskRCNN", (800, 1280)): 470_000_000_000,
+    ("svit_base", "CascadeRCNN", (800, 1280)): 837_000_000_000,
+    ("svit_small", "UPerHead", (512, 2048)): 926_000_000_000,
+    ("svit_base", "UPerHead", (512, 2048)): 1_036_000_000_000,
+    ("svit_large", "UPerHead", (512, 2048)): 1_151_000_000_000,
+}
+COLUMNS = ["model", "img_size", "params", "macs", "published_macs"]
+MODULE_DEPTH = 4  # stages.0.blocks.0
+
+
+class FlopsError(Exception):
+    """What the user is told in one line."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 0 or 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="a model of timm or svit, or a config")
+    parser.add_argument(
+        "--img-size",
+        "--shape",
+        metavar="N",
+        nargs="+",
+        help="one number: a square, two: height and width; default: each model's own (a config has none)",
+    )
+    parser.add_argument(
+        "--no-attention-products",
+        action="store_true",
+        help="convolution and linear layers alone, as the paper counts detection and segmentation",
+    )
+    parser.add_argument("--per-module", action="store_true", help="a table of each model's modules too")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", metavar="FILE", type=Path, help="write the figures as a list of objects")
+    output.add_argument("--csv", metavar="FILE", type=Path, help="write the figures as a table, img_size as HxW")
+    args = parser.parse_args(argv)
+    target = args.json or args.csv
+    try:
+        img_size = parse_size(args.img_size)
+        builders = {name: builder(name, img_size) for name in args.models}
+        if target and not target.parent.is_dir():  # before the work, not after
+            raise FlopsError(f"{target}: there is no folder {target.parent}")
+        products = not args.no_attention_products
+        rows = [measure(*item, img_size, args.per_module, products) for item in builders.items()]
+        print(summary(rows))
+        if target:
+            write(target, as_json(rows) if args.json else as_csv(rows))
+    except FlopsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_size(values: list[str] | None) -> tuple[int, int] | None:
+    """(H, W) of what --img-size was given."""
+    if values is None:
+        return None
+    if len(values) > 2 or not all(value.isdecimal() and int(value) > 0 for value in values):
+        raise FlopsError(f"--img-size: expected one or two positive whole numbers, got {' '.join(values)}")
+    return int(values[0]), int(values[-1])
+
+
+@dataclass
+class Built:
+    """A model, the image it takes and the published figures that it has."""
+
+    model: nn.Module
+    in_chans: int
+    size: tuple[int, int]
+    published: int | None
+    published_layers: int | None  # of convolution and linear layers alone
+
+
+def builder(name: str, img_size: tuple[int, int] | None) -> Callable[[], Built]:
+    """What builds a model or the model of a config, if there is one of that name."""
+    if timm.is_model(name):
+        return lambda: build_model(name, img_size)
+    known, hint = timm.list_models(), ""
+    try:
+        from svit.adapters import ConfigError, config_names, load_config
+    except ModuleNotFoundError as error:
+        if name.endswith(".py"):
+            raise FlopsError(f"{name}: a config needs {error.name}; pip install '.[mm]', and mmcv") from error
+        hint = f"; names of configs are known with {error.name} (pip install '.[mm]', and mmcv)"
+    else:
+        if name.endswith(".py") or name in config_names():
+            if img_size is None:
+                raise FlopsError(f"{name}: a config has no image size of its own; give --shape H W")
+            try:
+                return partial(build_config, load_config(name), img_size)
+            except ConfigError as error:
+                raise FlopsError(str(error)) from error
+        known += config_names()
+    raise FlopsError(f"{name}: no such model{did_you_mean(name, known)}{hint}")
+
+
+def build_model(name: str, img_size: tuple[int, int] | None) -> Built:
+    model = timm.create_model(name)
+    in_chans, *own_size = model.pretrained_cfg["input_size"]
+    size = img_size or tuple(own_size)
+    if model.pretrained_cfg.get("fixed_input_size") and size != tuple(own_size):
+        model = timm.create_model(name, img_size=size)
+    return Built(model, in_chans, size, PUBLISHED.get((model.pretrained_cfg["architecture"], size)), None)
+
+
+def build_config(config, size: tuple[int, int]) -> Built:
+    from svit.adapters.counting import ImageToHeads
+
+    backbone = config.model.backbone
+    kind = config.model.get("decode_head", config.model).type
+    published = PUBLISHED_DENSE.get((backbone.get("arch"), kind, size))
+    return Built(ImageToHeads(config), backbone.get("in_channels", 3), size, None, published)
+
+
+def measure(
+    name: str,
+    build: Callable[[], Built],
+    img_size: tuple[int, int] | None,
+    per_module: bool,
+    attention_products: bool,
+) -> dict:
+    """The row of one model. What could not be counted goes to stderr, a table of the modules to stdout."""
+    try:
+        built = build()
+        result = count(built.model, built.size, built.in_chans, attention_products)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise FlopsError(f"{name} at {show(img_size) if img_size else 'its own size'}: {first_line(error)}") from error
+
+    for op, times in result.unsupported.items() if attention_products else ():
+        print(f"warning: {name}: {op} counts as 0 (runs {times} times)", file=sys.stderr)
+    if per_module:
+        print(f"{name} at {show(built.size)}\n{modules(result)}\n")
+    published = built.published if attention_products else built.published_layers
+    name = Path(name).stem if name.endswith(".py") else name
+    return dict(zip(COLUMNS, (name, list(built.size), result.params, result.macs, published), strict=True))
+
+
+def show(size: list[int] | tuple[int, ...]) -> str:
+    return "x".join(map(str, size))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def modules(result: Count) -> str:
+    table = [
+        (name or "(all)", macs / 1e6, f"{macs / result.macs:.1%}")
+        for name, macs in result.by_module.items()
+        if macs and name.count(".") < MODULE_DEPTH
+    ]
+    return tabulate(table, ["module", "MMACs", "share"], floatfmt=".1f", colalign=("left", "right", "right"))
+
+
+def summary(rows: list[dict]) -> str:
+    table = [
+        (
+            row["model"],
+            show(row["img_size"]),
+            row["params"] / 1e6,
+            row["macs"] / 1e9,
+            row["published_macs"] and row["published_macs"] / 1e9,
+        )
+        for row in rows
+    ]
+    headers = ["model", "image", "params M", "GMACs", "published GMACs"]
+    return tabulate(
+        table, headers, floatfmt=("", "", ".2f", ".3f", ".3f"), missingval="-", colalign=("left", *["right"] * 4)
+    )
+
+
+def as_json(rows: list[dict]) -> str:
+    return json.dumps(rows, indent=2) + "\n"
+
+
+def as_csv(rows: list[dict]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "img_size": show(row["img_size"])} for row in rows)
+    return out.getvalue()
+
+
+def write(target: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    try:
+        with replacing(target) as part:
+            part.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FlopsError(f"{target}: cannot be written ({error})") from error

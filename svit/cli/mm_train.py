@@ -1,0 +1,182 @@
+"""Trains a detector of MMDetection or a segmentor of MMSegmentation from a config.
+
+    python tools/mm_train.py mask-rcnn_svit-s_fpn_1x_coco --data-root data/coco
+    python tools/mm_train.py mm_configs/mmseg/svit-s_upernet_8xb2-160k_ade20k-512x512.py --amp --resume
+    torchrun --nproc-per-node 8 tools/mm_train.py mask-rcnn_svit-s_fpn_1x_coco
+
+CONFIG is a file or the name of one that comes with the package. One command serves a CPU, a GPU, many GPUs and many
+machines (torchrun's --nnodes and --rdzv-endpoint). docs/detection.md and docs/segmentation.md tell more.
+"""
+
+import argparse
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import Runner
+
+from svit import processes
+from svit.adapters.checkpoints import refuse_foreign_objects
+from svit.adapters.checks import check_backbone, check_checkpoint, check_data
+from svit.adapters.configs import ConfigError, fit_to_machine, load_config
+from svit.adapters.images import ImageError
+from svit.adapters.saving import DivergedError, StopHook, Stopped
+from svit.convert import CheckpointError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 after an error, 143 after SIGTERM, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--work-dir", metavar="DIR", help="logs and checkpoints; default: work_dirs/NAME_OF_CONFIG")
+    parser.add_argument("--data-root", metavar="DIR", help="the data, in place of the config's data_root")
+    parser.add_argument(
+        "--resume",
+        metavar="CHECKPOINT",
+        nargs="?",
+        const="auto",
+        help="go on from a checkpoint; without one named: from the newest in the work dir, from the start if none is",
+    )
+    parser.add_argument(
+        "--amp",
+        metavar="DTYPE",
+        nargs="?",
+        const="float16",
+        choices=["float16", "bfloat16"],
+        help="mixed precision, on a GPU: float16 (default) or bfloat16",
+    )
+    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the rate with the batch of all processes")
+    add_common_arguments(parser)
+    args = parser.parse_args(argv)
+    refuse_foreign_objects()
+    try:
+        config = load_config(args.config, args.cfg_options, args.data_root)
+        config.work_dir = args.work_dir or config.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
+        config.launcher = args.launcher
+        set_resume(config, args.resume)
+        guard_checkpoints(config)
+        if args.amp:
+            use_amp(config, args.amp)
+        if args.auto_scale_lr:
+            if "base_batch_size" not in config.get("auto_scale_lr", {}):
+                raise ConfigError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
+            config.auto_scale_lr.enable = True
+        if config.get("load_from"):
+            check_checkpoint(config, config.load_from, backbone_only=not config.resume)
+            drop_start_weights(config)
+        check_backbone(config)
+        check_data(config, "train", "val")
+        start_processes(config)
+        runner = Runner.from_cfg(config)
+    except ValueError as error:
+        return failed(error)
+    try:
+        with processes.stop_signals() as signals:
+            runner.register_hook(StopHook(signals))
+            runner.train()
+    except Stopped as stopped:
+        if is_main_process():
+            newest = find_newest(config)
+            left = f"--resume goes on from {newest}" if newest else "there is no checkpoint yet"
+            print(f"{stopped.signal.name}: ended after an iteration; {left}")
+        return 128 + stopped.signal
+    except (CheckpointError, DivergedError, ImageError, UnpicklingError) as error:
+        return failed(error)
+    return 0
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What training and testing both take."""
+    parser.add_argument(
+        "--cfg-options",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action=DictAction,
+        help="values to replace in the config, such as train_dataloader.batch_size=4",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="pytorch" if "TORCHELASTIC_RUN_ID" in os.environ else "none",
+        help="what started the processes; default: pytorch under torchrun, else none",
+    )
+
+
+def set_resume(config: Config, resume: str | None) -> None:
+    """Where to go on from; a work dir that holds another run is left alone."""
+    newest = find_newest(config)
+    if resume is None and config.get("resume") and not config.get("load_from"):
+        resume = "auto"
+    if resume == "auto":
+        if newest is not None:
+            config.resume, config.load_from = True, newest
+        return
+    taken = newest is not None
+    if resume is not None:
+        config.resume, config.load_from = True, resume
+        taken = taken and Path(resume).resolve().parent != Path(newest).resolve().parent
+    if taken and (resume is not None or not config.get("resume")):
+        raise ConfigError(f"--work-dir: {config.work_dir} holds a run already; go on with --resume or name another")
+
+
+def find_newest(config: Config) -> str | None:
+    """The newest checkpoint of the run in the work dir.
+
+    mmengine writes down its whole path, which after the folder was moved or copied is another run's, or nobody's: the
+    name alone counts. Where that was not written whole, the newest file that was counts.
+    """
+    folder, pointer = Path(config.work_dir), Path(config.work_dir, "last_checkpoint")
+    told = pointer.read_text().strip() if pointer.is_file() else ""
+    if "://" in told:
+        return told
+    hook = (config.get("default_hooks") or {}).get("checkpoint")
+    out = hook.get("out_dir") if isinstance(hook, dict) else None
+    if out and Path(out) != folder:
+        folder = Path(out, folder.name)
+    if told:
+        return str(folder / Path(told).name)
+    numbers = {path: re.fullmatch(r"(?:epoch|iter)_(\d+)", path.stem) for path in folder.glob("*.pth")}
+    whole = [path for path, number in numbers.items() if number and zipfile.is_zipfile(path)]
+    return str(max(whole, key=lambda path: int(numbers[path][1]))) if whole else None
+
+
+def guard_checkpoints(config: Config) -> None:
+    """Puts FiniteCheckpointHook in the place of mmengine's hook, wherever that is what the config has."""
+    hooks = dict(config.get("default_hooks") or {})
+    hook = hooks.get("checkpoint", {"type": "CheckpointHook", "interval": 1})  # what mmengine adds by itself
+    if isinstance(hook, dict) and hook.get("type") in ("CheckpointHook", "mmengine.CheckpointHook", CheckpointHook):
+        config.default_hooks = {**hooks, "checkpoint": {**hook, "type": "FiniteCheckpointHook"}}
+
+
+def use_amp(config: Config, dtype: str) -> None:
+    if not torch.cuda.is_available():
+        raise ConfigError("--amp: mmengine's mixed precision needs a GPU")
+    config.optim_wrapper.type = "AmpOptimWrapper"
+    config.optim_wrapper.dtype = dtype
+    config.optim_wrapper.loss_scale = "dynamic"
+
+
+def drop_start_weights(config: Config) -> None:
+    """A checkpoint of the whole model needs none that the backbone alone would start from."""
+    if config.model.get("backbone", {}).get("init_cfg"):
+        config.model.backbone.init_cfg = None
+
+
+def start_processes(config: Config) -> None:
+    """Fits the config to the machine. On a CPU the processes meet here: mmengine asks for a GPU to do so."""
+    fit_to_machine(config)
+    if config.launcher == "pytorch" and not torch.cuda.is_available() and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+
+
+def failed(error: Exception) -> int:
+    """Says what is wrong; returns the exit status."""
+    print(f"error: {error}", file=sys.stderr)
+    return 1

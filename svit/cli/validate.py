@@ -1,0 +1,159 @@
+"""Evaluates an image classifier: top-1 and top-5, of each class if asked, the paper's figure beside.
+
+    python tools/validate.py svit_small --checkpoint svit_small.safetensors --data-dir data/imagenet
+    python tools/validate.py svit_nano_32.cifar10 --pretrained --data-dir data --dataset torch/cifar10 --per-class
+    python tools/validate.py svit_small --checkpoint svit_small.safetensors --data-dir data/imagenet \\
+        --img-size 384 --crop-pct 1.0 --flip --json result.json
+
+Size, crop and normalization are those of the checkpoint or the model, unless an option says otherwise. `--data-dir` is
+a folder with one folder a class (or one that holds such a folder under val/), a tar file, or the root of what
+`--dataset` names.
+"""
+
+import argparse
+import json
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
+
+from svit.convert import CheckpointError
+from svit.files import replacing
+from svit.training.data import DataError, Loader, classes_of, eval_transform, image_mode, open_dataset, print_contents
+from svit.training.evaluation import evaluate
+from svit.training.models import ModelError, add_model_arguments, class_names, open_model, out_of_memory_as_error
+
+# Top-1 of the paper's Table 2 in per cent, by model and size.
+PUBLISHED = {
+    ("svit_small", 224): 83.6,
+    ("svit_base", 224): 84.8,
+    ("svit_large", 224): 85.3,
+    ("svit_small", 384): 85.0,
+    ("svit_base", 384): 86.0,
+    ("svit_large", 384): 86.4,
+}
+
+# Of tables: figures as they are written, with all their digits.
+FIGURES = dict(disable_numparse=True, stralign="right")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 0 or 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--data-dir", metavar="DIR", required=True)
+    parser.add_argument("--dataset", metavar="NAME", default="folder", help="folder (default), torch/..., hfds/...")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--download", action="store_true", help="where timm can")
+    parser.add_argument("--crop-pct", metavar="SHARE", type=float, help="of the resized image's side that is kept")
+    parser.add_argument("--flip", action="store_true", help="average the logits of the image and its mirror image")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=2, help="processes that read; default: 2")
+    parser.add_argument("--max-unreadable", metavar="N", type=int, default=10, help="images that may be skipped")
+    parser.add_argument("--amp", choices=["bf16", "fp16"], help="mixed precision")
+    parser.add_argument("--per-class", action="store_true", help="top-1 of each class, the worst first")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to a file, too")
+    args = parser.parse_args(argv)
+    try:
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+        with out_of_memory_as_error("lower --batch-size or --img-size"):
+            result = validate(args)
+        print_result(result, args.per_class)
+        if args.json:
+            with replacing(args.json) as part:
+                part.write_text(json.dumps(result, indent=1) + "\n")
+    except (ModelError, CheckpointError, DataError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def validate(args: argparse.Namespace) -> dict:
+    """What the command line asks for, as numbers: accuracy in per cent."""
+    for option, value, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0)):
+        if value < least:
+            raise ValueError(f"{option}: expected at least {least}, got {value}")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise ValueError(f"--crop-pct: expected more than 0 and at most 1, got {args.crop_pct}")
+    model, device, preprocessing = open_model(args, crop_pct=args.crop_pct)
+    options = {"download": args.download} if args.dataset.startswith("torch/") else {}
+    loader = Loader(
+        open_dataset(args.dataset, args.data_dir, args.split, **options),
+        eval_transform(preprocessing),
+        args.batch_size,
+        training=False,
+        workers=args.workers,
+        limit=args.max_unreadable,
+        mode=image_mode(preprocessing),
+    )
+    print_contents(args.split, loader.dataset, sys.stderr)
+    names = names_of_classes(model, classes_of(loader.dataset))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
+    autocast = partial(torch.autocast, device.type, dtype) if dtype else nullcontext
+    batches = tqdm(loader.epoch(), total=len(loader), disable=None, desc="evaluating", unit="batch")
+    found = evaluate(model, batches, model.num_classes, device, autocast, args.flip, channels_last=True)
+    height, width = preprocessing["input_size"][1:]
+    result = {
+        "model": args.model,
+        "images": found.count,
+        "unreadable": len(loader.dataset) - found.count if not loader.streams else None,
+        "img_size": [height, width],
+        "crop_pct": preprocessing["crop_pct"],
+        "top1": found.top1,
+        "top5": found.top5,
+        "loss": found.loss,
+        "hits": found.hits,
+        "classes": {
+            name: {"top1": 100 * hits / count, "images": count}
+            for name, hits, count in zip(names, found.class_hits, found.class_counts, strict=True)
+            if count
+        },
+    }
+    if model.num_classes == 1000:
+        architecture = model.pretrained_cfg.get("architecture") or args.model
+        as_trained = (height, width) == tuple(model.pretrained_cfg["input_size"][1:])  # the paper's 384 is fine-tuned
+        result["paper_top1"] = PUBLISHED.get((architecture.partition(".")[0], height)) if as_trained else None
+    return result
+
+
+def names_of_classes(model: nn.Module, found: list[str] | None) -> list[str]:
+    """Names of the model's classes: its checkpoint's, or else those of the data.
+
+    Folders are numbered by their own names, so the data must have the model's classes, all of them.
+
+    Raises:
+        DataError: it has others.
+    """
+    told = model.pretrained_cfg.get("label_names")
+    if found and told and list(told) != found:
+        raise DataError(f"data_dir: its classes are {found[:10]}, expected the checkpoint's {list(told)[:10]}")
+    if found and not told and len(found) != model.num_classes:
+        raise DataError(f"data_dir: {len(found)} classes, expected the model's {model.num_classes}")
+    return found if found and not told else class_names(model)
+
+
+def print_result(result: dict, per_class: bool) -> None:
+    height, width = result["img_size"]
+    paper = result.get("paper_top1")
+    row = {
+        "model": result["model"],
+        "images": result["images"],
+        **({"unreadable": result["unreadable"]} if result["unreadable"] else {}),
+        "size": f"{height} x {width}",
+        "crop": result["crop_pct"],
+        "top-1": f"{result['top1']:.2f}",
+        "top-5": f"{result['top5']:.2f}",
+        "top-1 (paper)": f"{paper:.1f}" if paper else "-",
+        "loss": f"{result['loss']:.4f}",
+    }
+    print(tabulate([row], headers="keys", **FIGURES))
+    if per_class:
+        worst_first = sorted(result["classes"].items(), key=lambda item: item[1]["top1"])
+        rows = [(name, f"{c['top1']:.2f}", c["images"]) for name, c in worst_first]
+        print("\n" + tabulate(rows, headers=["class", "top-1", "images"], **FIGURES))

@@ -1,0 +1,237 @@
+"""Draws what a model's super tokens look like on photographs: pictures, and a page that shows them side by side.
+
+    python tools/visualize.py cat.jpg street.jpg --model svit_small --checkpoint svit_small.safetensors
+    python tools/visualize.py cat.jpg --model svit_nano_32.cifar10 --pretrained --img-size 256 --point 0.4 0.3
+
+Open OUT/index.html. docs/visualization.md says what the pictures mean. What cannot be read is named and
+left out.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+
+from svit.files import replacing
+from svit.folders import find_images
+from svit.images import UnreadableImageError, read_image
+from svit.layers import SuperTokenAttention
+from svit.training.data import image_mode, report_unreadable
+from svit.training.models import choose_device, class_names, create_model, out_of_memory_as_error
+from svit.visualize import check_point, draw_attention, draw_iterations, draw_super_tokens, last_of_stages, watch
+
+SHOWN = 768  # pixels of a photo's longer side in the pictures, more than a panel has
+LONGEST = 20  # sides to shorter ones, of photos whose pictures are of a size to look at
+TOP = 3  # classes
+DPI = 150
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Super tokens of {model}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem; color: #222 }}
+section {{ border-top: 1px solid #ccc; margin-top: 2rem }}
+.figures {{ display: flex; flex-wrap: wrap; gap: 1.5rem 2.5rem; align-items: flex-start }}
+figure {{ margin: 0 }}
+figcaption {{ color: #666 }}
+img {{ display: block; max-width: 100%; height: auto }}
+</style>
+</head>
+<body>
+<h1>Super tokens of {model}</h1>
+<p>Weights: {weights}</p>
+{sections}
+</body>
+</html>
+"""
+SECTION = """<section>
+<h2>{image}</h2>
+<p>{facts}</p>
+<div class="figures">
+{figures}
+</div>
+</section>"""
+FIGURE = '<figure><figcaption>{caption}</figcaption><a href="{file}"><img src="{file}" alt="{caption}"></a></figure>'
+
+
+class InputError(ValueError):
+    """What the user is told in one line."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 0 or 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a file, or a folder with all below it")
+    parser.add_argument("--model", metavar="NAME", required=True, help="a model of timm with super-token attention")
+    parser.add_argument("--checkpoint", metavar="FILE", help="its weights; without any they are random")
+    parser.add_argument("--pretrained", action="store_true", help="timm's weights, or those that come with svit")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("outputs/visualize"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--point",
+        metavar=("X", "Y"),
+        type=float,
+        nargs=2,
+        default=(0.5, 0.5),
+        help="whose super token is looked at, as fractions of width and height from the top left; default: 0.5 0.5",
+    )
+    parser.add_argument(
+        "--img-size",
+        metavar="N",
+        type=int,
+        nargs="+",
+        help="what the model sees: its shorter side, or height and width; default: the model's input size as the "
+        "shorter side. The whole image is resized, nothing is cropped",
+    )
+    parser.add_argument(
+        "--n-iter", metavar="N", type=int, default=3, help="rounds of association to compare; default: %(default)s"
+    )
+    parser.add_argument("--format", choices=("png", "webp", "jpg"), default="png", help="default: %(default)s")
+    parser.add_argument("--device", help="default: the GPU if there is one")
+    args = parser.parse_args(argv)
+    try:
+        args.images = [i for path in args.images for i in (find_images([path]) if path.is_dir() else [path])]
+        check(args)
+        model = load_model(args.model, args.checkpoint, args.pretrained, args.device)
+        photos, unreadable = read_photos(args.images, image_mode(resolve_data_config({}, model=model)))
+        if not photos:
+            report_unreadable(unreadable, len(args.images))
+            return 1
+        make_folder(args.out)
+        # Every file takes its place at the end, the page last; on an error none does.
+        with ExitStack() as files, out_of_memory_as_error("lower --img-size"):
+            page = files.enter_context(replacing(args.out / "index.html"))
+            sections = []
+            for image, photo in photos.items():
+                facts, figures = look(model, photo, args.img_size, args.point, args.n_iter)
+                print(f"{image}: {facts}")
+                shown = []
+                for caption, figure in figures.items():
+                    name = f"{image.stem}-{caption.replace(' ', '-')}.{args.format}"
+                    with files.enter_context(replacing(args.out / name)).open("wb") as file:
+                        figure.savefig(file, format=args.format, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
+                    shown.append(FIGURE.format(file=quote(os.fsencode(name)), caption=caption))
+                sections.append(SECTION.format(image=escape(image.name), facts=escape(facts), figures="\n".join(shown)))
+            weights = Path(args.checkpoint).name if args.checkpoint else "pretrained" if args.pretrained else "random"
+            text = PAGE.format(model=escape(args.model), weights=escape(weights), sections="\n".join(sections))
+            page.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.out / 'index.html'}")
+    report_unreadable(unreadable, len(args.images))
+    return 1 if unreadable else 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises an error for what can be told from the arguments alone."""
+    check_point(args.point)
+    if args.n_iter < 1:
+        raise InputError(f"--n-iter: expected at least 1, got {args.n_iter}")
+    if args.img_size and (len(args.img_size) > 2 or min(args.img_size) < 1):
+        given = " ".join(map(str, args.img_size))
+        raise InputError(f"--img-size: expected one or two positive numbers, got {given}")
+    missing = next((image for image in args.images if not os.path.lexists(image)), None)  # a broken link is unreadable
+    if missing is not None:
+        raise InputError(f"{missing}: no such image")
+    stems = [image.stem for image in args.images]
+    twice = next((image for image in args.images if stems.count(image.stem) > 1), None)
+    if twice is not None:
+        raise InputError(f"{twice}: another image has the same name; their pictures would replace each other")
+
+
+def read_photos(files: Sequence[Path], mode: str) -> tuple[dict[Path, Image.Image], list[UnreadableImageError]]:
+    """The images, and why others cannot be read or drawn."""
+    photos, unreadable = {}, []
+    for file in files:
+        try:
+            photos[file] = read_photo(file, mode)
+        except UnreadableImageError as error:
+            unreadable.append(error)
+    return photos, unreadable
+
+
+def read_photo(file: Path, mode: str = "RGB") -> Image.Image:
+    """The image as `read_image` gives it; one that is too thin to be drawn is an UnreadableImageError too."""
+    photo = read_image(file, mode)
+    if max(photo.size) > LONGEST * min(photo.size):
+        size = f"{photo.height} x {photo.width} pixels"
+        raise UnreadableImageError(f"{file}: cannot be drawn, {size}; expected sides up to 1 to {LONGEST}")
+    return photo
+
+
+def load_model(name: str, checkpoint: str | None, pretrained: bool, device: str | None) -> nn.Module:
+    """The model on its device; without a checkpoint and not pretrained its weights are random, the same at each run."""
+    torch.manual_seed(0)
+    model = create_model(name, checkpoint, pretrained)
+    if not any(isinstance(module, SuperTokenAttention) for module in model.modules()):
+        ours = ", ".join(timm.list_models(module="svit"))
+        raise InputError(f"{name}: has no super-token attention; these have: {ours}")
+    return model.to(choose_device(device))
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {folder} cannot be written to: {error.strerror}") from error
+
+
+def look(
+    model: nn.Module, photo: Image.Image, img_size: Sequence[int] | None, point: tuple[float, float], n_iter: int
+) -> tuple[str, dict]:
+    """What the model makes of one image: facts in words, and figures of matplotlib by what they show."""
+    config = resolve_data_config({}, model=model)
+    size = input_size(photo, img_size or (min(config["input_size"][1:]),), model.feature_info[-1]["reduction"])
+    config.update(input_size=(config["input_size"][0], *size), crop_pct=1.0, crop_mode="squash")  # the whole image
+    image = create_transform(**config)(photo)[None].to(next(model.parameters()).device)
+    with watch(model) as layers:
+        logits = model(image)[0]
+    facts = f"seen at {size[0]} x {size[1]} pixels"
+    if model.num_classes:
+        facts += f", classified as {prediction(logits, class_names(model))}"
+
+    shown = photo.convert("RGB")
+    shown.thumbnail((SHOWN, SHOWN))
+    shown = torch.from_numpy(np.array(shown)).float() / 255
+    stages = last_of_stages(layers)
+    first = next(watched for watched in stages.values() if watched.samples)
+    return facts, {
+        "super tokens": draw_super_tokens(shown, stages, point),
+        "attention": draw_attention(shown, stages, point),
+        "rounds of association": draw_iterations(shown, first, n_iter),
+    }
+
+
+def input_size(photo: Image.Image, asked: Sequence[int], stride: int) -> tuple[int, int]:
+    """Height and width of what the model sees.
+
+    A shorter side keeps the photo's proportions as far as both sides are multiples of the model's stride: then the
+    pixels of every map cover the image exactly, and the pictures are true to the pixel. Two numbers count as they are.
+    """
+    if len(asked) == 2:
+        return asked[0], asked[1]
+    scale = asked[0] / min(photo.size)
+    width, height = (max(round(side * scale / stride), 1) * stride for side in photo.size)
+    return height, width
+
+
+def prediction(logits: torch.Tensor, names: Sequence[str]) -> str:
+    """The first classes in words; names of ImageNet hold commas."""
+    shares, classes = logits.float().softmax(-1).topk(min(TOP, len(names)))
+    return "; ".join(f"{names[i]} ({share:.1%})" for i, share in zip(classes.tolist(), shares.tolist(), strict=True))
