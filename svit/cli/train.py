@@ -5,9 +5,10 @@
     torchrun --nproc-per-node 8 tools/train.py imagenet_small --data-dir data/imagenet --set mixed_precision=bf16
     python tools/train.py finetune --data-dir photos --set checkpoint=svit_small.safetensors epochs=10
 
-RECIPE is a YAML file or the name of one in tools/recipes/; --set changes keys of it. One command serves a CPU, a GPU,
-many GPUs and many machines (torchrun's --nnodes and --rdzv-endpoint). The folder --output gets best.safetensors and
-last.safetensors (weights), state.pt (what --resume goes on from), log.csv, TensorBoard's events and recipe.yaml.
+RECIPE is a YAML file or the name of one that comes with the package; --set changes keys of it. One command serves a
+CPU, a GPU, many GPUs and many machines (torchrun's --nnodes and --rdzv-endpoint). The folder --output gets
+best.safetensors and last.safetensors (weights), state.pt (what --resume goes on from), log.csv, TensorBoard's events
+and recipe.yaml.
 SIGTERM and Ctrl-C save the state and exit. docs/training.md tells more.
 """
 

@@ -124,7 +124,7 @@ def load_recipe(name: str, changes: list[str] = (), data_dir: str | None = None)
     """Reads a recipe and checks it.
 
     Args:
-        name: a YAML file, or the name of one in tools/recipes/.
+        name: a YAML file, or the name of one that comes with the package.
         changes: "key=value" each, applied on top; a value is YAML, a key within another has a dot.
         data_dir: in place of the recipe's, taken as it is.
 
