@@ -17,6 +17,7 @@ import torch
 from timm.models import clean_state_dict
 from torch.utils._pytree import tree_leaves
 
+from svit.errors import InputError
 from svit.files import replacing
 from svit.models.original import MARK, ONE_HOT, from_original, is_original, to_original
 
@@ -30,7 +31,7 @@ OUR_MARK = "stem.layers.0.weight"
 StateDict = dict[str, torch.Tensor]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint cannot be converted; the message names the file and what is wrong with it."""
 
 

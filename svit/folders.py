@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from svit.errors import InputError
 from svit.images import EXTENSIONS
 
 __all__ = ["ClassFolders", "FolderError", "find_classes", "find_images", "is_clutter", "natural_key", "scan", "walk"]
@@ -30,7 +31,7 @@ CLUTTER = {
 }
 
 
-class FolderError(ValueError):
+class FolderError(InputError):
     """A folder cannot be used; the message names it and says what is expected."""
 
 

@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from svit.errors import InputError
+
 __all__ = ["EXTENSIONS", "FORMATS", "MODES", "UnreadableImageError", "channel_values", "mode_of", "read_image"]
 
 # What Pillow recognizes without a decoder of its own (for some it starts another program), or decodes in the wrong byte
@@ -30,7 +32,7 @@ UNSIGNED, SIGNED = 1, 2  # values of the last
 KINDS = {UNSIGNED: "u", SIGNED: "i", 3: "f"}  # of NumPy
 
 
-class UnreadableImageError(ValueError):
+class UnreadableImageError(InputError):
     """A file is no image, or a damaged one; the message says why, and names the file where that has a path."""
 
 
@@ -63,11 +65,11 @@ def mode_of(in_chans: int) -> str:
     """Pillow's mode of images with so many channels.
 
     Raises:
-        ValueError: there is none.
+        InputError: there is none.
     """
     if in_chans not in MODES:
         modes = ", ".join(f"{channels} ({mode})" for channels, mode in MODES.items())
-        raise ValueError(f"in_chans: expected the channels of an image, one of {modes}, got {in_chans}")
+        raise InputError(f"in_chans: expected the channels of an image, one of {modes}, got {in_chans}")
     return MODES[in_chans]
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from svit.errors import InputError
 from svit.layers import SuperTokenAttention
 from svit.ops import sample
 from svit.ops.reference import from_cells, spread
@@ -211,9 +212,9 @@ def last_of_stages(layers: Sequence[WatchedLayer]) -> dict[str, WatchedLayer]:
 
 
 def check_point(point: Point) -> None:
-    """Raises a ValueError unless both coordinates are fractions between 0 and 1."""
+    """Raises an InputError unless both coordinates are fractions between 0 and 1."""
     if not all(0 <= value <= 1 for value in point):
-        raise ValueError(f"point: expected two fractions between 0 and 1, got {point[0]:g} {point[1]:g}")
+        raise InputError(f"point: expected two fractions between 0 and 1, got {point[0]:g} {point[1]:g}")
 
 
 def mean_colours(photo: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -257,7 +258,7 @@ def draw_super_tokens(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], p
     """
     layers = {title: watched for title, watched in layers.items() if watched.samples}
     if not layers:
-        raise ValueError("layers: expected at least one with cells of more than one pixel, got none")
+        raise InputError("layers: expected at least one with cells of more than one pixel, got none")
     figure, axes = _panels(photo, len(layers), 4)
     for (title, watched), row in zip(layers.items(), axes, strict=True):
         found = watched.association()

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 import svit
-from svit.cli import validate
-from svit.training.models import create_model
+from svit.checkpoints import create_model
+from svit.cli import command
 
 FILE = Path(svit.__file__).parent / "weights" / "svit_nano_32.cifar10.safetensors"
 IMAGES = Path(__file__).parent / "data" / "cifar10_200.tar"  # the first 20 test images of each class, in file order
@@ -39,7 +39,7 @@ def test_the_file_is_small_and_in_half_precision():
 def test_hits_among_200_test_images(tmp_path):
     """Exactly as many as when the weights were made, of each class."""
     arguments = ["svit_nano_32.cifar10", "--pretrained", "--data-dir", str(IMAGES), "--workers", "0", "--device", "cpu"]
-    assert validate.main([*arguments, "--json", str(tmp_path / "result.json")]) == 0
+    assert command("validate")([*arguments, "--json", str(tmp_path / "result.json")]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["images"] == 200
     hits = {name: round(found["top1"] * found["images"] / 100) for name, found in result["classes"].items()}

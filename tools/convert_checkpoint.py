@@ -1,7 +1,9 @@
 """`svit convert`, from a clone."""
 
 from svit import processes
-from svit.cli.convert import main
+from svit.cli import command
+
+main = command("convert")
 
 if __name__ == "__main__":
     processes.run(main)

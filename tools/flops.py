@@ -1,7 +1,9 @@
 """`svit flops`, from a clone."""
 
 from svit import processes
-from svit.cli.flops import main
+from svit.cli import command
+
+main = command("flops")
 
 if __name__ == "__main__":
     processes.run(main)

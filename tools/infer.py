@@ -1,7 +1,9 @@
 """`svit infer`, from a clone."""
 
 from svit import processes
-from svit.cli.infer import main
+from svit.cli import command
+
+main = command("infer")
 
 if __name__ == "__main__":
     processes.run(main)

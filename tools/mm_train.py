@@ -1,7 +1,9 @@
 """`svit mm-train`, from a clone."""
 
 from svit import processes
-from svit.cli.mm_train import main
+from svit.cli import command
+
+main = command("mm-train")
 
 if __name__ == "__main__":
     processes.run(main)

@@ -1,7 +1,9 @@
 """`svit push`, from a clone."""
 
 from svit import processes
-from svit.cli.push import main
+from svit.cli import command
+
+main = command("push")
 
 if __name__ == "__main__":
     processes.run(main)

@@ -1,7 +1,9 @@
 """`svit validate`, from a clone."""
 
 from svit import processes
-from svit.cli.validate import main
+from svit.cli import command
+
+main = command("validate")
 
 if __name__ == "__main__":
     processes.run(main)

@@ -9,12 +9,13 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 import svit
+from svit.errors import InputError
 from svit.names import did_you_mean
 
 __all__ = ["ConfigError", "config_names", "find_config", "fit_to_machine", "load_config"]
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A config cannot be found or used; the message says what is wrong with which part of it."""
 
 

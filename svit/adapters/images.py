@@ -13,6 +13,8 @@ from mmengine.registry import HOOKS, TRANSFORMS
 from mmengine.runner import Runner
 from PIL import Image
 
+from svit.errors import InputError
+
 from .masks import NUMBERS, WIDE_NUMBERS, MaskValues, in_words, values_of
 
 __all__ = ["CheckImagesHook", "CheckMask", "ImageError", "Sizes", "is_turned"]
@@ -25,7 +27,7 @@ READ_BY_OPENCV = {"JPEG", "PNG", "BMP"}
 DAMAGED = "not an image, or a damaged one"
 
 
-class ImageError(ValueError):
+class ImageError(InputError):
     """Images or masks are missing, cannot be decoded or do not fit each other; the message names them."""
 
     def __init__(self, message: str) -> None:

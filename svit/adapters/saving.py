@@ -16,12 +16,13 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from svit.convert import is_finite
+from svit.errors import InputError
 from svit.files import replacing
 
 __all__ = ["DivergedError", "FiniteCheckpointHook", "StopHook", "Stopped"]
 
 
-class DivergedError(RuntimeError):
+class DivergedError(InputError):
     """The loss, a weight or a moment is not finite; the message says where and what to change."""
 
 

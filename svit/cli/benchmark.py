@@ -40,12 +40,15 @@ import torch
 from torch import nn
 
 import svit
-from svit.cli import export
+from svit.checkpoints import create_model, has_fixed_size
+from svit.errors import InputError
 from svit.files import replacing
 from svit.models import SViT
 from svit.ops import triton
 from svit.profiling import count
-from svit.training.models import ModelError, create_model, has_fixed_size
+
+from . import export
+from .base import add_amp, add_img_size, at_least, height_and_width, make_parser
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 
@@ -84,9 +87,9 @@ def build(spec: str, setting: Setting) -> nn.Module:
         print(f"warning: {spec}: plain: is deprecated, it is called upstream: now", file=sys.stderr)
         prefixes = ["upstream" if prefix == "plain" else prefix for prefix in prefixes]
     if "upstream" in prefixes and "upstream" not in FORMS:
-        raise SystemExit(f"error: {spec}: upstream: comes with a clone of the repository, not with the package")
+        raise InputError(f"{spec}: upstream: comes with a clone of the repository, not with the package")
     if unknown := set(prefixes) - set(PREFIXES):
-        raise SystemExit(f"error: {spec}: expected {', '.join(PREFIXES)} before a model, got {unknown.pop()}")
+        raise InputError(f"{spec}: expected {', '.join(PREFIXES)} before a model, got {unknown.pop()}")
     arguments = {}
     for backend in {"reference", "cuda"} & set(prefixes):
         arguments["backend"] = backend
@@ -96,16 +99,16 @@ def build(spec: str, setting: Setting) -> nn.Module:
         if has_fixed_size(name):
             arguments["img_size"] = setting.size
         model = create_model(name, **arguments)
-    except ModelError as error:
-        raise SystemExit(f"error: {spec}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{spec}: {error}") from error
     if {"upstream", "folded"} & set(prefixes) and not isinstance(model, SViT):
-        raise SystemExit(f"error: {spec}: upstream: and folded: are for SViT")
+        raise InputError(f"{spec}: upstream: and folded: are for SViT")
     model.train(setting.train).to(setting.device, getattr(torch, setting.dtype))
     if "upstream" in prefixes:
         model = FORMS["upstream"](model)
     if "folded" in prefixes:
         if setting.train:
-            raise SystemExit(f"error: {spec}: folded: is for inference")
+            raise InputError(f"{spec}: folded: is for inference")
         model = model.fuse()
     if "maps" in prefixes:
         model = Maps(model).train(setting.train)
@@ -113,7 +116,7 @@ def build(spec: str, setting: Setting) -> nn.Module:
         model = compiled(model)
     if "graph" in prefixes:
         if setting.device != "cuda" or setting.train:
-            raise SystemExit(f"error: {spec}: graph: is for inference on a GPU")
+            raise InputError(f"{spec}: graph: is for inference on a GPU")
         model = Replayed(model, setting)
     return in_runtime(model, spec, setting)
 
@@ -126,14 +129,14 @@ def in_runtime(model: nn.Module, spec: str, setting: Setting) -> nn.Module:
         torch._inductor.config.freezing = not setting.train
         return compiled(model)
     if setting.device != "cpu" or setting.train or setting.amp or setting.dtype != "float32":
-        raise SystemExit(f"error: {spec}: --runtime {setting.runtime} is for inference in float32 on a CPU")
+        raise InputError(f"{spec}: --runtime {setting.runtime} is for inference in float32 on a CPU")
     runtime = {"onnxruntime": InOnnxRuntime, "openvino": InOpenVino}[setting.runtime]
     try:
         return runtime(model, (setting.batch_size, 3, *setting.size))
-    except export.ExportError as error:
-        raise SystemExit(f"error: {spec}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{spec}: {error}") from error
     except ModuleNotFoundError as error:
-        raise SystemExit(f"error: --runtime {setting.runtime}: pip install {error.name}") from error
+        raise InputError(f"--runtime {setting.runtime}: pip install {error.name}") from error
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -471,46 +474,44 @@ def plot(sweep: dict[tuple[int, int], list[dict]], path: Path) -> None:
     fig.savefig(path, dpi=120)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("benchmark", __doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--img-size", type=int, nargs="+", default=[224], metavar="N", help="side, or height and width")
-    parser.add_argument("--sweep", type=int, nargs="+", metavar="N", help="several square sizes, one after the other")
-    parser.add_argument("--plot", type=Path, help="with --sweep: picture of the time per pixel")
-    parser.add_argument("--batch-size", type=int, default=4)
+    add_img_size(parser, help="side, or height and width; default: 224", default=[224])
+    parser.add_argument(
+        "--sweep", type=at_least(1), nargs="+", metavar="N", help="several square sizes, one after the other"
+    )
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="with --sweep: picture of the time per pixel")
+    parser.add_argument("--batch-size", metavar="N", type=at_least(1), default=4, help="default: %(default)s")
     parser.add_argument("--train", action="store_true", help="forward and backward instead of inference")
-    parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast to this type")
+    add_amp(parser)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--runtime", choices=RUNTIMES, nargs="+", default=[], help="see above; default: eager")
-    parser.add_argument("--threads", type=int, help="PyTorch's threads")
-    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--threads", metavar="N", type=at_least(1), help="PyTorch's threads")
+    parser.add_argument("--runs", metavar="N", type=at_least(1), default=10, help="default: %(default)s")
     parser.add_argument(
-        "--report", type=Path, help="append the table, with machine and versions, to this Markdown file"
+        "--report", metavar="FILE", type=Path, help="append the table, with machine and versions, to this Markdown file"
     )
     parser.add_argument(
         "--csv", metavar="FILE", type=Path, help="write the results in the columns of timm's benchmark.py"
     )
-    args = parser.parse_args(argv)
-    if len(args.img_size) > 2 or min([*args.img_size, *(args.sweep or [])]) < 1:
-        parser.error(f"--img-size: expected one or two positive numbers, got {args.img_size}")
-    for option, value in (("--batch-size", args.batch_size), ("--runs", args.runs), ("--threads", args.threads or 1)):
-        if value < 1:
-            parser.error(f"{option}: expected at least 1, got {value}")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    command_line = parser()
+    args = command_line.parse_args(argv)
     if args.plot and not args.sweep:
-        parser.error("--plot needs --sweep")
+        command_line.error("--plot needs --sweep")
     if args.csv and (args.csv.is_dir() or not args.csv.parent.is_dir()):  # before the work, not after
-        parser.error(f"--csv: expected a file in a folder that exists, got {args.csv}")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+        command_line.error(f"--csv: expected a file in a folder that exists, got {args.csv}")
     if args.threads:
         torch.set_num_threads(args.threads)
 
     print(environment(args.device))
-    sizes = [(n, n) for n in args.sweep] if args.sweep else [(args.img_size[0], args.img_size[-1])]
+    sizes = [(n, n) for n in args.sweep] if args.sweep else [height_and_width(args.img_size)]
     results = {}
     csv_rows = []
     for size in sizes:
@@ -529,3 +530,4 @@ def main(argv: list[str] | None = None) -> None:
         write_csv(csv_rows, args.csv)
     if args.plot:
         plot(results, args.plot)
+    return 0

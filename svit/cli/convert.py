@@ -7,25 +7,28 @@ The weights under "model" are taken, whose top-1 is the published one; `--ema` t
 """
 
 import argparse
-import sys
 
-from svit.convert import MODELS, CheckpointError, convert
+from svit.convert import MODELS, convert
+
+from .base import at_least, make_parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 0 or 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("convert", __doc__)
     parser.add_argument("source", metavar="IN", help="the checkpoint: .pth or .safetensors")
     parser.add_argument("target", metavar="OUT", help=".safetensors for our layout, .pth for the authors'")
     parser.add_argument("--model", metavar="NAME", choices=MODELS, help=f"default: what fits of {', '.join(MODELS)}")
-    parser.add_argument("--num-classes", metavar="N", type=int, default=1000, help="default: 1000; 0: no head")
+    parser.add_argument(
+        "--num-classes", metavar="N", type=at_least(0), default=1000, help="default: %(default)s; 0: no head"
+    )
     parser.add_argument("--ema", action="store_true", help="take the moving average of the weights")
-    args = parser.parse_args(argv)
-    try:
-        model = convert(args.source, args.target, args.model, args.num_classes, args.ema)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    args = parser().parse_args(argv)
+    model = convert(args.source, args.target, args.model, args.num_classes, args.ema)
     weights = "moving average of the weights" if args.ema else "weights"
     print(f"read {args.source} ({weights} of {model}), wrote {args.target}")
     return 0

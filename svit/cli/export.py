@@ -29,8 +29,12 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
+from svit.checkpoints import class_names
+from svit.errors import InputError
 from svit.files import replacing
-from svit.training.models import class_names, create_model
+
+from . import install
+from .base import add_img_size, add_model_arguments, at_least, height_and_width, make_model, make_parser
 
 AXES = {0: "batch", 2: "height", 3: "width"}
 # Largest difference from PyTorch, relative to the largest output. Another order of summation gives about 1e-6.
@@ -39,107 +43,75 @@ TOLERANCE = 1e-3
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 
-class ExportError(Exception):
-    """What the user is told in one line."""
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("export", __doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default: MODEL.onnx or MODEL.pt2")
+    add_img_size(parser)
+    parser.add_argument(
+        "--batch-size", metavar="N", type=at_least(1), default=1, help="default: 1; matters for --static"
+    )
+    parser.add_argument("--static", action="store_true", help="this batch and image size alone")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 0 or 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="of timm or svit; hf-hub: and local-dir: names bring weights")
-    parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="weights; default: random ones")
-    parser.add_argument("--pretrained", action="store_true", help="timm's weights, or those that come with svit")
-    parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="default: MODEL.onnx or MODEL.pt2")
-    parser.add_argument("--img-size", metavar="N", type=positive, nargs="+", help="H [W]; default: the model's own")
-    parser.add_argument("--batch-size", metavar="N", type=positive, default=1, help="default: 1; matters for --static")
-    parser.add_argument("--static", action="store_true", help="this batch and image size alone")
-    args = parser.parse_args(argv)
-    if args.img_size and len(args.img_size) > 2:
-        parser.error(f"--img-size: expected one or two numbers, got {len(args.img_size)}")
-    size = (args.img_size[0], args.img_size[-1]) if args.img_size else None
+    """Runs the command line; returns the exit status."""
+    args = parser().parse_args(argv)
     form = FORMATS[args.format]
     out = args.out or Path(re.split("[/:]", args.model.rstrip("/"))[-1] + form.suffix)
-    try:
-        check_target(out, form.suffix)
-        form.check()
-        with warnings.catch_warnings():
-            # Of PyTorch's exporters about themselves.
-            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            export(args.model, args.checkpoint, args.pretrained, form, out, size, args.batch_size, args.static)
-    except ExportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    check_target(out, form.suffix)
+    form.check()
+    with warnings.catch_warnings():
+        # Of PyTorch's exporters about themselves.
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        export(args, form, out)
     return 0
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text}")
-    return int(text)
 
 
 def check_target(out: Path, suffix: str) -> None:
     """Before the work, not after."""
     if out.suffix != suffix:
-        raise ExportError(f"{out}: expected a name that ends in {suffix}")
+        raise InputError(f"{out}: expected a name that ends in {suffix}")
     if not out.parent.is_dir():
-        raise ExportError(f"{out}: there is no folder {out.parent}")
+        raise InputError(f"{out}: there is no folder {out.parent}")
     if out.is_dir():
-        raise ExportError(f"{out}: is a folder")
+        raise InputError(f"{out}: is a folder")
 
 
-def export(
-    name: str,
-    checkpoint: Path | None,
-    pretrained: bool,
-    form: "Format",
-    out: Path,
-    img_size: tuple[int, int] | None,
-    batch_size: int,
-    static: bool,
-) -> None:
+def export(args: argparse.Namespace, form: "Format", out: Path) -> None:
     """Writes `out`, after a check of what was written, and prints how far it is from PyTorch.
 
     Raises:
-        ExportError: the model cannot be made or exported, the file cannot be written or computes something else.
+        InputError: the model cannot be made or exported, the file cannot be written or computes something else.
     """
-    model, in_chans, size = build(name, checkpoint, pretrained, img_size)
+    model, in_chans, size = build(args)
     fixed_size = model.pretrained_cfg.get("fixed_input_size")
     # torch.export takes a size of 1 for a fixed one.
-    shape = (batch_size if static else max(batch_size, 2), in_chans, *size)
+    shape = (args.batch_size if args.static else max(args.batch_size, 2), in_chans, *size)
     try:
         with replacing(out) as part:
-            with in_words(name):
-                program = trace(model, shape, () if static else (0,) if fixed_size else AXES)
+            with in_words(args.model):
+                program = trace(model, shape, () if args.static else (0,) if fixed_size else AXES)
                 form.write(program, part, metadata(model, shape))
                 run = form.load(part)
             for other in check_shapes(program, shape):
-                with in_words(name):
+                with in_words(args.model):
                     compare(model, run, other)
     except OSError as error:
-        raise ExportError(f"{out}: cannot be written ({error})") from error
-    print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): {name}, image {signature(program)}")
+        raise InputError(f"{out}: cannot be written ({error})") from error
+    print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): {args.model}, image {signature(program)}")
 
 
-def build(
-    name: str, checkpoint: Path | None, pretrained: bool, img_size: tuple[int, int] | None
-) -> tuple[nn.Module, int, tuple]:
+def build(args: argparse.Namespace) -> tuple[nn.Module, int, tuple]:
     """The model, of plain operations only, the channels and the size of its images."""
-    # A name with a colon says where its weights are.
-    pretrained = pretrained or (":" in name and checkpoint is None)
-    if checkpoint is None and not pretrained:
-        print(f"warning: {name}: no --checkpoint, so its weights are random", file=sys.stderr)
-    options = dict(checkpoint=checkpoint, pretrained=pretrained, exportable=True)
-    try:
-        model = create_model(name, **options)
-        in_chans, *own_size = resolve_model_data_config(model)["input_size"]
-        size = img_size or tuple(own_size)
-        if model.pretrained_cfg.get("fixed_input_size") and size != tuple(own_size):
-            model = create_model(name, img_size=size, **options)
-    except (ValueError, OSError) as error:
-        raise ExportError(str(error)) from error
+    model = make_model(args, exportable=True)
+    in_chans, *own_size = resolve_model_data_config(model)["input_size"]
+    size = height_and_width(args.img_size or own_size)
+    if model.pretrained_cfg.get("fixed_input_size") and size != tuple(own_size):
+        model = make_model(args, exportable=True, img_size=size)
     return fused(model), in_chans, size
 
 
@@ -154,13 +126,13 @@ def fused(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def in_words(name: str) -> Iterator[None]:
-    """Turns whatever the exporters raise, which is nearly anything, into an `ExportError`; OSErrors pass."""
+    """Turns whatever the exporters raise, which is nearly anything, into an InputError; OSErrors pass."""
     try:
         yield
-    except (ExportError, OSError):
+    except (InputError, OSError):
         raise
     except Exception as error:
-        raise ExportError(f"{name}: cannot be exported: {type(error).__name__}: {first_line(error)}") from error
+        raise InputError(f"{name}: cannot be exported: {type(error).__name__}: {first_line(error)}") from error
 
 
 def trace(model: nn.Module, shape: tuple[int, ...], axes: Iterable[int]) -> ExportedProgram:
@@ -205,7 +177,7 @@ def check_onnx() -> None:
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
-            raise ExportError(f"--format onnx: needs {error.name}; pip install '.[export]'") from error
+            raise InputError(f"--format onnx: needs {error.name}; {install('export')}") from error
 
 
 def write_onnx(program: ExportedProgram, path: Path, told: dict[str, str]) -> None:
@@ -217,7 +189,7 @@ def write_onnx(program: ExportedProgram, path: Path, told: dict[str, str]) -> No
     onnx_program.save(path)
     drop_shapes(path)
     if len(list(path.parent.iterdir())) > 1:
-        raise ExportError("the weights do not fit in one ONNX file; --format torch takes them")
+        raise InputError("the weights do not fit in one ONNX file; --format torch takes them")
 
 
 def fold_weights(model) -> None:
@@ -258,7 +230,7 @@ def check_compiler() -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise ExportError("--format aoti: needs a C++ compiler, such as g++, or one that CXX names") from error
+        raise InputError("--format aoti: needs a C++ compiler, such as g++, or one that CXX names") from error
 
 
 def write_aoti(program: ExportedProgram, path: Path, told: dict[str, str]) -> None:
@@ -308,7 +280,7 @@ def compare(model: nn.Module, run: Run, shape: tuple[int, ...]) -> None:
     """Prints how far `run` is from the model on a random image of `shape`.
 
     Raises:
-        ExportError: too far.
+        InputError: too far.
     """
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -317,7 +289,7 @@ def compare(model: nn.Module, run: Run, shape: tuple[int, ...]) -> None:
     difference = (actual - expected).abs().max().item()
     told = f"{show(shape)}: max difference from PyTorch {difference:.1e}, largest output {largest:.2g}"
     if not difference <= TOLERANCE * largest:  # NaN is an error too
-        raise ExportError(f"the file is wrong, and is not kept; {told}")
+        raise InputError(f"the file is wrong, and is not kept; {told}")
     print(told)
 
 

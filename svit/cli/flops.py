@@ -23,10 +23,13 @@ import timm
 from tabulate import tabulate
 from torch import nn
 
-import svit  # noqa: F401  registers the models
+from svit.errors import InputError
 from svit.files import replacing
 from svit.names import did_you_mean
 from svit.profiling import Count, count
+
+from . import install
+from .base import add_img_size, height_and_width, make_parser
 
 # (model, image) -> MACs of the authors' code, counted by the same rules.
 PUBLISHED = {
@@ -51,19 +54,12 @@ COLUMNS = ["model", "img_size", "params", "macs", "published_macs"]
 MODULE_DEPTH = 4  # stages.0.blocks.0
 
 
-class FlopsError(Exception):
-    """What the user is told in one line."""
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 0 or 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("flops", __doc__)
     parser.add_argument("models", metavar="MODEL", nargs="+", help="a model of timm or svit, or a config")
-    parser.add_argument(
-        "--img-size",
+    add_img_size(
+        parser,
         "--shape",
-        metavar="N",
-        nargs="+",
         help="one number: a square, two: height and width; default: each model's own (a config has none)",
     )
     parser.add_argument(
@@ -75,31 +71,23 @@ def main(argv: list[str] | None = None) -> int:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", metavar="FILE", type=Path, help="write the figures as a list of objects")
     output.add_argument("--csv", metavar="FILE", type=Path, help="write the figures as a table, img_size as HxW")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    args = parser().parse_args(argv)
     target = args.json or args.csv
-    try:
-        img_size = parse_size(args.img_size)
-        builders = {name: builder(name, img_size) for name in args.models}
-        if target and not target.parent.is_dir():  # before the work, not after
-            raise FlopsError(f"{target}: there is no folder {target.parent}")
-        products = not args.no_attention_products
-        rows = [measure(*item, img_size, args.per_module, products) for item in builders.items()]
-        print(summary(rows))
-        if target:
-            write(target, as_json(rows) if args.json else as_csv(rows))
-    except FlopsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    img_size = height_and_width(args.img_size) if args.img_size else None
+    builders = {name: builder(name, img_size) for name in args.models}
+    if target and not target.parent.is_dir():  # before the work, not after
+        raise InputError(f"{target}: there is no folder {target.parent}")
+    products = not args.no_attention_products
+    rows = [measure(*item, img_size, args.per_module, products) for item in builders.items()]
+    print(summary(rows))
+    if target:
+        write(target, as_json(rows) if args.json else as_csv(rows))
     return 0
-
-
-def parse_size(values: list[str] | None) -> tuple[int, int] | None:
-    """(H, W) of what --img-size was given."""
-    if values is None:
-        return None
-    if len(values) > 2 or not all(value.isdecimal() and int(value) > 0 for value in values):
-        raise FlopsError(f"--img-size: expected one or two positive whole numbers, got {' '.join(values)}")
-    return int(values[0]), int(values[-1])
 
 
 @dataclass
@@ -119,21 +107,18 @@ def builder(name: str, img_size: tuple[int, int] | None) -> Callable[[], Built]:
         return lambda: build_model(name, img_size)
     known, hint = timm.list_models(), ""
     try:
-        from svit.adapters import ConfigError, config_names, load_config
+        from svit.adapters import config_names, load_config
     except ModuleNotFoundError as error:
         if name.endswith(".py"):
-            raise FlopsError(f"{name}: a config needs {error.name}; pip install '.[mm]', and mmcv") from error
+            raise InputError(f"{name}: a config needs {error.name}; {install('mm')}") from error
         hint = f"; names of configs are known with {error.name} (pip install '.[mm]', and mmcv)"
     else:
         if name.endswith(".py") or name in config_names():
             if img_size is None:
-                raise FlopsError(f"{name}: a config has no image size of its own; give --shape H W")
-            try:
-                return partial(build_config, load_config(name), img_size)
-            except ConfigError as error:
-                raise FlopsError(str(error)) from error
+                raise InputError(f"{name}: a config has no image size of its own; give --shape H W")
+            return partial(build_config, load_config(name), img_size)
         known += config_names()
-    raise FlopsError(f"{name}: no such model{did_you_mean(name, known)}{hint}")
+    raise InputError(f"{name}: no such model{did_you_mean(name, known)}{hint}")
 
 
 def build_model(name: str, img_size: tuple[int, int] | None) -> Built:
@@ -166,7 +151,7 @@ def measure(
         built = build()
         result = count(built.model, built.size, built.in_chans, attention_products)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise FlopsError(f"{name} at {show(img_size) if img_size else 'its own size'}: {first_line(error)}") from error
+        raise InputError(f"{name} at {show(img_size) if img_size else 'its own size'}: {first_line(error)}") from error
 
     for op, times in result.unsupported.items() if attention_products else ():
         print(f"warning: {name}: {op} counts as 0 (runs {times} times)", file=sys.stderr)
@@ -229,4 +214,4 @@ def write(target: Path, text: str) -> None:
         with replacing(target) as part:
             part.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise FlopsError(f"{target}: cannot be written ({error})") from error
+        raise InputError(f"{target}: cannot be written ({error})") from error

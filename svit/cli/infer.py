@@ -16,28 +16,39 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from svit.convert import CheckpointError
-from svit.folders import FolderError, find_images
+from svit.checkpoints import class_names
+from svit.folders import find_images
 from svit.images import UnreadableImageError, read_image
-from svit.training.data import DataError, eval_transform, image_mode, report_unreadable
-from svit.training.models import ModelError, add_model_arguments, class_names, open_model, out_of_memory_as_error
+from svit.training.data import eval_transform, image_mode, report_unreadable
+
+from .base import (
+    add_device,
+    add_img_size,
+    add_model_arguments,
+    at_least,
+    make_parser,
+    open_model,
+    out_of_memory_as_error,
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("infer", __doc__)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="a file, or a folder with all below it")
+    add_model_arguments(parser, "--model")
+    add_img_size(parser)
+    add_device(parser)
+    parser.add_argument("--top", metavar="K", type=at_least(1), default=5, help="classes an image; default: 5")
+    parser.add_argument("--batch-size", metavar="N", type=at_least(1), default=32, help="default: %(default)s")
+    parser.add_argument("--format", choices=["table", "json", "csv"], default="table")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 1 after an error, also if an image could not be read."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="a file, or a folder with all below it")
-    add_model_arguments(parser, "--model")
-    parser.add_argument("--top", metavar="K", type=int, default=5, help="classes an image; default: 5")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--format", choices=["table", "json", "csv"], default="table")
-    args = parser.parse_args(argv)
-    try:
-        with out_of_memory_as_error("lower --batch-size or --img-size"):
-            found, unreadable = infer(args)
-    except (ModelError, CheckpointError, DataError, FolderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    """Runs the command line; returns the exit status: 1 if an image could not be read."""
+    args = parser().parse_args(argv)
+    with out_of_memory_as_error("lower --batch-size or --img-size"):
+        found, unreadable = infer(args)
     show(found, args.format)
     report_unreadable(unreadable, len(found) + len(unreadable))
     return 1 if unreadable else 0
@@ -45,9 +56,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def infer(args: argparse.Namespace) -> tuple[list[dict], list[UnreadableImageError]]:
     """The classes of each image and their probabilities, best first; and why others cannot be read."""
-    for option, value in (("--top", args.top), ("--batch-size", args.batch_size)):
-        if value < 1:
-            raise DataError(f"{option}: expected at least 1, got {value}")
     paths = find_images(args.images)
     model, device, preprocessing = open_model(args)
     transform, mode = eval_transform(preprocessing), image_mode(preprocessing)

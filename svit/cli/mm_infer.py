@@ -20,21 +20,22 @@ from PIL import Image
 
 from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint
-from svit.adapters.configs import ConfigError, load_config
+from svit.adapters.configs import load_config
 from svit.adapters.images import first, problem_with
-from svit.cli.mm_train import drop_start_weights, failed
+from svit.errors import InputError
 from svit.files import replacing
 from svit.folders import find_images
 from svit.images import UnreadableImageError, read_image
 from svit.names import distinct
-from svit.training.models import choose_device
+
+from .base import add_device, choose_device, make_parser
+from .mm_train import drop_start_weights, refusals_as_errors
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 1 after an error, also if an image could not be read."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("mm-infer", __doc__)
     parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of the whole model, as mm_train.py writes it")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of the whole model, as svit mm-train writes it")
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a file, or a folder with all below it")
     parser.add_argument(
         "--out", metavar="PATH", type=Path, required=True, help="a picture, or a folder, where several are drawn"
@@ -42,11 +43,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--score", metavar="S", type=float, default=0.3, help="least score of what a detector draws; default: 0.3"
     )
-    parser.add_argument("--device", metavar="NAME", help="default: the GPU if there is one")
+    add_device(parser)
     parser.add_argument("--cfg-options", metavar="KEY=VALUE", nargs="+", action=DictAction)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    args = parser().parse_args(argv)
     refuse_foreign_objects()
-    try:
+    with refusals_as_errors(ValueError, UnpicklingError):
         targets = plan(args.images, args.out)
         device = str(choose_device(args.device))
         config = load_config(args.config, args.cfg_options)
@@ -55,8 +61,6 @@ def main(argv: list[str] | None = None) -> int:
         check_checkpoint(config, args.checkpoint)
         draw = segmentor if config.get("default_scope") == "mmseg" else detector
         look = draw(config, args.checkpoint, device, args.score)
-    except (ValueError, UnpicklingError) as error:
-        return failed(error)
     unreadable = 0
     for image, target in targets.items():
         try:
@@ -77,10 +81,10 @@ def main(argv: list[str] | None = None) -> int:
             with replacing(target) as part:
                 Image.fromarray(picture).save(part)
         except OSError as error:
-            return failed(ConfigError(f"{target}: cannot be written ({error.strerror or error})"))
+            raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
         print(f"{image} -> {target}: {found}")
     if unreadable:
-        return failed(ConfigError(f"{unreadable} of {len(targets)} images could not be read; the others are drawn"))
+        raise InputError(f"{unreadable} of {len(targets)} images could not be read; the others are drawn")
     return 0
 
 
@@ -88,28 +92,28 @@ def plan(paths: list[Path], out: Path) -> dict[Path, Path]:
     """Which picture goes where, for the images named and those in the folders named.
 
     Raises:
-        ConfigError: none is an image, or two would go to the same place, to an image's, or nowhere.
+        InputError: none is an image, or two would go to the same place, to an image's, or nowhere.
         FolderError: see `find_images`.
     """
     images = find_images(paths)
     if all(problem_with(image) for image in images):  # the others, one by one, are no reason not to start
-        raise ConfigError(f"no image to draw in: {first(f'{image}: {problem_with(image)}' for image in images)}")
+        raise InputError(f"no image to draw in: {first(f'{image}: {problem_with(image)}' for image in images)}")
     one = len(images) == 1 == len(paths) and not paths[0].is_dir()
     if one and out.suffix and not out.is_dir():
         if not out.parent.is_dir():
-            raise ConfigError(f"--out: there is no folder {out.parent}")
+            raise InputError(f"--out: there is no folder {out.parent}")
         if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
-            raise ConfigError(f"--out: expected the name of a picture, such as found.png, or a folder, got {out}")
+            raise InputError(f"--out: expected the name of a picture, such as found.png, or a folder, got {out}")
         targets = {images[0]: out}
     else:
         if out.exists() and not out.is_dir():
-            raise ConfigError(f"--out: expected a folder for {len(images)} images, got {out}")
+            raise InputError(f"--out: expected a folder for {len(images)} images, got {out}")
         targets = {image: out / picture_name(image, paths) for image in images}
     if len(set(targets.values())) < len(images):
-        raise ConfigError(f"--out: two of the images would be drawn to the same file in {out}")
+        raise InputError(f"--out: two of the images would be drawn to the same file in {out}")
     replaced = {image.resolve() for image in images} & {target.resolve() for target in targets.values()}
     if replaced:
-        raise ConfigError(f"--out: expected another place than the images', got {out}, where {replaced.pop()} is one")
+        raise InputError(f"--out: expected another place than the images', got {out}, where {replaced.pop()} is one")
     return targets
 
 

@@ -17,27 +17,33 @@ from mmengine.runner import Runner
 
 from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint, check_data
-from svit.adapters.configs import ConfigError, load_config
-from svit.adapters.images import ImageError
-from svit.cli.mm_train import add_common_arguments, drop_start_weights, failed, start_processes
+from svit.adapters.configs import load_config
+from svit.errors import InputError
 from svit.files import replacing
 
+from .base import make_parser
+from .mm_train import add_common_arguments, drop_start_weights, refusals_as_errors, start_processes
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 0 or 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("mm-test", __doc__)
     parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of the whole model, as mm_train.py writes it")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of the whole model, as svit mm-train writes it")
     parser.add_argument("--work-dir", metavar="DIR", help="logs; default: work_dirs/NAME_OF_CONFIG/test")
     parser.add_argument("--data-root", metavar="DIR", help="the data, in place of the config's data_root")
     parser.add_argument("--tta", action="store_true", help="several sizes and flips, if the config has tta_pipeline")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the metrics as JSON")
     add_common_arguments(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    args = parser().parse_args(argv)
     refuse_foreign_objects()
-    try:
+    with refusals_as_errors(ValueError):
         if args.out and not args.out.parent.is_dir():  # before the work, not after
-            raise ConfigError(f"--out: there is no folder {args.out.parent}")
+            raise InputError(f"--out: there is no folder {args.out.parent}")
         config = load_config(args.config, args.cfg_options, args.data_root)
         config.work_dir = args.work_dir or str(Path("work_dirs", Path(args.config).stem, "test"))
         config.launcher = args.launcher
@@ -53,12 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.tta:
             config.model = dict(config.tta_model, module=config.model)
         runner = Runner.from_cfg(config)
-    except ValueError as error:
-        return failed(error)
-    try:
+    with refusals_as_errors(UnpicklingError):
         metrics = runner.test()
-    except (ImageError, UnpicklingError) as error:
-        return failed(error)
     if args.out and runner.rank == 0:
         with replacing(args.out) as part:
             part.write_text(json.dumps({k: float(v) for k, v in metrics.items()}, indent=2) + "\n")
@@ -67,4 +69,4 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_tta(config: Config) -> None:
     if "tta_pipeline" not in config or "tta_model" not in config:
-        raise ConfigError("--tta: the config has no tta_pipeline and tta_model")
+        raise InputError("--tta: the config has no tta_pipeline and tta_model")

@@ -11,8 +11,9 @@ machines (torchrun's --nnodes and --rdzv-endpoint). docs/detection.md and docs/s
 import argparse
 import os
 import re
-import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -25,15 +26,15 @@ from mmengine.runner import Runner
 from svit import processes
 from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint, check_data
-from svit.adapters.configs import ConfigError, fit_to_machine, load_config
-from svit.adapters.images import ImageError
-from svit.adapters.saving import DivergedError, StopHook, Stopped
-from svit.convert import CheckpointError
+from svit.adapters.configs import fit_to_machine, load_config
+from svit.adapters.saving import StopHook, Stopped
+from svit.errors import InputError
+
+from .base import add_amp, make_parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 1 after an error, 143 after SIGTERM, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("mm-train", __doc__)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--work-dir", metavar="DIR", help="logs and checkpoints; default: work_dirs/NAME_OF_CONFIG")
     parser.add_argument("--data-root", metavar="DIR", help="the data, in place of the config's data_root")
@@ -44,19 +45,17 @@ def main(argv: list[str] | None = None) -> int:
         const="auto",
         help="go on from a checkpoint; without one named: from the newest in the work dir, from the start if none is",
     )
-    parser.add_argument(
-        "--amp",
-        metavar="DTYPE",
-        nargs="?",
-        const="float16",
-        choices=["float16", "bfloat16"],
-        help="mixed precision, on a GPU: float16 (default) or bfloat16",
-    )
+    add_amp(parser, nargs="?", const="float16", help="mixed precision, on a GPU: float16 (fp16, default) or bfloat16")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the rate with the batch of all processes")
     add_common_arguments(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 143 after SIGTERM, 130 after Ctrl-C."""
+    args = parser().parse_args(argv)
     refuse_foreign_objects()
-    try:
+    with refusals_as_errors(ValueError):
         config = load_config(args.config, args.cfg_options, args.data_root)
         config.work_dir = args.work_dir or config.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
         config.launcher = args.launcher
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             use_amp(config, args.amp)
         if args.auto_scale_lr:
             if "base_batch_size" not in config.get("auto_scale_lr", {}):
-                raise ConfigError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
+                raise InputError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
             config.auto_scale_lr.enable = True
         if config.get("load_from"):
             check_checkpoint(config, config.load_from, backbone_only=not config.resume)
@@ -75,10 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         check_data(config, "train", "val")
         start_processes(config)
         runner = Runner.from_cfg(config)
-    except ValueError as error:
-        return failed(error)
     try:
-        with processes.stop_signals() as signals:
+        with processes.stop_signals() as signals, refusals_as_errors(UnpicklingError):
             runner.register_hook(StopHook(signals))
             runner.train()
     except Stopped as stopped:
@@ -87,8 +84,6 @@ def main(argv: list[str] | None = None) -> int:
             left = f"--resume goes on from {newest}" if newest else "there is no checkpoint yet"
             print(f"{stopped.signal.name}: ended after an iteration; {left}")
         return 128 + stopped.signal
-    except (CheckpointError, DivergedError, ImageError, UnpicklingError) as error:
-        return failed(error)
     return 0
 
 
@@ -123,7 +118,7 @@ def set_resume(config: Config, resume: str | None) -> None:
         config.resume, config.load_from = True, resume
         taken = taken and Path(resume).resolve().parent != Path(newest).resolve().parent
     if taken and (resume is not None or not config.get("resume")):
-        raise ConfigError(f"--work-dir: {config.work_dir} holds a run already; go on with --resume or name another")
+        raise InputError(f"--work-dir: {config.work_dir} holds a run already; go on with --resume or name another")
 
 
 def find_newest(config: Config) -> str | None:
@@ -157,7 +152,7 @@ def guard_checkpoints(config: Config) -> None:
 
 def use_amp(config: Config, dtype: str) -> None:
     if not torch.cuda.is_available():
-        raise ConfigError("--amp: mmengine's mixed precision needs a GPU")
+        raise InputError("--amp: mmengine's mixed precision needs a GPU")
     config.optim_wrapper.type = "AmpOptimWrapper"
     config.optim_wrapper.dtype = dtype
     config.optim_wrapper.loss_scale = "dynamic"
@@ -176,7 +171,10 @@ def start_processes(config: Config) -> None:
         torch.distributed.init_process_group("gloo")
 
 
-def failed(error: Exception) -> int:
-    """Says what is wrong; returns the exit status."""
-    print(f"error: {error}", file=sys.stderr)
-    return 1
+@contextmanager
+def refusals_as_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Exceptions of these kinds, which mmengine raises of configs and files, are InputErrors."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(str(error)) from error

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,10 +23,13 @@ from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from torch import nn
 
+from svit.checkpoints import create_model, read_metadata
+from svit.errors import InputError
 from svit.files import replacing
 from svit.images import MODES
 from svit.models import SViT
-from svit.training.models import CheckpointError, ModelError, create_model, read_metadata
+
+from .base import make_parser
 
 TASK = "image-classification"
 
@@ -106,13 +108,8 @@ What the training wrote into the checkpoint:
 """
 
 
-class HubError(Exception):
-    """What the user is told in one line."""
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 0 or 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("push", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".safetensors, or a file of torch.save")
     parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name")
     parser.add_argument("--model", metavar="NAME", help="of timm or svit; default: what the checkpoint says")
@@ -125,24 +122,25 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--dataset", metavar="NAME", help="trained on; the Hub's name of it")
     parser.add_argument("--local", metavar="DIR", type=Path, help="write the files there, push nothing")
-    args = parser.parse_args(argv)
-    try:
-        check_repo_id("REPO_ID", args.repo_id)
-        if args.dataset:
-            check_repo_id("--dataset", args.dataset)
-        results = [parse_metric(text, args.dataset) for text in args.metrics]
-        model, facts = load(args.checkpoint, args.model)
-        license = args.license or default_license(facts)
-        card = dict(facts=facts, results=results, license=license, dataset=args.dataset)
-        if args.local:
-            write_folder(args.local, model, args.repo_id, **card)
-            print(f'wrote {args.local}; timm.create_model("local-dir:{args.local}", pretrained=True) loads it')
-        else:
-            url = push(model, args.repo_id, args.private, **card)
-            print(f"pushed to {url}")
-    except (HubError, ModelError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    args = parser().parse_args(argv)
+    check_repo_id("REPO_ID", args.repo_id)
+    if args.dataset:
+        check_repo_id("--dataset", args.dataset)
+    results = [parse_metric(text, args.dataset) for text in args.metrics]
+    model, facts = load(args.checkpoint, args.model)
+    license = args.license or default_license(facts)
+    card = dict(facts=facts, results=results, license=license, dataset=args.dataset)
+    if args.local:
+        write_folder(args.local, model, args.repo_id, **card)
+        print(f'wrote {args.local}; timm.create_model("local-dir:{args.local}", pretrained=True) loads it')
+    else:
+        url = push(model, args.repo_id, args.private, **card)
+        print(f"pushed to {url}")
     return 0
 
 
@@ -150,7 +148,7 @@ def check_repo_id(what: str, name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise HubError(f"{what}: {error}") from error
+        raise InputError(f"{what}: {error}") from error
 
 
 def parse_metric(text: str, dataset: str | None) -> EvalResult:
@@ -163,9 +161,9 @@ def parse_metric(text: str, dataset: str | None) -> EvalResult:
     except ValueError:
         value = math.nan
     if not metric or not math.isfinite(value):
-        raise HubError(f"--metrics: expected 'DATASET METRIC=NUMBER', got {text!r}")
+        raise InputError(f"--metrics: expected 'DATASET METRIC=NUMBER', got {text!r}")
     if dataset is None:
-        raise HubError(f"--metrics: {text!r} names no dataset, and there is no --dataset")
+        raise InputError(f"--metrics: {text!r} names no dataset, and there is no --dataset")
     return EvalResult(
         task_type=TASK,
         dataset_type=re.sub("[^a-z0-9/._]+", "-", dataset.lower()),
@@ -181,7 +179,7 @@ def load(checkpoint: Path, name: str | None) -> tuple[nn.Module, dict[str, Any]]
     metadata = read_metadata(checkpoint)
     name = name or metadata["pretrained_cfg"].get("architecture")
     if name is None:
-        raise HubError(f"{checkpoint}: does not say which model it is of; --model NAME does")
+        raise InputError(f"{checkpoint}: does not say which model it is of; --model NAME does")
     return create_model(name, checkpoint), metadata["facts"]
 
 
@@ -190,7 +188,7 @@ def default_license(facts: Mapping[str, Any]) -> str:
     recipe = facts.get("recipe", {})
     for key in ("pretrained", "checkpoint"):
         if recipe.get(key):
-            raise HubError(f"--license: expected one, since the training started from others ({key}: {recipe[key]})")
+            raise InputError(f"--license: expected one, since the training started from others ({key}: {recipe[key]})")
     return "mit"
 
 
@@ -198,22 +196,22 @@ def write_folder(folder: Path, model: nn.Module, repo_id: str, **card: Any) -> N
     """Writes the files to a new folder, whole or not at all.
 
     Raises:
-        HubError: the folder is there and not empty, or cannot be written.
+        InputError: the folder is there and not empty, or cannot be written.
     """
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise HubError(f"{folder}: exists already")
+            raise InputError(f"{folder}: exists already")
         with replacing(folder) as part:
             write_files(part, model, repo_id, **card)
     except OSError as error:
-        raise HubError(f"{folder}: cannot be written ({error})") from error
+        raise InputError(f"{folder}: cannot be written ({error})") from error
 
 
 def push(model: nn.Module, repo_id: str, private: bool, **card: Any) -> str:
     """Uploads the files in one commit, to a new repository or on top of what is there; returns the repository's URL.
 
     Raises:
-        HubError: the Hub cannot be reached or refuses.
+        InputError: the Hub cannot be reached or refuses.
     """
     api = HfApi(library_name="timm")
     try:
@@ -223,7 +221,7 @@ def push(model: nn.Module, repo_id: str, private: bool, **card: Any) -> str:
             api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Add the model")
     except Exception as error:  # the Hub's own errors, the network's, those of missing tokens
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HubError(f"{repo_id}: cannot be pushed: {reason}") from error
+        raise InputError(f"{repo_id}: cannot be pushed: {reason}") from error
     return str(repo)
 
 

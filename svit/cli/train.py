@@ -13,21 +13,32 @@ SIGTERM and Ctrl-C save the state and exit. docs/training.md tells more.
 """
 
 import argparse
-import sys
 from pathlib import Path
+from typing import Any
 
-from svit.convert import CheckpointError
-from svit.training.data import DataError, is_reader_gone
-from svit.training.loop import Training, TrainingError
-from svit.training.models import ModelError, out_of_memory_as_error
-from svit.training.recipe import RecipeError, load_recipe
-from svit.training.state import OutputError
+from svit.errors import InputError
+from svit.training.data import is_reader_gone
+from svit.training.loop import Training
+from svit.training.recipe import find_recipe, load_recipe, recipe_names
+
+from .base import make_parser, out_of_memory_as_error
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 1 after an error, 143 after SIGTERM, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+class PrintRecipe(argparse.Action):
+    """Prints the recipe of that name, or without one the names of all, and ends the process."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        print(find_recipe(values).read_text(encoding="utf-8").rstrip() if values else "\n".join(recipe_names()))
+        parser.exit()
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("train", __doc__)
     parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("--list", nargs=0, action=PrintRecipe, help="print the names of the package's recipes, and end")
+    parser.add_argument("--show", metavar="NAME", action=PrintRecipe, help="print a recipe, and end")
     parser.add_argument("--data-dir", metavar="DIR", help="in place of the recipe's data_dir")
     parser.add_argument("--output", metavar="DIR", type=Path, help="default: outputs/train/NAME_OF_RECIPE")
     parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="keys of the recipe")
@@ -39,24 +50,25 @@ def main(argv: list[str] | None = None) -> int:
         help="go on from a state; auto (the default) from that in the output folder, from the start if there is none",
     )
     parser.add_argument("--cpu", action="store_true", help="train on the CPU, though there is a GPU")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 143 after SIGTERM, 130 after Ctrl-C."""
+    args = parser().parse_args(argv)
     output = args.output or Path("outputs", "train", Path(args.recipe).stem)
+    recipe = load_recipe(args.recipe, args.set, args.data_dir)
+    advice = (
+        f"lower batch_size, now {recipe.batch_size}, and raise grad_accum by as much, which keeps the images of an "
+        "update; or set grad_checkpointing=true, mixed_precision=bf16 or a smaller img_size"
+    )
     try:
-        recipe = load_recipe(args.recipe, args.set, args.data_dir)
-        with out_of_memory_as_error(
-            f"lower batch_size, now {recipe.batch_size}, and raise grad_accum by as much, which keeps the images of an "
-            "update; or set grad_checkpointing=true, mixed_precision=bf16 or a smaller img_size"
-        ):
+        with out_of_memory_as_error(advice):
             stopped_by = Training(recipe, output, args.resume, args.cpu).run()
-    except (RecipeError, DataError, ModelError, CheckpointError, OutputError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
-        print(f"error: {error}; what was saved before is whole", file=sys.stderr)
-        return 1
+        raise InputError(f"{error}; what was saved before is whole") from error
     except RuntimeError as error:
         if not is_reader_gone(error):
             raise
-        print(f"error: {str(error).splitlines()[0]} If memory ran short, lower workers", file=sys.stderr)
-        return 1
+        raise InputError(f"{str(error).splitlines()[0]} If memory ran short, lower workers") from error
     return 128 + stopped_by if stopped_by else 0

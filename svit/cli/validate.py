@@ -22,11 +22,23 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from svit.convert import CheckpointError
+from svit.checkpoints import class_names
+from svit.errors import InputError
 from svit.files import replacing
-from svit.training.data import DataError, Loader, classes_of, eval_transform, image_mode, open_dataset, print_contents
+from svit.training.data import Loader, classes_of, eval_transform, image_mode, open_dataset, print_contents
 from svit.training.evaluation import evaluate
-from svit.training.models import ModelError, add_model_arguments, class_names, open_model, out_of_memory_as_error
+
+from .base import (
+    add_amp,
+    add_device,
+    add_img_size,
+    add_model_arguments,
+    at_least,
+    make_parser,
+    open_model,
+    out_of_memory_as_error,
+    share,
+)
 
 # Top-1 of the paper's Table 2 in per cent, by model and size.
 PUBLISHED = {
@@ -42,45 +54,42 @@ PUBLISHED = {
 FIGURES = dict(disable_numparse=True, stralign="right")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 0 or 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("validate", __doc__)
     add_model_arguments(parser)
+    add_img_size(parser)
+    add_device(parser)
+    add_amp(parser)
     parser.add_argument("--data-dir", metavar="DIR", required=True)
     parser.add_argument("--dataset", metavar="NAME", default="folder", help="folder (default), torch/..., hfds/...")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--download", action="store_true", help="where timm can")
-    parser.add_argument("--crop-pct", metavar="SHARE", type=float, help="of the resized image's side that is kept")
+    parser.add_argument("--crop-pct", metavar="SHARE", type=share, help="of the resized image's side that is kept")
     parser.add_argument("--flip", action="store_true", help="average the logits of the image and its mirror image")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--workers", type=int, default=2, help="processes that read; default: 2")
+    parser.add_argument("--batch-size", metavar="N", type=at_least(1), default=128, help="default: %(default)s")
+    parser.add_argument("--workers", metavar="N", type=at_least(0), default=2, help="processes that read; default: 2")
     parser.add_argument("--max-unreadable", metavar="N", type=int, default=10, help="images that may be skipped")
-    parser.add_argument("--amp", choices=["bf16", "fp16"], help="mixed precision")
     parser.add_argument("--per-class", action="store_true", help="top-1 of each class, the worst first")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to a file, too")
-    args = parser.parse_args(argv)
-    try:
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-        with out_of_memory_as_error("lower --batch-size or --img-size"):
-            result = validate(args)
-        print_result(result, args.per_class)
-        if args.json:
-            with replacing(args.json) as part:
-                part.write_text(json.dumps(result, indent=1) + "\n")
-    except (ModelError, CheckpointError, DataError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    args = parser().parse_args(argv)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+    with out_of_memory_as_error("lower --batch-size or --img-size"):
+        result = validate(args)
+    print_result(result, args.per_class)
+    if args.json:
+        with replacing(args.json) as part:
+            part.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
 def validate(args: argparse.Namespace) -> dict:
     """What the command line asks for, as numbers: accuracy in per cent."""
-    for option, value, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0)):
-        if value < least:
-            raise ValueError(f"{option}: expected at least {least}, got {value}")
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        raise ValueError(f"--crop-pct: expected more than 0 and at most 1, got {args.crop_pct}")
     model, device, preprocessing = open_model(args, crop_pct=args.crop_pct)
     options = {"download": args.download} if args.dataset.startswith("torch/") else {}
     loader = Loader(
@@ -94,8 +103,7 @@ def validate(args: argparse.Namespace) -> dict:
     )
     print_contents(args.split, loader.dataset, sys.stderr)
     names = names_of_classes(model, classes_of(loader.dataset))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
-    autocast = partial(torch.autocast, device.type, dtype) if dtype else nullcontext
+    autocast = partial(torch.autocast, device.type, getattr(torch, args.amp)) if args.amp else nullcontext
     batches = tqdm(loader.epoch(), total=len(loader), disable=None, desc="evaluating", unit="batch")
     found = evaluate(model, batches, model.num_classes, device, autocast, args.flip, channels_last=True)
     height, width = preprocessing["input_size"][1:]
@@ -128,13 +136,13 @@ def names_of_classes(model: nn.Module, found: list[str] | None) -> list[str]:
     Folders are numbered by their own names, so the data must have the model's classes, all of them.
 
     Raises:
-        DataError: it has others.
+        InputError: it has others.
     """
     told = model.pretrained_cfg.get("label_names")
     if found and told and list(told) != found:
-        raise DataError(f"data_dir: its classes are {found[:10]}, expected the checkpoint's {list(told)[:10]}")
+        raise InputError(f"data_dir: its classes are {found[:10]}, expected the checkpoint's {list(told)[:10]}")
     if found and not told and len(found) != model.num_classes:
-        raise DataError(f"data_dir: {len(found)} classes, expected the model's {model.num_classes}")
+        raise InputError(f"data_dir: {len(found)} classes, expected the model's {model.num_classes}")
     return found if found and not told else class_names(model)
 
 

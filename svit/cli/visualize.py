@@ -9,7 +9,6 @@ left out.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from html import escape
@@ -23,13 +22,25 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
+from svit.checkpoints import class_names
+from svit.errors import InputError
 from svit.files import replacing
 from svit.folders import find_images
 from svit.images import UnreadableImageError, read_image
 from svit.layers import SuperTokenAttention
 from svit.training.data import image_mode, report_unreadable
-from svit.training.models import choose_device, class_names, create_model, out_of_memory_as_error
 from svit.visualize import check_point, draw_attention, draw_iterations, draw_super_tokens, last_of_stages, watch
+
+from .base import (
+    add_device,
+    add_img_size,
+    add_model_arguments,
+    at_least,
+    choose_device,
+    make_model,
+    make_parser,
+    out_of_memory_as_error,
+)
 
 SHOWN = 768  # pixels of a photo's longer side in the pictures, more than a panel has
 LONGEST = 20  # sides to shorter ones, of photos whose pictures are of a size to look at
@@ -68,17 +79,10 @@ SECTION = """<section>
 FIGURE = '<figure><figcaption>{caption}</figcaption><a href="{file}"><img src="{file}" alt="{caption}"></a></figure>'
 
 
-class InputError(ValueError):
-    """What the user is told in one line."""
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 0 or 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("visualize", __doc__)
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a file, or a folder with all below it")
-    parser.add_argument("--model", metavar="NAME", required=True, help="a model of timm with super-token attention")
-    parser.add_argument("--checkpoint", metavar="FILE", help="its weights; without any they are random")
-    parser.add_argument("--pretrained", action="store_true", help="timm's weights, or those that come with svit")
+    add_model_arguments(parser, "--model")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("outputs/visualize"), help="default: %(default)s"
     )
@@ -90,49 +94,51 @@ def main(argv: list[str] | None = None) -> int:
         default=(0.5, 0.5),
         help="whose super token is looked at, as fractions of width and height from the top left; default: 0.5 0.5",
     )
-    parser.add_argument(
-        "--img-size",
-        metavar="N",
-        type=int,
-        nargs="+",
+    add_img_size(
+        parser,
         help="what the model sees: its shorter side, or height and width; default: the model's input size as the "
         "shorter side. The whole image is resized, nothing is cropped",
     )
     parser.add_argument(
-        "--n-iter", metavar="N", type=int, default=3, help="rounds of association to compare; default: %(default)s"
+        "--n-iter",
+        metavar="N",
+        type=at_least(1),
+        default=3,
+        help="rounds of association to compare; default: %(default)s",
     )
     parser.add_argument("--format", choices=("png", "webp", "jpg"), default="png", help="default: %(default)s")
-    parser.add_argument("--device", help="default: the GPU if there is one")
-    args = parser.parse_args(argv)
-    try:
-        args.images = [i for path in args.images for i in (find_images([path]) if path.is_dir() else [path])]
-        check(args)
-        model = load_model(args.model, args.checkpoint, args.pretrained, args.device)
-        photos, unreadable = read_photos(args.images, image_mode(resolve_data_config({}, model=model)))
-        if not photos:
-            report_unreadable(unreadable, len(args.images))
-            return 1
-        make_folder(args.out)
-        # Every file takes its place at the end, the page last; on an error none does.
-        with ExitStack() as files, out_of_memory_as_error("lower --img-size"):
-            page = files.enter_context(replacing(args.out / "index.html"))
-            sections = []
-            for image, photo in photos.items():
-                facts, figures = look(model, photo, args.img_size, args.point, args.n_iter)
-                print(f"{image}: {facts}")
-                shown = []
-                for caption, figure in figures.items():
-                    name = f"{image.stem}-{caption.replace(' ', '-')}.{args.format}"
-                    with files.enter_context(replacing(args.out / name)).open("wb") as file:
-                        figure.savefig(file, format=args.format, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
-                    shown.append(FIGURE.format(file=quote(os.fsencode(name)), caption=caption))
-                sections.append(SECTION.format(image=escape(image.name), facts=escape(facts), figures="\n".join(shown)))
-            weights = Path(args.checkpoint).name if args.checkpoint else "pretrained" if args.pretrained else "random"
-            text = PAGE.format(model=escape(args.model), weights=escape(weights), sections="\n".join(sections))
-            page.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    add_device(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 1 if an image could not be read."""
+    args = parser().parse_args(argv)
+    args.images = [i for path in args.images for i in (find_images([path]) if path.is_dir() else [path])]
+    check(args)
+    model = load_model(args)
+    photos, unreadable = read_photos(args.images, image_mode(resolve_data_config({}, model=model)))
+    if not photos:
+        report_unreadable(unreadable, len(args.images))
         return 1
+    make_folder(args.out)
+    # Every file takes its place at the end, the page last; on an error none does.
+    with ExitStack() as files, out_of_memory_as_error("lower --img-size"):
+        page = files.enter_context(replacing(args.out / "index.html"))
+        sections = []
+        for image, photo in photos.items():
+            facts, figures = look(model, photo, args.img_size, args.point, args.n_iter)
+            print(f"{image}: {facts}")
+            shown = []
+            for caption, figure in figures.items():
+                name = f"{image.stem}-{caption.replace(' ', '-')}.{args.format}"
+                with files.enter_context(replacing(args.out / name)).open("wb") as file:
+                    figure.savefig(file, format=args.format, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
+                shown.append(FIGURE.format(file=quote(os.fsencode(name)), caption=caption))
+            sections.append(SECTION.format(image=escape(image.name), facts=escape(facts), figures="\n".join(shown)))
+        weights = Path(args.checkpoint).name if args.checkpoint else "pretrained" if args.pretrained else "random"
+        text = PAGE.format(model=escape(args.model), weights=escape(weights), sections="\n".join(sections))
+        page.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
     print(f"wrote {args.out / 'index.html'}")
     report_unreadable(unreadable, len(args.images))
     return 1 if unreadable else 0
@@ -141,11 +147,6 @@ def main(argv: list[str] | None = None) -> int:
 def check(args: argparse.Namespace) -> None:
     """Raises an error for what can be told from the arguments alone."""
     check_point(args.point)
-    if args.n_iter < 1:
-        raise InputError(f"--n-iter: expected at least 1, got {args.n_iter}")
-    if args.img_size and (len(args.img_size) > 2 or min(args.img_size) < 1):
-        given = " ".join(map(str, args.img_size))
-        raise InputError(f"--img-size: expected one or two positive numbers, got {given}")
     missing = next((image for image in args.images if not os.path.lexists(image)), None)  # a broken link is unreadable
     if missing is not None:
         raise InputError(f"{missing}: no such image")
@@ -175,14 +176,14 @@ def read_photo(file: Path, mode: str = "RGB") -> Image.Image:
     return photo
 
 
-def load_model(name: str, checkpoint: str | None, pretrained: bool, device: str | None) -> nn.Module:
+def load_model(args: argparse.Namespace) -> nn.Module:
     """The model on its device; without a checkpoint and not pretrained its weights are random, the same at each run."""
     torch.manual_seed(0)
-    model = create_model(name, checkpoint, pretrained)
+    model = make_model(args)
     if not any(isinstance(module, SuperTokenAttention) for module in model.modules()):
         ours = ", ".join(timm.list_models(module="svit"))
-        raise InputError(f"{name}: has no super-token attention; these have: {ours}")
-    return model.to(choose_device(device))
+        raise InputError(f"{args.model}: has no super-token attention; these have: {ours}")
+    return model.to(choose_device(args.device))
 
 
 def make_folder(folder: Path) -> None:

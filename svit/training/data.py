@@ -25,6 +25,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar, extract_tari
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 from torchvision.transforms import ColorJitter
 
+from svit.errors import InputError
 from svit.folders import (
     FolderError,
     classes_of_files,
@@ -46,10 +47,6 @@ PREFIXES = ("torch", "wds", "hfds", "hfids", "tfds")
 # Folders that timm takes for the same split, and all names that look like a split's.
 SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test", "testing"))
 SPLITS = [name for names in SYNONYMS for name in names]
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message names the folder, the class or the file."""
 
 
 def seed_all(*numbers: int) -> None:
@@ -80,14 +77,14 @@ def open_dataset(name: str, root: str, split: str, **options: Any) -> Dataset:
     """A dataset of class folders, of a tar file, or of timm's other readers, without a transform.
 
     Raises:
-        DataError: no such dataset, no such split, or no images in it.
+        InputError: no such dataset, no such split, or no images in it.
     """
     kind = name.partition("/")[0].lower()
     if name not in FOLDERS and (kind not in PREFIXES or kind == name):
         prefixes = ", ".join(f"{prefix}/" for prefix in PREFIXES)
-        raise DataError(f"dataset: expected folder, or a name that starts with one of {prefixes}, got {name!r}")
+        raise InputError(f"dataset: expected folder, or a name that starts with one of {prefixes}, got {name!r}")
     if kind != "hfds" and kind != "hfids" and not options.get("download") and not os.path.exists(root):
-        raise DataError(f"data_dir: no such folder or file: {root}")
+        raise InputError(f"data_dir: no such folder or file: {root}")
     if kind in ("wds", "hfids"):
         options["input_img_mode"] = ""  # as they are; `Stream` converts them
     if kind == "wds":
@@ -99,11 +96,11 @@ def open_dataset(name: str, root: str, split: str, **options: Any) -> Dataset:
         dataset = create_dataset(name, root=root, split=split, **options)
         if len(dataset) == 0:
             raise RuntimeError("it holds no images")
-    except DataError:
+    except InputError:
         raise
     except Exception as error:  # the readers, what they read with, and a download can raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{name} {root}, split {split!r}: cannot be used: {reason}") from error
+        raise InputError(f"{name} {root}, split {split!r}: cannot be used: {reason}") from error
     if hasattr(dataset, "loader"):  # torchvision's, of files
         dataset.loader = os.fspath  # hands on the path, for `read_image`
     return dataset
@@ -118,13 +115,13 @@ def open_folder(root: str, split: str, class_map: str | dict[str, int] | None = 
         class_map: timm's, numbers by class in place of those in natural order; other classes are left out.
 
     Raises:
-        DataError: it has folders of other splits alone, or is neither a folder nor a tar file.
+        InputError: it has folders of other splits alone, or is neither a folder nor a tar file.
         FolderError: no class folders, or no images in them.
     """
     path = Path(root)
     if not path.is_dir():
         if path.suffix != ".tar":
-            raise DataError(f"data_dir: expected a folder or a .tar file, got {root}")
+            raise InputError(f"data_dir: expected a folder or a .tar file, got {root}")
         return ImageDataset(root, reader=TarReader(root, class_map))
     split = split.partition("[")[0]
     names = (split, *(name for names in SYNONYMS[:2] if split in names for name in names))
@@ -132,7 +129,7 @@ def open_folder(root: str, split: str, class_map: str | dict[str, int] | None = 
     if found is None:
         others = [name for name in sorted(subfolders(path)) if name.lower() in SPLITS and subfolders(path / name)]
         if others:
-            raise DataError(f"data_dir: {root} has no folder of the split {split!r}, only {', '.join(others)}")
+            raise InputError(f"data_dir: {root} has no folder of the split {split!r}, only {', '.join(others)}")
     return ImageDataset(str(found or path), reader=FolderReader(str(found or path), class_map))
 
 
@@ -251,16 +248,16 @@ def check_splits(train: Dataset, val: Dataset, num_classes: int | None = None) -
         num_classes: what the recipe asks for. With a number one class alone is a warning, without one an error.
 
     Raises:
-        DataError: they are the same images, a class is missing in one of them, or there is only one class.
+        InputError: they are the same images, a class is missing in one of them, or there is only one class.
     """
     a, b = location(train), location(val)
     if a and b and (a == b or a in b.parents or b in a.parents):
-        raise DataError(f"val: its images, those in {b}, are images of the training, which has those in {a}")
+        raise InputError(f"val: its images, those in {b}, are images of the training, which has those in {a}")
     ours, theirs = classes_of(train), classes_of(val)
     if a and ours and len(ours) == 1:
         told = f"train: one class alone, {ours[0]}, in {a}; expected the folder that holds the class folders"
         if num_classes is None:
-            raise DataError(told)
+            raise InputError(told)
         print(f"warning: {told}", file=sys.stderr)
     if ours is None or theirs is None or ours == theirs:
         return
@@ -268,26 +265,26 @@ def check_splits(train: Dataset, val: Dataset, num_classes: int | None = None) -
     for names, others, where in ((ours, theirs, "val"), (theirs, ours, "train")):
         missing = [name for name in names if name not in others]
         if missing:
-            raise DataError(f"{where}: no images of {len(missing)} of {len(names)} classes: {first(missing)}; {both}")
-    raise DataError(f"val: its classes are in another order than train's; {both}")
+            raise InputError(f"{where}: no images of {len(missing)} of {len(names)} classes: {first(missing)}; {both}")
+    raise InputError(f"val: its classes are in another order than train's; {both}")
 
 
 def check_classes(classes: torch.Tensor, num_classes: int) -> None:
     """Classes (B,) of images must be ones that the model has.
 
     Raises:
-        DataError: one is not.
+        InputError: one is not.
     """
     wrong = classes[(classes < 0) | (classes >= num_classes)]
     if len(wrong):
-        raise DataError(f"class: expected 0 to {num_classes - 1}, got {wrong[0]}")
+        raise InputError(f"class: expected 0 to {num_classes - 1}, got {wrong[0]}")
 
 
 class Images(Dataset):
     """A dataset with an index, augmented; an item's key is (epoch, place in the epoch, index).
 
     An image that cannot be read is reported once, by name. In training the next image takes its place; else the item is
-    None, which `collate` drops. More than `limit` of them are a DataError, and so are all of them. `mode` is that of
+    None, which `collate` drops. More than `limit` of them are an InputError, and so are all of them. `mode` is that of
     `read_image`.
     """
 
@@ -327,10 +324,10 @@ class Images(Dataset):
             print(f"unreadable, skipped: {self.name(index)} ({error})", file=sys.stderr, flush=True)
         count = int(self.unreadable.sum())
         if count == len(self):  # in training, the next one would be sought for ever
-            raise DataError(f"none of the {count} images can be read")
+            raise InputError(f"none of the {count} images can be read")
         if count > self.limit:
             names = ", ".join(self.name(i) for i in self.unreadable.nonzero().flatten().tolist()[:10])
-            raise DataError(f"more than {self.limit} images cannot be read (max_unreadable): {names}")
+            raise InputError(f"more than {self.limit} images cannot be read (max_unreadable): {names}")
 
     def name(self, index: int) -> str:
         return self.dataset.filename(index) if hasattr(self.dataset, "filename") else f"number {index}"
@@ -475,8 +472,8 @@ class Loader:
     def readable(self) -> Iterator[Batch]:
         try:
             yield from (batch for batch in self.loader if batch is not None)
-        except DataError as error:  # of a process that reads; its traceback is no news
-            raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
+        except InputError as error:  # of a process that reads; its traceback is no news
+            raise InputError(str(error).strip().rpartition("InputError: ")[2]) from error
 
 
 def eval_transform(preprocessing: dict[str, Any]):
@@ -520,12 +517,9 @@ def image_mode(preprocessing: dict[str, Any]) -> str:
     """The mode of images for a model, as `read_image` takes it.
 
     Raises:
-        DataError: the model takes so many channels as no image has.
+        InputError: the model takes so many channels as no image has.
     """
-    try:
-        return mode_of(preprocessing["input_size"][0])
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    return mode_of(preprocessing["input_size"][0])
 
 
 def report_unreadable(errors: list[UnreadableImageError], images: int) -> None:

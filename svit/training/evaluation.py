@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .data import Batch, DataError, check_classes
+from svit.errors import InputError
+
+from .data import Batch, check_classes
 
 
 @dataclass
@@ -54,7 +56,7 @@ def evaluate(
         reduce: sums a tensor over the processes, each of which has other batches.
 
     Raises:
-        DataError: there is no image, or a class that the model does not have.
+        InputError: there is no image, or a class that the model does not have.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     hits, hits5, counts = (torch.zeros(num_classes, dtype=dtype, device=device) for _ in range(3))
@@ -82,7 +84,7 @@ def evaluate(
     hits, hits5, counts, loss = (reduce(t).cpu() for t in (hits, hits5, counts, loss))
     total = int(counts.sum())
     if total == 0:
-        raise DataError("there is no image to evaluate on")
+        raise InputError("there is no image to evaluate on")
     return Accuracy(
         total,
         int(hits.sum()),

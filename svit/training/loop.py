@@ -31,11 +31,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from svit import processes
-from svit.convert import CheckpointError, is_finite
+from svit.checkpoints import create_model, save_model, start_from, trained_arguments
+from svit.convert import is_finite
+from svit.errors import InputError
 from svit.files import replacing
 from svit.training import state as states
 from svit.training.data import (
-    DataError,
     Loader,
     check_classes,
     check_splits,
@@ -48,12 +49,7 @@ from svit.training.data import (
     train_transform,
 )
 from svit.training.evaluation import Accuracy, evaluate
-from svit.training.models import ModelError, create_model, save_model, start_from, trained_arguments
-from svit.training.recipe import Recipe, RecipeError
-
-
-class TrainingError(RuntimeError):
-    """The training cannot go on; the message says what to change."""
+from svit.training.recipe import Recipe
 
 
 class Training:
@@ -91,10 +87,10 @@ class Training:
         try:
             self.make_model()
             self.make_optimizer(images)
-        except (RecipeError, DataError, ModelError, CheckpointError):
+        except InputError:
             raise
         except (AssertionError, TypeError, ValueError) as error:  # timm's, of what the recipe hands to it
-            raise RecipeError(f"the recipe cannot be followed: {type(error).__name__}: {error}") from error
+            raise InputError(f"the recipe cannot be followed: {type(error).__name__}: {error}") from error
         if tensors is not None:
             self.restore(tensors)
 
@@ -119,12 +115,12 @@ class Training:
         self.classes = classes_of(self.train_set)
         self.num_classes = r.num_classes or (len(self.classes) if self.classes else None)
         if self.num_classes is None:
-            raise RecipeError("num_classes: expected a number, since the data does not tell its classes, got null")
+            raise InputError("num_classes: expected a number, since the data does not tell its classes, got null")
         told = r.model_args.get("num_classes", self.num_classes)
         if told != self.num_classes:
-            raise RecipeError(f"model_args.num_classes: expected num_classes, {self.num_classes}, got {told}")
+            raise InputError(f"model_args.num_classes: expected num_classes, {self.num_classes}, got {told}")
         if self.classes and len(self.classes) > self.num_classes:
-            raise RecipeError(f"num_classes: expected the data's {len(self.classes)}, got {self.num_classes}")
+            raise InputError(f"num_classes: expected the data's {len(self.classes)}, got {self.num_classes}")
         self.reopen_train, self.reopen_val = train, val
 
     def make_model(self) -> None:
@@ -171,7 +167,7 @@ class Training:
         self.train = Loader(self.train_set, transform, r.batch_size, training=True, **common)
         self.updates = len(self.train) // r.grad_accum  # an epoch
         if self.updates == 0:
-            raise RecipeError(
+            raise InputError(
                 f"batch_size: expected at most the {len(self.train.dataset)} images of the data for one update, "
                 f"got {self.state.images} (batch_size x grad_accum x processes)"
             )
@@ -241,16 +237,16 @@ class Training:
             # With timm's number of classes: another one would get a head of random weights.
             teacher = create_model(r.teacher, pretrained=True)
             if teacher.num_classes != self.num_classes:
-                raise RecipeError(
+                raise InputError(
                     f"teacher: expected one of the data's {self.num_classes} classes, got {r.teacher} of "
                     f"{teacher.num_classes}; teacher_checkpoint names weights of your own"
                 )
         channels, expected = (config["input_size"][0] for config in (teacher.pretrained_cfg, self.preprocessing))
         if channels != expected:
-            raise RecipeError(f"teacher: expected one for images of {expected} channels, as the model, got {channels}")
+            raise InputError(f"teacher: expected one for images of {expected} channels, as the model, got {channels}")
         names = teacher.pretrained_cfg.get("label_names")
         if names and self.classes and sorted(names) == sorted(self.classes) and list(names) != self.classes:
-            raise RecipeError(f"teacher: its classes are in another order than the data's: {list(names)[:10]}")
+            raise InputError(f"teacher: its classes are in another order than the data's: {list(names)[:10]}")
         return teacher
 
     # Saving and going on
@@ -259,7 +255,7 @@ class Training:
         """Writes the state and the last weights, and these as the best ones if they are.
 
         Raises:
-            TrainingError: the loss, a weight or a moment is not finite; in all processes. Nothing is written then.
+            InputError: the loss, a weight or a moment is not finite; in all processes. Nothing is written then.
         """
         self.state.loss = self.finite_loss()
         tensors = states.gather(self.plain, self.optimizer.optimizer, self.sharded)
@@ -300,7 +296,7 @@ class Training:
             raise self.diverged(f"not all numbers of {' and '.join(lost)} are finite")
         return loss
 
-    def diverged(self, what: str) -> TrainingError:
+    def diverged(self, what: str) -> InputError:
         r, state = self.recipe, self.state
         advice = [f"lower lr (now {r.lr:g})", f"raise warmup_epochs (now {r.warmup_epochs:g})"]
         advice.append(f"lower clip_grad (now {r.clip_grad:g})" if r.clip_grad else "set clip_grad=1")
@@ -312,7 +308,7 @@ class Training:
                 f": --resume goes on from epoch {self.saved[0]}, update {self.saved[1]}, with the same recipe; another "
                 f"one starts from its weights in a new folder, with checkpoint={self.output / 'last.safetensors'}"
             )
-        return TrainingError(f"{what} in epoch {state.epoch}, update {state.update}; {', '.join(advice)}; {kept}")
+        return InputError(f"{what} in epoch {state.epoch}, update {state.update}; {', '.join(advice)}; {kept}")
 
     def restore(self, tensors: dict[str, Any]) -> None:
         states.scatter(self.plain, self.optimizer.optimizer, self.sharded, tensors)

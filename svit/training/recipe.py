@@ -12,13 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from timm.optim import list_optimizers
 from yaml import YAMLError
 
+from svit.errors import InputError
 from svit.names import did_you_mean
 
 FOLDER = Path(__file__).parent.parent / "recipes"
-
-
-class RecipeError(ValueError):
-    """A recipe cannot be read or says what cannot be done; the message names the key."""
 
 
 @dataclass
@@ -129,25 +126,25 @@ def load_recipe(name: str, changes: list[str] = (), data_dir: str | None = None)
         data_dir: in place of the recipe's, taken as it is.
 
     Raises:
-        RecipeError: no such recipe, an unknown key (the nearest is named), a value of another type or out of range.
+        InputError: no such recipe, an unknown key (the nearest is named), a value of another type or out of range.
     """
     known = {f.name for f in fields(Recipe)}
     for change in changes:
         if "=" not in change:
-            raise RecipeError(f"--set: expected KEY=VALUE, got {change!r}")
+            raise InputError(f"--set: expected KEY=VALUE, got {change!r}")
     try:
         read = OmegaConf.merge(read_yaml(name), OmegaConf.from_dotlist(list(changes)))
         if data_dir is not None:
             read["data_dir"] = data_dir.replace("${", "\\${")  # no name of another key
         for key in read:
             if key not in known:
-                raise RecipeError(f"{name}: no recipe has a key {key!r}{did_you_mean(str(key), known)}")
+                raise InputError(f"{name}: no recipe has a key {key!r}{did_you_mean(str(key), known)}")
             if OmegaConf.is_missing(read, key):
-                raise RecipeError(f"{name}: {key}: expected a value, which --set {key}=... gives, got none")
+                raise InputError(f"{name}: {key}: expected a value, which --set {key}=... gives, got none")
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), read))
     except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{name}: {what}{where(error)}") from error
+        raise InputError(f"{name}: {what}{where(error)}") from error
     check(recipe, name)
     return recipe
 
@@ -156,10 +153,10 @@ def read_yaml(name: str, seen: tuple[Path, ...] = ()) -> DictConfig:
     """A recipe's keys; those of the recipe that its key `base` names come first."""
     path = find_recipe(name)
     if path in seen:
-        raise RecipeError(f"base: {name} starts from itself")
+        raise InputError(f"base: {name} starts from itself")
     read = OmegaConf.load(path)
     if not isinstance(read, DictConfig):
-        raise RecipeError(f"{name}: expected keys and values, got a list")
+        raise InputError(f"{name}: expected keys and values, got a list")
     base = read.pop("base", None)
     return OmegaConf.merge(read_yaml(base, (*seen, path)), read) if base else read
 
@@ -175,37 +172,41 @@ def find_recipe(name: str) -> Path:
     for path in (Path(name), FOLDER / f"{name}.yaml"):
         if path.is_file():
             return path
-    names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    raise RecipeError(f"recipe: no file {name} and no recipe of that name; there are {', '.join(names)}")
+    raise InputError(f"recipe: no file {name} and no recipe of that name; there are {', '.join(recipe_names())}")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def check(recipe: Recipe, name: str) -> None:
     for key, choices in CHOICES.items():
         if getattr(recipe, key) not in choices:
-            raise RecipeError(f"{name}: {key}: expected {' or '.join(map(str, choices))}, got {getattr(recipe, key)!r}")
+            raise InputError(f"{name}: {key}: expected {' or '.join(map(str, choices))}, got {getattr(recipe, key)!r}")
     for keys, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
         for key in keys:
             value = getattr(recipe, key)
             if value is not None and value < least:
-                raise RecipeError(f"{name}: {key}: expected at least {least}, got {value}")
+                raise InputError(f"{name}: {key}: expected at least {least}, got {value}")
     channels = [3, recipe.model_args.get("in_chans", 3)]  # those of RGB are made into those of other channels
     for key, lengths in {"scale": [2], "ratio": [2], "mean": channels, "std": channels}.items():
         numbers = getattr(recipe, key)
         if numbers is not None and len(numbers) not in lengths:
-            raise RecipeError(f"{name}: {key}: expected {lengths[-1]} numbers, got {numbers}")
+            raise InputError(f"{name}: {key}: expected {lengths[-1]} numbers, got {numbers}")
     if recipe.std and min(recipe.std) <= 0:
-        raise RecipeError(f"{name}: std: expected numbers above 0, got {recipe.std}")
+        raise InputError(f"{name}: std: expected numbers above 0, got {recipe.std}")
     optimizers = list_optimizers()
     if recipe.opt.lower().removeprefix("lookahead_") not in optimizers:
-        raise RecipeError(f"{name}: opt: no optimizer {recipe.opt!r} in timm{did_you_mean(recipe.opt, optimizers)}")
+        raise InputError(f"{name}: opt: no optimizer {recipe.opt!r} in timm{did_you_mean(recipe.opt, optimizers)}")
     if recipe.evaluate == "ema" and recipe.ema is None:
-        raise RecipeError(f"{name}: evaluate: expected model, since ema is null, got 'ema'")
+        raise InputError(f"{name}: evaluate: expected model, since ema is null, got 'ema'")
     if recipe.ema is not None and recipe.parallel == "fsdp":
-        raise RecipeError(f"{name}: ema: expected null with parallel: fsdp, which shards the weights, got {recipe.ema}")
+        raise InputError(f"{name}: ema: expected null with parallel: fsdp, which shards the weights, got {recipe.ema}")
     if recipe.drop_path_schedule and not recipe.drop_path:
-        raise RecipeError(f"{name}: drop_path: expected more than 0 with a drop_path_schedule, got {recipe.drop_path}")
+        raise InputError(f"{name}: drop_path: expected more than 0 with a drop_path_schedule, got {recipe.drop_path}")
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
-        raise RecipeError(f"{name}: batch_size: expected an even number with mixup or cutmix, got {recipe.batch_size}")
+        raise InputError(f"{name}: batch_size: expected an even number with mixup or cutmix, got {recipe.batch_size}")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

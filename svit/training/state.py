@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from svit.checkpoints import read_metadata
 from svit.convert import CheckpointError, differences, is_finite, summary
+from svit.errors import InputError
 from svit.files import replacing
 
 from .data import is_reader_gone
-from .models import read_metadata
-from .recipe import RecipeError
 from .recipe import differences as recipe_differences
 
 NAME = "state.pt"
@@ -21,10 +21,6 @@ BEST = "best.safetensors"
 
 # What a training leaves in its folder, by which the folder is known to be taken.
 LEFT = (NAME, BEST, "log.csv", "last.safetensors")
-
-
-class OutputError(ValueError):
-    """The output folder holds another training, or the one to go on with is not whole; the message names it."""
 
 
 @dataclass
@@ -53,12 +49,12 @@ def find_start(output: Path, resume: str | None) -> Path | None:
             the folder's own state is taken into a folder that holds no training.
 
     Raises:
-        OutputError: the folder holds a training that would be mixed with this one.
+        InputError: the folder holds a training that would be mixed with this one.
     """
     found = [name for name in LEFT if (output / name).exists()]
     if resume is None:
         if found:
-            raise OutputError(
+            raise InputError(
                 f"--output: {output} holds a training already ({found[0]}); go on with --resume or name another"
             )
         return None
@@ -66,14 +62,14 @@ def find_start(output: Path, resume: str | None) -> Path | None:
         if NAME in found:
             return output / NAME
         if found and found != ["last.safetensors"]:  # which a kill in the midst of the very first save leaves alone
-            raise OutputError(
+            raise InputError(
                 f"--output: {output} holds a training without its {NAME} ({', '.join(found)}), which cannot go on; "
                 "name another folder"
             )
         return None
     state = Path(resume)
     if found and state.resolve() != (output / NAME).resolve():
-        raise OutputError(
+        raise InputError(
             f"--output: {output} holds a training already ({found[0]}), and {resume} is another state; name an empty "
             "folder to go on with that state, or --resume alone to go on with the folder's own"
         )
@@ -84,19 +80,19 @@ def find_best(path: Path, state: State) -> Path | None:
     """The best weights of the training that this state in the file `path` is of; None if it has none yet.
 
     Raises:
-        OutputError: they are not beside the state, or those that are there are not its own.
+        InputError: they are not beside the state, or those that are there are not its own.
         CheckpointError: they cannot be read.
     """
     if state.best < 0:
         return None
     best = path.parent / BEST
     if not best.is_file():
-        raise OutputError(f"resume: {path} has no {BEST} beside it, of top-1 {state.best:.2f}; put it there")
+        raise InputError(f"resume: {path} has no {BEST} beside it, of top-1 {state.best:.2f}; put it there")
     facts = read_metadata(best)["facts"]
     # Better ones are those of a state that a kill kept from following.
     other = recipe_differences(state.recipe, {**state.recipe, **facts.get("recipe", {})})
     if other or facts.get("top1", -1.0) < state.best:
-        raise OutputError(f"resume: {best} is not of the training of {path}; expected that of top-1 {state.best:.2f}")
+        raise InputError(f"resume: {best} is not of the training of {path}; expected that of top-1 {state.best:.2f}")
     return best
 
 
@@ -126,7 +122,7 @@ def read(path: Path, recipe: dict[str, Any], images: int) -> tuple[State, dict[s
 
     Raises:
         CheckpointError: it is missing or damaged, or its numbers are not finite.
-        RecipeError: it is of another recipe; the message says what differs.
+        InputError: it is of another recipe; the message says what differs.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -139,7 +135,7 @@ def read(path: Path, recipe: dict[str, Any], images: int) -> tuple[State, dict[s
     if state.images != images:
         found.append(f"images an update (batch_size x grad_accum x processes): {state.images}, now {images}")
     if found:
-        raise RecipeError(f"resume: {path} is of another training; " + "; ".join(found))
+        raise InputError(f"resume: {path} is of another training; " + "; ".join(found))
     if not is_finite(tensors):
         raise CheckpointError(f"{path}: holds weights or moments that are not finite; start anew, with a lower lr")
     return state, tensors

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import image_data
-from svit.training.models import save_model
+from svit.checkpoints import save_model
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.3, 0.25, 0.2)
 MODEL_ARGS = {"stem_stride": 2, "stoken_size": [2, 1, 1, 1]}

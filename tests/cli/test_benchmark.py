@@ -11,7 +11,7 @@ import timm
 import torch
 
 import benchmark as clone  # which adds upstream:
-from svit.cli import benchmark, flops
+from svit.cli import benchmark, command
 
 TOOL = Path(clone.__file__)
 SETTING = benchmark.Setting((32, 48), 2, False, None, "cpu")
@@ -214,7 +214,7 @@ def run(monkeypatch, tmp_path, capsys):
 
     def run(*args: str) -> str:
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *args, "--runs", "2", "--device", "cpu"])
-        benchmark.main()
+        command("benchmark")()
         return capsys.readouterr().out
 
     return run
@@ -245,7 +245,7 @@ def test_csv_of_a_sweep(run):
         assert float(row["infer_samples_per_sec"]) == pytest.approx(2e3 / step, rel=1e-3)
         assert (row["infer_batch_size"], row["infer_macts"]) == ("2", "")
         assert row["infer_peak_mib"] == ("12.35" if ":" in row["model"] else "")  # unknown, so empty
-    assert flops.main(["test_svit", "--img-size", "64", "--json", "flops.json"]) == 0
+    assert command("flops")(["test_svit", "--img-size", "64", "--json", "flops.json"]) == 0
     (counted,) = json.loads(Path("flops.json").read_text())
     assert round(float(rows[2]["infer_gmacs"]) * 1e9) == counted["macs"]
     assert round(float(rows[2]["param_count"]) * 1e6) == counted["params"]

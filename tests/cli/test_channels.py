@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from helpers import missing
-from svit.cli import export, infer, push, train, validate, visualize
+from svit.checkpoints import create_model, save_model
+from svit.cli import command
 from svit.images import MODES
-from svit.training.models import create_model, save_model
 
 RECIPE = """
 model: test_svit
@@ -69,7 +69,7 @@ def pixels(file: Path, channels: int) -> torch.Tensor:
 
 def test_from_training_to_the_hub(data, channels, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(channels=channels, data=data))
-    assert train.main([str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out"), "--cpu"]) == 0
+    assert command("train")([str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out"), "--cpu"]) == 0
     checkpoint = tmp_path / "out" / "best.safetensors"
     weights = ["--checkpoint", str(checkpoint)]
     model = create_model("test_svit", checkpoint)
@@ -80,13 +80,13 @@ def test_from_training_to_the_hub(data, channels, tmp_path, capsys):
     logits = model(torch.cat([pixels(file, channels) for file in files])).detach()
 
     options = ["--data-dir", str(data), "--workers", "0", "--json", str(tmp_path / "result.json")]
-    assert validate.main(["test_svit", *weights, *options]) == 0
+    assert command("validate")(["test_svit", *weights, *options]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor([0] * 4 + [1] * 4))
     assert result["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
     capsys.readouterr()
-    assert infer.main([*map(str, files), "--model", "test_svit", *weights, "--format", "json"]) == 0
+    assert command("infer")([*map(str, files), "--model", "test_svit", *weights, "--format", "json"]) == 0
     for found, shares in zip(json.loads(capsys.readouterr().out), logits.softmax(1).tolist(), strict=True):
         assert {top["class"]: top["probability"] for top in found["classes"]} == pytest.approx(
             dict(zip("ab", shares, strict=True)), abs=1e-4
@@ -97,19 +97,19 @@ def test_from_training_to_the_hub(data, channels, tmp_path, capsys):
     except ImportError:
         missing("matplotlib")
     options = ["--img-size", "16", "16", "--out", str(tmp_path / "page")]
-    assert visualize.main([str(files[0]), "--model", "test_svit", *weights, *options]) == 0
+    assert command("visualize")([str(files[0]), "--model", "test_svit", *weights, *options]) == 0
     share = logits[0].softmax(0).max().item()
     assert f"({share:.1%})" in capsys.readouterr().out
 
     options = ["--format", "torch", "--static", "--out", str(tmp_path / "model.pt2")]
-    assert export.main(["test_svit", *weights, *options]) == 0
+    assert command("export")(["test_svit", *weights, *options]) == 0
     told = {"input_size": "", "mean": "", "std": ""}
     run = torch.export.load(tmp_path / "model.pt2", extra_files=told).module()
     told = {key: json.loads(told[key]) for key in ("input_size", "mean", "std")}
     assert told == {"input_size": [channels, 16, 16], "mean": cfg["mean"], "std": cfg["std"]}
     torch.testing.assert_close(run(pixels(files[0], channels)), logits[:1], atol=1e-4, rtol=1e-4)
 
-    assert push.main([str(checkpoint), "me/small", "--local", str(tmp_path / "hub")]) == 0
+    assert command("push")([str(checkpoint), "me/small", "--local", str(tmp_path / "hub")]) == 0
     usage = re.search(r"```python\n(.*?)```", (tmp_path / "hub" / "README.md").read_text(), re.DOTALL)[1]
     assert f'read_image("photo.jpg", "{MODES[channels]}")' in usage
     usage = usage.replace("hf-hub:me/small", f"local-dir:{tmp_path / 'hub'}").replace("photo.jpg", str(files[0]))
@@ -127,7 +127,7 @@ def test_a_checkpoint_that_tells_nothing_of_its_channels(data, channels, tmp_pat
     found = []
     for options in (["told.safetensors"], ["bare.pth", "--in-chans", str(channels), "--num-classes", "2"]):
         command = [str(data / "val" / "a" / "0.png"), "--model", "test_svit", "--format", "json", "--checkpoint"]
-        assert infer.main([*command, str(tmp_path / options[0]), *options[1:]]) == 0
+        assert command("infer")([*command, str(tmp_path / options[0]), *options[1:]]) == 0
         found.append(json.loads(capsys.readouterr().out)[0]["classes"])
     assert found[0] == found[1]
 
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_tells_nothing_of_its_channels(data, channels, tmp_pat
 def test_channels_that_no_image_has_are_refused_before_work(tmp_path, data, capsys):
     recipe = RECIPE.format(channels=5, data=data).replace("mean", "#").replace("std", "#")
     (tmp_path / "recipe.yaml").write_text(recipe)
-    assert train.main([str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out"), "--cpu"]) == 1
+    assert command("train")([str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out"), "--cpu"]) == 1
     assert "in_chans: expected the channels of an image, one of 1 (L), 2 (LA), " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -144,5 +144,5 @@ def test_a_teacher_of_other_channels_is_refused(tmp_path, data, capsys):
     save_model(tmp_path / "rgb.safetensors", timm.create_model("test_svit", num_classes=2), "test_svit", ["a", "b"])
     teacher = f"teacher: test_svit\nteacher_checkpoint: {tmp_path / 'rgb.safetensors'}\n"
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(channels=1, data=data) + teacher)
-    assert train.main([str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out"), "--cpu"]) == 1
+    assert command("train")([str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out"), "--cpu"]) == 1
     assert "error: teacher: expected one for images of 1 channels, as the model, got 3" in capsys.readouterr().err

@@ -8,8 +8,10 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from svit.cli.convert import main
+from svit.cli import command
 from svit.models.original import to_original
+
+main = command("convert")
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "convert_checkpoint.py"

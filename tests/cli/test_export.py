@@ -12,8 +12,9 @@ import torch.nn.utils.prune
 from torch._inductor import cpp_builder
 
 from helpers import missing
-from svit.cli import export
-from svit.training.models import save_model
+from svit.checkpoints import save_model
+from svit.cli import command, export
+from svit.errors import InputError
 
 CLASSES = [f"class {i}" for i in range(10)]
 PREPROCESSING = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2), crop_pct=0.9, interpolation="nearest")
@@ -35,14 +36,14 @@ TWO_STAGES = dict(
 def needs_onnx() -> None:
     try:
         export.check_onnx()
-    except export.ExportError as error:
+    except InputError as error:
         missing(str(error))
 
 
 def needs_compiler() -> None:
     try:
         export.check_compiler()
-    except export.ExportError as error:
+    except InputError as error:
         missing(str(error))
 
 
@@ -52,7 +53,7 @@ def run(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(*args: str) -> tuple[int, str, str]:
-        status = export.main(list(args))
+        status = command("export")(list(args))
         return status, *capsys.readouterr()
 
     return run

@@ -10,7 +10,7 @@ import timm
 
 import svit.profiling
 from helpers import needs_mm
-from svit.cli import flops
+from svit.cli import command
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["model", "img_size", "params", "macs", "published_macs"]
@@ -22,7 +22,7 @@ def run(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(*args: str) -> tuple[int, str, str]:
-        status = flops.main(list(args))
+        status = command("flops")(list(args))
         return status, *capsys.readouterr()
 
     return run

@@ -12,7 +12,10 @@ import torch
 from PIL import Image
 
 import image_data
-from svit.cli.infer import find_images, main
+from svit.cli import command
+from svit.cli.infer import find_images
+
+main = command("infer")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ needs_mm()
 from mmengine.registry import MODELS  # noqa: E402
 
 from svit.adapters import find_config, load_config  # noqa: E402
-from svit.cli import mm_infer  # noqa: E402
+from svit.cli import command  # noqa: E402
 
 SEGMENTOR = """
 _base_ = {base!r}
@@ -90,7 +90,7 @@ def test_unreadable_files_among_good_ones(segmentor, tmp_path, capsys):
     (folder / "notes.txt").write_text("no image, and no name of one")
     photo().save(folder / "2024/z.png")
     out = tmp_path / "out"
-    assert mm_infer.main([*segmentor, str(folder), "--out", str(out)]) == 1
+    assert command("mm-infer")([*segmentor, str(folder), "--out", str(out)]) == 1
     told = capsys.readouterr()
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == ["2024/z.png", "a.png"]
     for name, reason in (
@@ -103,17 +103,17 @@ def test_unreadable_files_among_good_ones(segmentor, tmp_path, capsys):
     assert "error: 3 of 5 images could not be read; the others are drawn" in told.err
     assert "Traceback" not in told.err
     assert len(shares(told.out)) == 2
-    assert mm_infer.main([*segmentor, str(folder / "a.jpg"), str(folder / "2024"), "--out", str(out)]) == 0
+    assert command("mm-infer")([*segmentor, str(folder / "a.jpg"), str(folder / "2024"), "--out", str(out)]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_none_can_be_read(kind, request, tmp_path, capsys):
     model = request.getfixturevalue(kind)
     (tmp_path / "c.jpg").write_text("no image")
-    assert mm_infer.main([*model, str(tmp_path / "c.jpg"), "--out", str(tmp_path / "out")]) == 1
+    assert command("mm-infer")([*model, str(tmp_path / "c.jpg"), "--out", str(tmp_path / "out")]) == 1
     assert "error: no image to draw in: " in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert mm_infer.main([*model, str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 1
+    assert command("mm-infer")([*model, str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 1
     assert f"error: {tmp_path}/empty: no images in this folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -132,7 +132,7 @@ def test_upright(kind, request, tmp_path, capsys):
         stored = upright.transpose(Image.Transpose[turn])
         stored.save(folder / f"{orientation}.png", exif=exif)
     for score in ("0", "2"):  # the second draws nothing of a detector's, whose colours vary
-        assert mm_infer.main([*model, str(folder), "--out", str(out), "--score", score]) == 0
+        assert command("mm-infer")([*model, str(folder), "--out", str(out), "--score", score]) == 0
         found = shares(capsys.readouterr().out)
         assert len(found) == 5
         assert len(set(found)) == 1
@@ -153,7 +153,7 @@ def test_depth_and_format(segmentor, tmp_path, capsys):
     Image.fromarray(grey).save(tmp_path / "5.pcx")
     Image.fromarray(grey).convert("RGBA").save(tmp_path / "6.webp", lossless=True)
     out = tmp_path / "out"
-    assert mm_infer.main([*segmentor, str(tmp_path), "--out", str(out)]) == 0
+    assert command("mm-infer")([*segmentor, str(tmp_path), "--out", str(out)]) == 0
     assert len(set(shares(capsys.readouterr().out))) == 1
     drawn = [np.asarray(Image.open(out / f"{i}.png")) for i in range(1, 7)]
     assert all(np.array_equal(picture, drawn[0]) for picture in drawn)
@@ -162,7 +162,9 @@ def test_depth_and_format(segmentor, tmp_path, capsys):
 def test_two_classes_of_the_same_name(detector, tmp_path, capsys):
     """Each keeps its own count."""
     photo((96, 64)).save(tmp_path / "a.png")
-    assert mm_infer.main([*detector, str(tmp_path / "a.png"), "--out", str(tmp_path / "b.png"), "--score", "0"]) == 0
+    assert (
+        command("mm-infer")([*detector, str(tmp_path / "a.png"), "--out", str(tmp_path / "b.png"), "--score", "0"]) == 0
+    )
     (found,) = shares(capsys.readouterr().out)
     counts = {name: int(count) for count, name in (part.split(" ", 1) for part in found.split(", "))}
     assert set(counts) <= {"crane (0)", "crane (1)"}
@@ -173,7 +175,7 @@ def test_a_picture_that_cannot_be_written(segmentor, tmp_path, capsys):
     photo().save(tmp_path / "a.png")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/a.png").mkdir()
-    assert mm_infer.main([*segmentor, str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]) == 1
+    assert command("mm-infer")([*segmentor, str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]) == 1
     assert f"error: {tmp_path}/out/a.png: cannot be written" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
 
@@ -182,6 +184,6 @@ def test_an_image_that_the_model_does_not_take(detector, tmp_path, capsys):
     """One pixel wide, it would be resized to less."""
     photo((1, 2000)).save(tmp_path / "a.png")
     photo((96, 64)).save(tmp_path / "b.png")
-    assert mm_infer.main([*detector, str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert command("mm-infer")([*detector, str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert "a.png: the config's model does not take 1 x 2000 pixels (" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]

@@ -23,7 +23,12 @@ from mmengine.config import Config  # noqa: E402
 from mm_data import TILE, ade_folder, coco_folder  # noqa: E402
 from svit.adapters import ConfigError, find_config  # noqa: E402
 from svit.adapters.checkpoints import allow_mmengine_checkpoints  # noqa: E402
-from svit.cli import mm_infer, mm_test, mm_train  # noqa: E402
+from svit.cli import (  # noqa: E402
+    command,
+    mm_infer,
+    mm_test,
+    mm_train,
+)
 
 TOOLS = Path(__file__).parents[2] / "tools"
 ENDS_THREADS = Path(__file__).with_name("ends_threads.py")
@@ -109,7 +114,7 @@ def write_config(folder: Path, kind: str) -> Path:
     return folder / "config.py"
 
 
-def command(tool: str, *args, processes: int = 1) -> list[str]:
+def command_line(tool: str, *args, processes: int = 1) -> list[str]:
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(ENDS_THREADS)]
     return [sys.executable, *(several if processes > 1 else []), str(TOOLS / tool), *map(str, args)]
 
@@ -118,7 +123,7 @@ def run(tool: str, *args, processes: int = 1) -> str:
     # One thread: sums in the same order in every run.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command(tool, *args, processes=processes), capture_output=True, text=True, env=environment, timeout=900
+        command_line(tool, *args, processes=processes), capture_output=True, text=True, env=environment, timeout=900
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -240,8 +245,8 @@ def test_pictures(trained, tmp_path, capsys):
     folder = {"detection": "val2017", "segmentation": "images/validation"}[kind]
     images = sorted((config.parent / "data" / folder).iterdir())[:2]
     args = [str(config), str(config.parent / "work" / LAST[kind])]
-    assert mm_infer.main([*args, *map(str, images), "--out", str(tmp_path / "out"), "--score", "0.05"]) == 0
-    assert mm_infer.main([*args, str(images[0]), "--out", str(tmp_path / "one.jpg")]) == 0
+    assert command("mm-infer")([*args, *map(str, images), "--out", str(tmp_path / "out"), "--score", "0.05"]) == 0
+    assert command("mm-infer")([*args, str(images[0]), "--out", str(tmp_path / "one.jpg")]) == 0
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [f"{image.stem}.png" for image in images]
     out = capsys.readouterr().out
     assert "coin" in out if kind == "detection" else "%" in out
@@ -288,7 +293,8 @@ def test_amp(dtype, monkeypatch):
 
 
 def failure(capsys, tool, *args) -> str:
-    assert tool.main([str(arg) for arg in args]) == 1
+    name = tool.__name__.rpartition(".")[2].replace("_", "-")
+    assert command(name)([str(arg) for arg in args]) == 1
     return capsys.readouterr().err
 
 
@@ -435,7 +441,7 @@ def test_a_run_that_diverges(trained, tmp_path):
     work = tmp_path / "work"
     options = ["optim_wrapper.optimizer.lr=1e30", "param_scheduler=[]", "train_cfg.val_interval=1"]
     done = subprocess.run(
-        command(
+        command_line(
             "mm_train.py", config, "--work-dir", work, "--cfg-options", *options, "default_hooks.checkpoint.interval=1"
         ),
         capture_output=True,
@@ -510,7 +516,7 @@ def test_nothing_is_executed(config, tool):
         "mm_test.py": [config, folder / "trap.pth", "--work-dir", folder / "work"],
         "mm_infer.py": [config, folder / "trap.pth", folder / "data/val2017/8.png", "--out", folder / "a.png"],
     }
-    done = subprocess.run(command(tool, *args[tool]), capture_output=True, text=True)
+    done = subprocess.run(command_line(tool, *args[tool]), capture_output=True, text=True)
     assert done.returncode == 1
     assert f"error: {folder / 'trap.pth'}: holds Python objects other than tensors" in done.stderr
     assert not (folder / "executed").exists()

@@ -9,8 +9,8 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from svit.cli import push
-from svit.training.models import create_model, save_model
+from svit.checkpoints import create_model, save_model
+from svit.cli import command, push
 
 CLASSES = [f"class {i}" for i in range(10)]
 FACTS = dict(top1=91.25, recipe={"opt": "adamw", "data_dir": "/data/cifar10", "mean": [0.5, 0.4, 0.3]})
@@ -33,7 +33,7 @@ def run(capsys, monkeypatch, tmp_path, model):
     save_model(Path("best.safetensors"), model, "test_svit.untrained", CLASSES, **FACTS)
 
     def run(*args: str) -> tuple[int, str, str]:
-        status = push.main(list(args))
+        status = command("push")(list(args))
         return status, *capsys.readouterr()
 
     return run

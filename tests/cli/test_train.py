@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 
 import image_data
 from svit import processes
-from svit.cli import train, validate
+from svit.checkpoints import create_model, read_metadata, save_model
+from svit.cli import command, train
 from svit.files import replacing
 from svit.training import loop
 from svit.training import state as states
 from svit.training.evaluation import Accuracy
-from svit.training.models import create_model, read_metadata, save_model
 
 TOOLS = Path(__file__).parents[2] / "tools"
 ENDS_THREADS = Path(__file__).with_name("ends_threads.py")
@@ -86,14 +86,14 @@ def uninterrupted(tmp_path_factory, data):
     root = tmp_path_factory.mktemp("uninterrupted")
     (root / "recipe.yaml").write_text(f"{RECIPE}data_dir: {data}\n")
     torch.set_num_threads(1)
-    assert train.main([str(root / "recipe.yaml"), "--output", str(root / "out")]) == 0
+    assert command("train")([str(root / "recipe.yaml"), "--output", str(root / "out")]) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     return root / "out"
 
 
 def run(recipe, output, *arguments):
     """A training in this process."""
-    status = train.main([str(recipe), "--output", str(output), *arguments])
+    status = command("train")([str(recipe), "--output", str(output), *arguments])
     AcceleratorState._reset_state(reset_partial_state=True)
     return status
 
@@ -291,7 +291,7 @@ def frozen(tmp_path_factory, data):
     root = tmp_path_factory.mktemp("frozen")
     (root / "recipe.yaml").write_text(f"{FROZEN}data_dir: {data}\n")
     torch.set_num_threads(1)
-    assert train.main([str(root / "recipe.yaml"), "--output", str(root / "out"), "--set", "batch_size=8"]) == 0
+    assert command("train")([str(root / "recipe.yaml"), "--output", str(root / "out"), "--set", "batch_size=8"]) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     return root
 
@@ -603,7 +603,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path, recipe, capsys):
 def test_validate_finds_what_the_training_logged(tmp_path, uninterrupted, data, capsys):
     out = tmp_path / "result.json"
     arguments = ["test_svit", "--checkpoint", str(uninterrupted / "last.safetensors"), "--data-dir", str(data)]
-    assert validate.main([*arguments, "--workers", "0", "--json", str(out)]) == 0
+    assert command("validate")([*arguments, "--workers", "0", "--json", str(out)]) == 0
     with open(uninterrupted / "log.csv", newline="") as file:
         row = list(csv.DictReader(file))[-1]
     assert f"{float(row['top1']):g}" in capsys.readouterr().out
@@ -749,8 +749,9 @@ def test_logits_that_are_not_finite_are_not_the_best(tmp_path, recipe, monkeypat
 # A process of which the loss alone is none, and what the others do.
 ONE_OF_TWO = """
 from svit import processes
-from svit.cli import train
+from svit.cli import command
 from svit.training.loop import Training
+from svit.cli import command
 
 step = Training.step
 
@@ -761,7 +762,7 @@ def one_of_two(self, batches):
 
 
 Training.step = one_of_two
-processes.run(train.main)
+processes.run(command("train"))
 """
 
 

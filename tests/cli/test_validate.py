@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import image_data
-from svit.cli import validate
+from svit.checkpoints import save_model
+from svit.cli import command, validate
 from svit.training.evaluation import Accuracy
-from svit.training.models import save_model
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def run(digits, tmp_path):
     def run(*arguments, root=digits.root, checkpoint=digits.checkpoint, model="test_svit"):
         out = tmp_path / "new" / "result.json"
         options = ["--data-dir", str(root), "--checkpoint", str(checkpoint), "--workers", "0", "--json", str(out)]
-        status = validate.main([model, *options, *map(str, arguments)])
+        status = command("validate")([model, *options, *map(str, arguments)])
         return status, json.loads(out.read_text()) if out.exists() else None
 
     return run

@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 
 from helpers import missing
-from svit.cli.visualize import input_size, main
-from svit.training.models import save_model
+from svit.checkpoints import save_model
+from svit.cli import command
+from svit.cli.visualize import input_size
 from svit.visualize import draw_attention
+
+main = command("visualize")
 
 FIGURES = ("super-tokens", "attention", "rounds-of-association")
 

@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import demo
-from svit.training.models import read_metadata
+from svit.checkpoints import read_metadata
 
 
 def test_digits_are_real_and_disjoint():

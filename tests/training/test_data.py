@@ -15,10 +15,10 @@ from timm.data import create_transform
 from timm.data.auto_augment import NAME_TO_OP, AugmentOp
 
 import image_data
+from svit.errors import InputError
 from svit.images import MODES
 from svit.training.data import (
     MOVES,
-    DataError,
     Loader,
     Order,
     check_splits,
@@ -157,10 +157,10 @@ def test_a_tar_file_is_read_as_the_folder_is(tmp_path, root):
     with tarfile.open(tmp_path / "few.tar", "w") as tar:
         tar.add(root / "val" / "one", arcname="one")
     few = open_dataset("folder", str(tmp_path / "few.tar"), "val")
-    with pytest.raises(DataError, match="val: no images of 4 of 5 classes: four, three, two, zero"):
+    with pytest.raises(InputError, match="val: no images of 4 of 5 classes: four, three, two, zero"):
         check_splits(splits["train"](), few)
     (tmp_path / "damaged.tar").write_bytes(b"no tar file" * 100)
-    with pytest.raises(DataError, match="damaged.tar, split 'train': cannot be used"):
+    with pytest.raises(InputError, match="damaged.tar, split 'train': cannot be used"):
         open_dataset("folder", str(tmp_path / "damaged.tar"), "train")
 
 
@@ -169,7 +169,7 @@ def test_a_split_that_is_not_there(tmp_path, root):
     photos = tmp_path / "photos"
     shutil.copytree(root / "train", photos / "train")
     shutil.copytree(root / "val", photos / "test")
-    with pytest.raises(DataError, match="photos has no folder of the split 'validation', only test, train"):
+    with pytest.raises(InputError, match="photos has no folder of the split 'validation', only test, train"):
         open_dataset("folder", str(photos), "validation")
     assert len(open_dataset("folder", str(photos), "test")) == 5 * image_data.VAL
     assert len(open_dataset("folder", str(photos / "test"), "validation")) == 5 * image_data.VAL
@@ -255,7 +255,7 @@ def test_what_has_no_classes_is_refused(tmp_path):
         ("torch", "flat", "dataset: expected folder, .*got 'torch'"),
         ("wds/x", "flat", "wds/x .*flat, split 'train': cannot be used"),
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(InputError, match=message):
             open_dataset(name, str(tmp_path / root), "train")
 
 
@@ -288,7 +288,7 @@ def test_splits_of_the_same_images(tmp_path):
     (root / "train" / "one" / "00.png").rename(root / "train" / "one" / "1st" / "00.png")
     train = open_dataset("folder", str(root), "train")
     for val in (root / "train", root / "train" / "one"):
-        with pytest.raises(DataError, match="val: its images, those in .*, are images of the training"):
+        with pytest.raises(InputError, match="val: its images, those in .*, are images of the training"):
             check_splits(train, open_dataset("folder", str(val), "validation"))
 
 
@@ -322,7 +322,7 @@ def test_an_unreadable_image_is_named_and_replaced_in_training_and_left_out_else
 
     counted = loader(train, training=False, limit=2)
     assert sum(len(classes) for _, classes in counted.epoch()) == 78
-    with pytest.raises(DataError, match=r"more than 1 images cannot be read \(max_unreadable\): .*one/03.png"):
+    with pytest.raises(InputError, match=r"more than 1 images cannot be read \(max_unreadable\): .*one/03.png"):
         list(loader(train, limit=1).epoch())
 
 
@@ -331,7 +331,7 @@ def test_an_unreadable_image_is_counted_among_all_processes_that_read(tmp_path):
     for name in ("one", "two", "three"):
         (root / "train" / name / "05.png").write_bytes(b"")
     train = partial(open_dataset, "folder", str(root), "train")
-    with pytest.raises(DataError, match=r"^more than 2 images cannot be read.*: .*05.png$"):  # one line
+    with pytest.raises(InputError, match=r"^more than 2 images cannot be read.*: .*05.png$"):  # one line
         list(loader(train, limit=2, workers=2).epoch())
 
 
@@ -343,12 +343,12 @@ def test_nothing_readable_is_no_batch():
 
 
 def test_data_that_cannot_be_used(tmp_path, root):
-    with pytest.raises(DataError, match="data_dir: no such folder or file: .*nowhere"):
+    with pytest.raises(InputError, match="data_dir: no such folder or file: .*nowhere"):
         open_dataset("folder", str(tmp_path / "nowhere"), "train")
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(DataError, match="(?s)empty, split 'train': cannot be used: .*0 images"):
+    with pytest.raises(InputError, match="(?s)empty, split 'train': cannot be used: .*0 images"):
         open_dataset("folder", str(tmp_path / "empty"), "train")
-    with pytest.raises(DataError, match="torch/nothing"):
+    with pytest.raises(InputError, match="torch/nothing"):
         open_dataset("torch/nothing", str(root), "train")
 
 
@@ -489,9 +489,9 @@ def test_a_class_that_one_split_lacks_is_named(tmp_path):
     for image in (root / "val" / "one").iterdir():
         image.unlink()
     lists = "train has four, one, three, two, zero; val has four, three, two, zero"
-    with pytest.raises(DataError, match=f"^val: no images of 1 of 5 classes: one; {lists}$"):
+    with pytest.raises(InputError, match=f"^val: no images of 1 of 5 classes: one; {lists}$"):
         check_splits(open_split("train"), open_split("validation"))
-    with pytest.raises(DataError, match="train: no images of 1 of 5 classes: one"):
+    with pytest.raises(InputError, match="train: no images of 1 of 5 classes: one"):
         check_splits(open_split("validation"), open_split("train"))
 
 
@@ -502,7 +502,7 @@ def test_one_class_alone_is_a_folder_too_high_up(tmp_path, capsys):
         (root / split).mkdir()
         (root / "images").rename(root / split / "images")
     train, val = (open_dataset("folder", str(root), split) for split in ("train", "validation"))
-    with pytest.raises(DataError, match=r"train: one class alone, images, in .*train; expected the folder that holds"):
+    with pytest.raises(InputError, match=r"train: one class alone, images, in .*train; expected the folder that holds"):
         check_splits(train, val)
     capsys.readouterr()
     check_splits(train, val, num_classes=5)

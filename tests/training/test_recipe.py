@@ -3,7 +3,8 @@
 import pytest
 import timm
 
-from svit.training.recipe import FOLDER, Recipe, RecipeError, differences, load_recipe
+from svit.errors import InputError
+from svit.training.recipe import FOLDER, Recipe, differences, load_recipe
 
 SMALL = "model: test_svit\ndata_dir: data\nepochs: 3\n"
 
@@ -44,7 +45,7 @@ def test_a_recipe_starts_from_another(recipe):
     read = load_recipe(recipe(f"base: {middle}\nopt: sgd"), ["epochs=9"])
     assert (read.batch_size, read.lr, read.opt, read.epochs) == (2, 0.2, "sgd", 9)
     recipe(f"base: {middle}", "base.yaml")
-    with pytest.raises(RecipeError, match="middle.yaml starts from itself"):
+    with pytest.raises(InputError, match="middle.yaml starts from itself"):
         load_recipe(middle)
 
 
@@ -75,7 +76,7 @@ def test_a_recipe_starts_from_another(recipe):
 )
 def test_what_is_wrong_is_named(recipe, text, message):
     name = recipe(text)
-    with pytest.raises(RecipeError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         load_recipe(name)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{name}: ")
@@ -90,11 +91,11 @@ def test_what_is_no_recipe(tmp_path):
         (b"", "missing mandatory value: model"),
     ):
         path.write_bytes(content)
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(InputError, match=message):
             load_recipe(str(path))
-    with pytest.raises(RecipeError, match="no file nothing and no recipe of that name; there are .*cifar10"):
+    with pytest.raises(InputError, match="no file nothing and no recipe of that name; there are .*cifar10"):
         load_recipe("nothing")
-    with pytest.raises(RecipeError, match="--set: expected KEY=VALUE, got 'epochs'"):
+    with pytest.raises(InputError, match="--set: expected KEY=VALUE, got 'epochs'"):
         load_recipe("cifar10", ["epochs"])
 
 

@@ -1,6 +1,5 @@
 """Models by name with the weights of a checkpoint: what is saved comes back, and what is wrong is named."""
 
-import argparse
 import json
 import shutil
 
@@ -11,17 +10,15 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
 
-from svit.convert import CheckpointError
-from svit.models.original import to_original
-from svit.training.models import (
-    ModelError,
-    add_model_arguments,
+from svit.checkpoints import (
     class_names,
     create_model,
-    open_model,
     read_metadata,
     save_model,
 )
+from svit.convert import CheckpointError
+from svit.errors import InputError
+from svit.models.original import to_original
 
 NAMES = ["cat", "dog", "coffee cup"]
 PREPROCESSING = {
@@ -91,7 +88,7 @@ def test_rounds_of_each_stage_come_back(tmp_path):
     save_model(tmp_path / "a.safetensors", model, "test_svit", recipe={"model_args": {"n_iter": [2, 3, 1, 1]}})
     loaded = create_model("test_svit", tmp_path / "a.safetensors")
     assert [stage.blocks[0].attn.n_iter for stage in loaded.stages] == [2, 3, 1, 1]
-    with pytest.raises(ModelError, match=r"n_iter: expected one value for each of the 4 stages, got \[2, 3\]"):
+    with pytest.raises(InputError, match=r"n_iter: expected one value for each of the 4 stages, got \[2, 3\]"):
         create_model("test_svit", n_iter=[2, 3])
 
 
@@ -139,7 +136,7 @@ def test_the_moving_average_of_a_file_that_holds_both(tmp_path, model, checkpoin
     assert same(create_model("test_svit", tmp_path / "both.pth", num_classes=3), model)
     with pytest.raises(CheckpointError, match="no entry 'model_ema'"):
         create_model("test_svit", checkpoint, ema=True)
-    with pytest.raises(ModelError, match="ema: expected a checkpoint"):
+    with pytest.raises(InputError, match="ema: expected a checkpoint"):
         create_model("test_svit", ema=True)
 
 
@@ -148,7 +145,7 @@ def test_a_checkpoint_that_does_not_fit(checkpoint):
         create_model("test_svit", checkpoint, num_classes=7)
     with pytest.raises(CheckpointError, match="small.safetensors: does not fit the model; missing keys"):
         create_model("svit_nano_32", checkpoint)
-    with pytest.raises(ModelError, match="pretrained: expected False together with a checkpoint"):
+    with pytest.raises(InputError, match="pretrained: expected False together with a checkpoint"):
         create_model("test_svit", checkpoint, pretrained=True)
 
 
@@ -182,7 +179,7 @@ def test_a_damaged_checkpoint(checkpoint):
     ],
 )
 def test_a_model_that_cannot_be_made(name, arguments, message):
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(InputError, match=message):
         create_model(name, **arguments)
 
 
@@ -191,7 +188,7 @@ def test_weights_of_the_hub_that_cannot_be_had(monkeypatch):
         raise ConnectionError("no route to host\nor no host")
 
     monkeypatch.setattr("timm.models._hub.hf_hub_download", unreachable)
-    with pytest.raises(ModelError, match="hf-hub:me/model cannot be made: no route to host or no host"):
+    with pytest.raises(InputError, match="hf-hub:me/model cannot be made: no route to host or no host"):
         create_model("hf-hub:me/model", pretrained=True)
 
 
@@ -219,39 +216,3 @@ def test_names_of_classes():
     ):
         told = {"pretrained_cfg_overlay": {"label_names": folders}}
         assert class_names(timm.create_model("test_svit", num_classes=2, **told)) == names
-
-
-def opened(*arguments, **preprocessing):
-    parser = argparse.ArgumentParser()
-    add_model_arguments(parser)
-    return open_model(parser.parse_args(list(arguments)), **preprocessing)
-
-
-def test_options_of_a_model(checkpoint, capsys):
-    model, device, config = opened("test_svit", "--checkpoint", str(checkpoint), "--device", "cpu", crop_pct=None)
-    assert device == torch.device("cpu")
-    assert (tuple(config["input_size"]), config["crop_pct"]) == ((3, 48, 40), 0.8)
-    assert model.num_classes == 3
-    assert not capsys.readouterr().err
-    _, _, config = opened("test_svit", "--checkpoint", str(checkpoint), "--img-size", "64", "32", crop_pct=0.5)
-    assert (config["input_size"], config["crop_pct"], config["mean"]) == ((3, 64, 32), 0.5, [0.1, 0.2, 0.3])
-    model, _, config = opened("test_vit", "--img-size", "96", "--num-classes", "4")
-    assert config["input_size"] == (3, 96, 96)
-    assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 4)
-    assert "the weights are random" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--img-size", "0"], r"--img-size: expected one or two positive whole numbers, got \[0\]"),
-        (["--img-size", "1", "2", "3"], "--img-size: expected one or two"),
-        (["--num-classes", "0"], "--num-classes: expected at least 1, got 0"),
-        (["--device", "toaster"], "--device: toaster cannot be used: "),
-    ],
-)
-def test_options_that_are_none(arguments, message):
-    with pytest.raises(ModelError, match=message):
-        opened("test_svit", *arguments)
-    with pytest.raises(ModelError, match="model: Invalid pretrained tag"):
-        opened("test_svit.nothing", "--img-size", "64")

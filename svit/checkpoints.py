@@ -1,10 +1,7 @@
-"""Models by name, with the weights and the preprocessing of a checkpoint."""
+"""Models by name, with the weights and the preprocessing of a checkpoint; and writing such checkpoints."""
 
-import argparse
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,13 +10,12 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
-import svit  # noqa: F401  registers the models
 from svit.convert import CheckpointError, differences, listing, read_state_dict, summary
+from svit.errors import InputError
 from svit.files import replacing
-from svit.images import MODES, channel_values
+from svit.images import channel_values
 from svit.models.original import from_original, is_original
 from svit.names import did_you_mean, distinct
 
@@ -28,21 +24,6 @@ PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop
 
 # Arguments of `timm.create_model` that do not make it another model; neither do those that drop something in training.
 NOT_THE_MODEL = ("num_classes", "backend", "differentiable_association")
-
-
-class ModelError(ValueError):
-    """A model cannot be made as asked; the message says why."""
-
-
-@contextmanager
-def out_of_memory_as_error(advice: str) -> Iterator[None]:
-    """Running out of memory inside of it is a ModelError that says what to lower."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
-            raise ModelError(f"out of memory: {advice}") from error
-        raise
 
 
 def create_model(
@@ -56,7 +37,7 @@ def create_model(
 
     A checkpoint of ours (`save_model`) says how many classes it has, what they are called and how images are
     preprocessed; the model then has these in its `pretrained_cfg`, where `timm.data.resolve_data_config` looks. One of
-    tools/train.py says the recipe's `model_args` too.
+    `svit train` says the recipe's `model_args` too.
 
     Args:
         name: any model of timm; `hf-hub:` and `local-dir:` names work too.
@@ -66,15 +47,15 @@ def create_model(
         arguments: of `timm.create_model`, such as num_classes; they go before what the checkpoint says.
 
     Raises:
-        ModelError: no such model (near names are listed), it does not take the arguments, or timm's weights of it
+        InputError: no such model (near names are listed), it does not take the arguments, or timm's weights of it
             cannot be had.
         CheckpointError: the checkpoint cannot be read or does not fit the model.
     """
     if "/" not in name and ":" not in name and not timm.is_model(name):
-        raise ModelError(f"model: no model {name!r} in timm{did_you_mean(name, timm.list_models())}")
+        raise InputError(f"model: no model {name!r} in timm{did_you_mean(name, timm.list_models())}")
     if checkpoint is not None:
         if pretrained:
-            raise ModelError("pretrained: expected False together with a checkpoint, got True")
+            raise InputError("pretrained: expected False together with a checkpoint, got True")
         told = read_metadata(checkpoint)
         arguments = {**told["facts"].get("recipe", {}).get("model_args", {}), **arguments}
         told = told["pretrained_cfg"]
@@ -82,13 +63,13 @@ def create_model(
         if "num_classes" in told:
             arguments.setdefault("num_classes", told["num_classes"])
     elif ema:
-        raise ModelError("ema: expected a checkpoint that holds the moving average, got none")
+        raise InputError("ema: expected a checkpoint that holds the moving average, got none")
     try:
         model = timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:  # timm, the model and the download can raise nearly anything
         shown = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
         given = f" with {shown}" if shown else ""
-        raise ModelError(f"model: {name} cannot be made{given}: {' '.join(str(error).split())}") from error
+        raise InputError(f"model: {name} cannot be made{given}: {' '.join(str(error).split())}") from error
     adapt_preprocessing(model, arguments.get("in_chans"))
     if checkpoint is not None:
         load_weights(model, checkpoint, ema)
@@ -128,7 +109,7 @@ def load_weights(model: nn.Module, checkpoint: str | Path, ema: bool = False) ->
 
 
 def trained_arguments(checkpoint: str | Path) -> dict[str, Any]:
-    """The `model_args` that a checkpoint of tools/train.py was trained with, as far as they make the model another one.
+    """The `model_args` that a checkpoint of `svit train` was trained with, as far as they make the model another one.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -250,83 +231,14 @@ def class_names(model: nn.Module) -> list[str]:
     return distinct(words, names)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name; None for the GPU if there is one.
-
-    Raises:
-        ModelError: no such device, or it is not there.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # PyTorch's words for an unknown device, and for one not there
-        raise ModelError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def has_fixed_size(name: str) -> bool:
     """Whether a model of timm is made for one size of image, which its argument `img_size` sets.
 
     Raises:
-        ModelError: it has no weights of the name behind the dot.
+        InputError: it has no weights of the name behind the dot.
     """
     try:
         cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     except RuntimeError as error:
-        raise ModelError(f"model: {error}") from error
+        raise InputError(f"model: {error}") from error
     return cfg is not None and bool(cfg.fixed_input_size)
-
-
-def add_model_arguments(parser: argparse.ArgumentParser, name: str = "model") -> None:
-    """The options that name a model and its weights, for `create_model`."""
-    parser.add_argument(
-        name,
-        metavar="MODEL",
-        help="any model of timm; also hf-hub: and local-dir:",
-        **({"required": True} if name.startswith("-") else {}),
-    )
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights: .safetensors, or a file of torch.save")
-    parser.add_argument("--pretrained", action="store_true", help="timm's weights, or those that come with svit")
-    parser.add_argument("--ema", action="store_true", help="the moving average, of a file that holds both")
-    parser.add_argument("--num-classes", metavar="N", type=int, help="default: the checkpoint's or the model's")
-    parser.add_argument("--in-chans", metavar="N", type=int, help="channels, 1 to 4; default: as --num-classes")
-    parser.add_argument("--img-size", metavar="SIZE", nargs="+", type=int, help="height and width in pixels, or one")
-    parser.add_argument("--device", metavar="NAME", help="default: the GPU if there is one")
-
-
-def open_model(args: argparse.Namespace, **preprocessing: Any) -> tuple[nn.Module, torch.device, dict[str, Any]]:
-    """The model that these options name, on its device, and the preprocessing of its images.
-
-    Args:
-        args: parsed by a parser with `add_model_arguments`.
-        preprocessing: what of it shall be other than the model's; None counts as nothing.
-
-    Raises:
-        ModelError: as `create_model`; or the number of classes, the size or the device is none.
-        CheckpointError: as `create_model`.
-    """
-    arguments = {}
-    if args.num_classes is not None:
-        if args.num_classes < 1:
-            raise ModelError(f"--num-classes: expected at least 1, got {args.num_classes}")
-        arguments["num_classes"] = args.num_classes
-    if args.in_chans is not None:
-        if args.in_chans not in MODES:
-            raise ModelError(f"--in-chans: expected {', '.join(map(str, MODES))}, got {args.in_chans}")
-        arguments["in_chans"] = args.in_chans
-    size = None
-    if args.img_size:
-        if len(args.img_size) > 2 or min(args.img_size) < 1:
-            raise ModelError(f"--img-size: expected one or two positive whole numbers, got {args.img_size}")
-        size = (args.img_size[0], args.img_size[-1])
-        if has_fixed_size(args.model):
-            arguments["img_size"] = size
-    device = choose_device(args.device)
-    if args.checkpoint is None and not args.pretrained:
-        print("warning: neither --checkpoint nor --pretrained: the weights are random", file=sys.stderr)
-    model = create_model(args.model, args.checkpoint, args.pretrained, args.ema, **arguments)
-    model.to(device, memory_format=torch.channels_last)
-    preprocessing = {key: value for key, value in preprocessing.items() if value is not None}
-    if size:
-        preprocessing["input_size"] = (resolve_data_config({}, model=model)["input_size"][0], *size)
-    return model, device, resolve_data_config(preprocessing, model=model)

@@ -1,0 +1,181 @@
+"""What the commands share: options and their checks, the model that options name, running out of memory."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+from svit.checkpoints import create_model, has_fixed_size
+from svit.errors import InputError
+from svit.images import MODES
+
+
+def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of the command `svit NAME`, which the module's docstring describes."""
+    return argparse.ArgumentParser(
+        prog=f"svit {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of arguments: a whole number, `least` or more."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number, at least {least}, got {text}")
+        return value
+
+    return number
+
+
+def share(text: str) -> float:
+    """A type of arguments: a number above 0 and up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected more than 0 and at most 1, got {text}")
+    return value
+
+
+class ImageSize(argparse.Action):
+    """One number or two, positive and whole."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if len(values) > 2 or not all(value.isdecimal() and int(value) > 0 for value in values):
+            message = f"expected one or two positive whole numbers, got {' '.join(values)}"
+            raise argparse.ArgumentError(self, message)
+        setattr(namespace, self.dest, [int(value) for value in values])
+
+
+def add_img_size(
+    parser: argparse.ArgumentParser,
+    *names: str,
+    help: str = "height and width in pixels, or one number for both; default: the model's own",
+    default: list[int] | None = None,
+) -> None:
+    """--img-size, and the same option by other names: a list of one number or two, or None."""
+    parser.add_argument(
+        "--img-size", *names, dest="img_size", metavar="N", nargs="+", action=ImageSize, default=default, help=help
+    )
+
+
+def height_and_width(img_size: Sequence[int]) -> tuple[int, int]:
+    """What --img-size gives, where one number means a square."""
+    return img_size[0], img_size[-1]
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="default: the GPU if there is one")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None for the GPU if there is one.
+
+    Raises:
+        InputError: no such device, or it is not there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch's words for an unknown device, and for one not there
+        raise InputError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def add_amp(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """--amp: the name of PyTorch's dtype, or None."""
+    parser.add_argument(
+        "--amp",
+        metavar="DTYPE",
+        type=lambda text: DTYPES.get(text, text),
+        choices=[*DTYPES.values()],
+        **{"help": "mixed precision: bfloat16 (bf16) or float16 (fp16)", **options},
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, name: str = "model") -> None:
+    """The options that name a model and its weights, for `make_model` and `open_model`."""
+    parser.add_argument(
+        name,
+        metavar="MODEL",
+        help="any model of timm; also hf-hub: and local-dir:, which bring weights",
+        **({"required": True} if name.startswith("-") else {}),
+    )
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights: .safetensors, or a file of torch.save")
+    parser.add_argument("--pretrained", action="store_true", help="timm's weights, or those that come with svit")
+    parser.add_argument("--ema", action="store_true", help="the moving average, of a file that holds both")
+    parser.add_argument(
+        "--num-classes", metavar="N", type=at_least(1), help="default: the checkpoint's or the model's own"
+    )
+    parser.add_argument(
+        "--in-chans", metavar="N", type=int, choices=[*MODES], help="channels, 1 to 4; default: as --num-classes"
+    )
+
+
+def make_model(args: argparse.Namespace, **arguments: Any) -> nn.Module:
+    """The model of `add_model_arguments`'s options, on the CPU. A line on stderr says if its weights are random.
+
+    Args:
+        args: what the parser gave.
+        arguments: further ones of `timm.create_model`.
+
+    Raises:
+        InputError: as `svit.checkpoints.create_model`.
+    """
+    for name in ("num_classes", "in_chans"):
+        if getattr(args, name) is not None:
+            arguments[name] = getattr(args, name)
+    # A name with a colon says where its weights are.
+    pretrained = args.pretrained or (":" in args.model and args.checkpoint is None)
+    if args.checkpoint is None and not pretrained:
+        print("warning: neither --checkpoint nor --pretrained: the weights are random", file=sys.stderr)
+    return create_model(args.model, args.checkpoint, pretrained, args.ema, **arguments)
+
+
+def open_model(args: argparse.Namespace, **preprocessing: Any) -> tuple[nn.Module, torch.device, dict[str, Any]]:
+    """The model that these options name, on its device, and the preprocessing of its images.
+
+    Args:
+        args: what a parser with `add_model_arguments`, `add_img_size` and `add_device` gave.
+        preprocessing: what of it shall be other than the model's; None counts as nothing.
+
+    Raises:
+        InputError: as `svit.checkpoints.create_model`; or the device cannot be used.
+    """
+    arguments = {}
+    size = height_and_width(args.img_size) if args.img_size else None
+    if size and has_fixed_size(args.model):
+        arguments["img_size"] = size
+    device = choose_device(args.device)
+    model = make_model(args, **arguments).to(device, memory_format=torch.channels_last)
+    preprocessing = {key: value for key, value in preprocessing.items() if value is not None}
+    if size:
+        preprocessing["input_size"] = (resolve_data_config({}, model=model)["input_size"][0], *size)
+    return model, device, resolve_data_config(preprocessing, model=model)
+
+
+@contextmanager
+def out_of_memory_as_error(advice: str) -> Iterator[None]:
+    """Running out of memory inside of it is an InputError that says what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+            raise InputError(f"out of memory: {advice}") from error
+        raise
