@@ -5,7 +5,7 @@
     figure = draw_super_tokens(photo, last_of_stages(layers), point=(0.5, 0.5))
     figure.savefig("super_tokens.png")
 
-docs/visualization.md shows the figures; tools/visualize.py makes a page of them.
+`svit visualize` makes a page of the figures.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -35,24 +35,43 @@ def anchors(document: Path) -> set[str]:
 
 
 def commands() -> list[tuple[str, str, str]]:
-    """(document, tool, its arguments) of each command with one of tools/, and of each table of a tool's options."""
+    """(document, command, its arguments) of each `svit COMMAND`, file of tools/ and table of options."""
     found = []
     for document in DOCUMENTS:
         text = document.read_text().replace("\\\n", " ")
+        for name, arguments in re.findall(r"\bsvit ([a-z][\w-]*)((?: +[^`\n#|]*)?)", "\n".join(code(text))):
+            found.append((document.name, name, arguments))
         for tool, arguments in re.findall(r"(?<!\.\./)\btools/([\w/]+)\.py([^`\n#|]*)", text):
-            found.append((document.name, tool, arguments))
-        for tool, rows in re.findall(r"^\| option of (\w+)\.py \|.*\n((?:\|.*\n)+)", text, re.MULTILINE):
-            found.append((document.name, tool, " ".join(re.findall(r"^\|([^|]*)\|", rows, re.MULTILINE))))
+            found.append((document.name, f"tools/{tool}.py", arguments))
+        for name, rows in re.findall(r"^\| option of `?(?:svit )?([\w.-]+)`? \|.*\n((?:\|.*\n)+)", text, re.MULTILINE):
+            found.append((document.name, name, " ".join(re.findall(r"^\|([^|]*)\|", rows, re.MULTILINE))))
     return found
+
+
+def code(text: str) -> list[str]:
+    """What stands in backticks, and the lines of console sessions."""
+    inline = re.findall(r"`(svit [^`\n]*)`", FENCE.sub("", text))
+    return inline + [
+        line
+        for block in re.findall(r"^ *```console\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+        for line in block.splitlines()
+        if line.lstrip().startswith("$")
+    ]
 
 
 def options(source: Path) -> set[str]:
     """What a command's parser takes, and those of the commands' modules that it imports."""
     text = source.read_text()
-    known = set(re.findall(r"""["'](--[a-z][\w-]*)["']""", text))
-    for module in re.findall(r"^from (svit\.(?:cli|training)\.\w+)", text, re.MULTILINE):
-        known |= options(ROOT / (module.replace(".", "/") + ".py"))
+    known = {"--help", *re.findall(r"""["'](--[a-z][\w-]*)["']""", text)}
+    for module in re.findall(r"^from \.(\w+) import", text, re.MULTILINE):
+        known |= options(source.with_name(f"{module}.py"))
+    if name := re.search(r"""command\("([\w-]+)"\)""", text):  # a file of tools/ that calls it
+        known |= options(source_of(name[1]))
     return known
+
+
+def source_of(command: str) -> Path:
+    return ROOT / "svit" / "cli" / f"{command.replace('-', '_')}.py"
 
 
 @pytest.mark.parametrize("document", relative(DOCUMENTS))
@@ -68,11 +87,11 @@ def test_links(document):
 
 def test_commands():
     assert len(commands()) > 40
-    for document, tool, arguments in commands():
-        source = ROOT / "tools" / f"{tool}.py"
-        assert source.is_file(), f"{document}: {source}"
+    for document, name, arguments in commands():
+        source = ROOT / name if name.startswith("tools/") else source_of(name)
+        assert source.is_file(), f"{document}: {name}"
         used = set(re.findall(r"(?<=[\s\[`])--[a-z][\w-]*", arguments))
-        assert used <= options(source), f"{document}: {tool}.py {used - options(source)}"
+        assert used <= options(source), f"{document}: {name} {used - options(source)}"
 
 
 def test_navigation():

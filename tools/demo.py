@@ -13,37 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from sklearn.datasets import load_digits
-
 from svit import processes
-from svit.files import replacing
+from svit.training.digits import digits, write_images
 
 TOOLS = Path(__file__).parent
 MODEL = "svit_nano_32"
 ZOO = ["svit_tiny", "svit_small", "svit_base", "svit_large"]
 OUT = Path("outputs/demo")
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-
-def digits() -> dict[str, Image.Image]:
-    """Images of 32 x 32 pixels by their paths, such as train/seven/0007.png."""
-    data = load_digits()
-    found = {}
-    for number, (image, target) in enumerate(zip(data.images, data.target, strict=True)):
-        split = "train" if number % 5 else "val"
-        image = Image.fromarray((image * (255 / 16)).round().astype(np.uint8))
-        found[f"{split}/{NAMES[target]}/{number:04}.png"] = image.resize((32, 32), Image.Resampling.BICUBIC)
-    return found
-
-
-def write(images: dict[str, Image.Image], folder: Path) -> None:
-    """Writes images to a new folder, whole or not at all."""
-    with replacing(folder) as part:
-        for name, image in images.items():
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            image.save(part / name)
 
 
 def run(tool: str, *arguments: str | Path) -> None:
@@ -68,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True)
 
     images = digits()
-    write(images, data)
+    write_images(images, data)
     print(f"wrote {data}: {len(images)} handwritten digits, one folder a class")
     checkpoint = training / "best.safetensors"
     trained = (MODEL, "--checkpoint", checkpoint)

@@ -79,7 +79,9 @@ def load_config(name: str, options: dict[str, Any] | None = None, data_root: str
     try:
         init_scope(config)
     except (ImportError, AssertionError) as error:  # the latter of a version of mmcv that does not go with the others
-        raise ConfigError(f"{path}: needs what cannot be imported ({error}); docs/detection.md installs it") from error
+        raise ConfigError(
+            f"{path}: needs what cannot be imported ({error}): pip install 'svit[mm]' has all but mmcv"
+        ) from error
     return config
 
 

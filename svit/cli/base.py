@@ -29,9 +29,9 @@ def at_least(least: int) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            value = least - 1
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text}") from None
         if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number, at least {least}, got {text}")
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
         return value
 
     return number
@@ -109,6 +109,13 @@ def add_amp(parser: argparse.ArgumentParser, **options: Any) -> None:
     )
 
 
+def channels(text: str) -> int:
+    """A type of arguments: as many channels as images have."""
+    if text not in map(str, MODES):
+        raise argparse.ArgumentTypeError(f"expected {', '.join(map(str, MODES))}, got {text}")
+    return int(text)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser, name: str = "model") -> None:
     """The options that name a model and its weights, for `make_model` and `open_model`."""
     parser.add_argument(
@@ -123,13 +130,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, name: str = "model") ->
     parser.add_argument(
         "--num-classes", metavar="N", type=at_least(1), help="default: the checkpoint's or the model's own"
     )
-    parser.add_argument(
-        "--in-chans", metavar="N", type=int, choices=[*MODES], help="channels, 1 to 4; default: as --num-classes"
-    )
+    parser.add_argument("--in-chans", metavar="N", type=channels, help="channels, 1 to 4; default: as --num-classes")
 
 
 def make_model(args: argparse.Namespace, **arguments: Any) -> nn.Module:
-    """The model of `add_model_arguments`'s options, on the CPU. A line on stderr says if its weights are random.
+    """The model of `add_model_arguments`'s options, on the CPU.
 
     Args:
         args: what the parser gave.
@@ -141,11 +146,17 @@ def make_model(args: argparse.Namespace, **arguments: Any) -> nn.Module:
     for name in ("num_classes", "in_chans"):
         if getattr(args, name) is not None:
             arguments[name] = getattr(args, name)
-    # A name with a colon says where its weights are.
-    pretrained = args.pretrained or (":" in args.model and args.checkpoint is None)
-    if args.checkpoint is None and not pretrained:
+    return create_model(args.model, args.checkpoint, brings_weights(args), args.ema, **arguments)
+
+
+def brings_weights(args: argparse.Namespace) -> bool:
+    """Whether timm has the weights: it is asked for them, or the name says where they are."""
+    return args.pretrained or (":" in args.model and args.checkpoint is None)
+
+
+def warn_of_random_weights(args: argparse.Namespace) -> None:
+    if args.checkpoint is None and not brings_weights(args):
         print("warning: neither --checkpoint nor --pretrained: the weights are random", file=sys.stderr)
-    return create_model(args.model, args.checkpoint, pretrained, args.ema, **arguments)
 
 
 def open_model(args: argparse.Namespace, **preprocessing: Any) -> tuple[nn.Module, torch.device, dict[str, Any]]:
@@ -163,6 +174,7 @@ def open_model(args: argparse.Namespace, **preprocessing: Any) -> tuple[nn.Modul
     if size and has_fixed_size(args.model):
         arguments["img_size"] = size
     device = choose_device(args.device)
+    warn_of_random_weights(args)
     model = make_model(args, **arguments).to(device, memory_format=torch.channels_last)
     preprocessing = {key: value for key, value in preprocessing.items() if value is not None}
     if size:

@@ -1,21 +1,21 @@
 """Times models against each other in one run: img/s, ratios, peak memory.
 
-    python tools/benchmark.py svit_small upstream:svit_small convnext_tiny --batch-size 4
-    python tools/benchmark.py svit_small upstream:svit_small --img-size 800 1280 --batch-size 1
-    python tools/benchmark.py svit_small swin_tiny_patch4_window7_224 --sweep 224 448 672 --plot time-per-pixel.png
-    python tools/benchmark.py svit_small convnext_tiny --csv speed.csv    # the columns of timm's benchmark.py
-    python tools/benchmark.py folded:svit_small caformer_s18 --runtime eager compile onnxruntime openvino
+    svit benchmark svit_small convnext_tiny --batch-size 4
+    svit benchmark svit_small convnext_tiny --img-size 800 1280 --batch-size 1
+    svit benchmark svit_small swin_tiny_patch4_window7_224 --sweep 224 448 672 --plot time-per-pixel.png
+    svit benchmark svit_small convnext_tiny --csv speed.csv    # the columns of timm's benchmark.py
+    svit benchmark folded:svit_small caformer_s18 --runtime eager compile onnxruntime openvino
 
 A model is any timm name. Before it may stand, and add up: `maps:` for its feature maps alone, without what follows the
 last one, as detectors and segmentors use it; `upstream:` for an SViT made of the authors' operations
-(tools/upstream_form.py), `reference:` or `cuda:` for one on that backend (svit.ops), `folded:` to fold what `fuse()`
+(from a clone of the repository), `reference:` or `cuda:` for one on that backend (svit.ops), `folded:` to fold what `fuse()`
 folds, `compiled:` for torch.compile, `graph:` to replay a CUDA graph of it. The models take turns, run by run, so that
 a slow moment of the machine meets them all; each runs in the memory format in which it is faster. Peak memory is what
 the model adds: to a process of its own, or on a GPU to what the allocator gave out before.
 
 `--runtime` runs each model in each of these, in turn as well: `eager` PyTorch, `compile` (torch.compile, in inference
 with its weights frozen), and on a CPU, in inference, `onnxruntime` and `openvino` (pip install openvino), which get the
-ONNX file that tools/export.py makes for this batch and image size.
+ONNX file that `svit export` makes for this batch and image size.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def build(spec: str, setting: Setting) -> nn.Module:
     for backend in {"reference", "cuda"} & set(prefixes):
         arguments["backend"] = backend
     if setting.runtime in OF_ONNX:
-        arguments["exportable"] = True  # as tools/export.py makes it
+        arguments["exportable"] = True  # as `svit export` makes it
     try:
         if has_fixed_size(name):
             arguments["img_size"] = setting.size

@@ -1,7 +1,7 @@
 """Converts a checkpoint from the authors' layout to ours, or back.
 
-    python tools/convert_checkpoint.py stvit-small-224.pth svit_small.in1k.safetensors
-    python tools/convert_checkpoint.py svit_small.in1k.safetensors stvit-small-224.pth
+    svit convert stvit-small-224.pth svit_small.in1k.safetensors
+    svit convert svit_small.in1k.safetensors stvit-small-224.pth
 
 The weights under "model" are taken, whose top-1 is the published one; `--ema` takes "model_ema".
 """

@@ -1,13 +1,12 @@
 """Exports a model of timm to ONNX, torch.export or AOTInductor, and checks the file against PyTorch.
 
-    python tools/export.py svit_small --checkpoint svit_small.safetensors
-    python tools/export.py svit_small --checkpoint svit_small.safetensors --img-size 384 --static --out svit_384.onnx
-    python tools/export.py svit_small --checkpoint svit_small.safetensors --format aoti
+    svit export svit_small --checkpoint svit_small.safetensors
+    svit export svit_small --checkpoint svit_small.safetensors --img-size 384 --static --out svit_384.onnx
+    svit export svit_small --checkpoint svit_small.safetensors --format aoti
 
 The file takes any batch, height and width that the model takes, unless --static. With it come the names of the classes
 and the preprocessing. It is loaded again and run at the exported and two other sizes; the differences are printed, and
-one that is too large is an error. Needs '.[export]' for ONNX, a C++ compiler for AOTInductor. docs/export.md tells
-more.
+one that is too large is an error. ONNX needs the extra `export`, AOTInductor a C++ compiler.
 """
 
 import argparse
@@ -34,7 +33,15 @@ from svit.errors import InputError
 from svit.files import replacing
 
 from . import install
-from .base import add_img_size, add_model_arguments, at_least, height_and_width, make_model, make_parser
+from .base import (
+    add_img_size,
+    add_model_arguments,
+    at_least,
+    height_and_width,
+    make_model,
+    make_parser,
+    warn_of_random_weights,
+)
 
 AXES = {0: "batch", 2: "height", 3: "width"}
 # Largest difference from PyTorch, relative to the largest output. Another order of summation gives about 1e-6.
@@ -107,6 +114,7 @@ def export(args: argparse.Namespace, form: "Format", out: Path) -> None:
 
 def build(args: argparse.Namespace) -> tuple[nn.Module, int, tuple]:
     """The model, of plain operations only, the channels and the size of its images."""
+    warn_of_random_weights(args)
     model = make_model(args, exportable=True)
     in_chans, *own_size = resolve_model_data_config(model)["input_size"]
     size = height_and_width(args.img_size or own_size)

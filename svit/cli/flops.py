@@ -1,12 +1,12 @@
 """Parameters and multiply-accumulates (MACs) of models, detectors and segmentors, for one image.
 
-    python tools/flops.py svit_small svit_base swin_tiny_patch4_window7_224
-    python tools/flops.py svit_small --img-size 800 1280 --per-module
-    python tools/flops.py svit_small svit_base svit_large --img-size 384 --json flops.json
-    python tools/flops.py mask-rcnn_svit-s_fpn_1x_coco --shape 800 1280 --no-attention-products
+    svit flops svit_small svit_base swin_tiny_patch4_window7_224
+    svit flops svit_small --img-size 800 1280 --per-module
+    svit flops svit_small svit_base svit_large --img-size 384 --json flops.json
+    svit flops mask-rcnn_svit-s_fpn_1x_coco --shape 800 1280 --no-attention-products
 
-A detector or segmentor is a config file or the name of one that comes with the package (needs '.[mm]').
-docs/flops.md says what counts.
+A detector or segmentor is a config file or the name of one that comes with the package (needs the extra `mm`).
+Convolution and linear layers count, and attention's products, a multiply-accumulate each; norms and activations do not.
 """
 
 import argparse
@@ -110,8 +110,8 @@ def builder(name: str, img_size: tuple[int, int] | None) -> Callable[[], Built]:
         from svit.adapters import config_names, load_config
     except ModuleNotFoundError as error:
         if name.endswith(".py"):
-            raise InputError(f"{name}: a config needs {error.name}; {install('mm')}") from error
-        hint = f"; names of configs are known with {error.name} (pip install '.[mm]', and mmcv)"
+            raise InputError(f"{name}: a config needs {error.name}: {install('mm')}") from error
+        hint = f"; names of configs are known with {error.name} ({install('mm')})"
     else:
         if name.endswith(".py") or name in config_names():
             if img_size is None:

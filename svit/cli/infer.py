@@ -1,7 +1,7 @@
 """Classifies images: a file, several, or a folder of them.
 
-    python tools/infer.py photo.jpg --model svit_small --checkpoint svit_small.safetensors
-    python tools/infer.py photos/ --model svit_nano_32.cifar10 --pretrained --top 3 --format csv > classes.csv
+    svit infer photo.jpg --model svit_small --checkpoint svit_small.safetensors
+    svit infer photos/ --model svit_nano_32.cifar10 --pretrained --top 3 --format csv > classes.csv
 
 Prints a table, JSON or CSV: the most probable classes of each image. What cannot be read is named, counted and skipped.
 """

@@ -1,7 +1,7 @@
 """Draws what a detector of MMDetection or a segmentor of MMSegmentation finds in images.
 
-    python tools/mm_infer.py mask-rcnn_svit-s_fpn_1x_coco epoch_12.pth street.jpg --out found.png
-    python tools/mm_infer.py svit-s_upernet_8xb2-160k_ade20k-512x512 iter_160000.pth a.jpg photos/ --out pictures/
+    svit mm-infer mask-rcnn_svit-s_fpn_1x_coco epoch_12.pth street.jpg --out found.png
+    svit mm-infer svit-s_upernet_8xb2-160k_ade20k-512x512 iter_160000.pth a.jpg photos/ --out pictures/
 
 Boxes, masks and scores, or the classes laid over the image. CONFIG is a file or the name of one that comes with the
 package.

@@ -1,8 +1,8 @@
 """Evaluates a detector of MMDetection or a segmentor of MMSegmentation.
 
-    python tools/mm_test.py mask-rcnn_svit-s_fpn_1x_coco work_dirs/mask-rcnn_svit-s_fpn_1x_coco/epoch_12.pth
-    python tools/mm_test.py svit-s_upernet_8xb2-160k_ade20k-512x512 iter_160000.pth --tta --out metrics.json
-    torchrun --nproc-per-node 8 tools/mm_test.py mask-rcnn_svit-s_fpn_1x_coco epoch_12.pth
+    svit mm-test mask-rcnn_svit-s_fpn_1x_coco work_dirs/mask-rcnn_svit-s_fpn_1x_coco/epoch_12.pth
+    svit mm-test svit-s_upernet_8xb2-160k_ade20k-512x512 iter_160000.pth --tta --out metrics.json
+    torchrun --nproc-per-node 8 -m svit mm-test mask-rcnn_svit-s_fpn_1x_coco epoch_12.pth
 
 CONFIG is a file or the name of one that comes with the package.
 """

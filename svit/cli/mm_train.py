@@ -1,11 +1,11 @@
 """Trains a detector of MMDetection or a segmentor of MMSegmentation from a config.
 
-    python tools/mm_train.py mask-rcnn_svit-s_fpn_1x_coco --data-root data/coco
-    python tools/mm_train.py mm_configs/mmseg/svit-s_upernet_8xb2-160k_ade20k-512x512.py --amp --resume
-    torchrun --nproc-per-node 8 tools/mm_train.py mask-rcnn_svit-s_fpn_1x_coco
+    svit mm-train mask-rcnn_svit-s_fpn_1x_coco --data-root data/coco
+    svit mm-train mm_configs/mmseg/svit-s_upernet_8xb2-160k_ade20k-512x512.py --amp --resume
+    torchrun --nproc-per-node 8 -m svit mm-train mask-rcnn_svit-s_fpn_1x_coco
 
 CONFIG is a file or the name of one that comes with the package. One command serves a CPU, a GPU, many GPUs and many
-machines (torchrun's --nnodes and --rdzv-endpoint). docs/detection.md and docs/segmentation.md tell more.
+machines (torchrun's --nnodes and --rdzv-endpoint).
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Pushes a checkpoint to the Hugging Face Hub, or writes the same files to a folder.
 
-    python tools/push_to_hub.py best.safetensors me/svit_nano_cifar10 --metrics "CIFAR-10 top-1=91.2" --dataset cifar10
-    python tools/push_to_hub.py best.safetensors me/svit_nano_cifar10 --local svit_nano_cifar10
+    svit push best.safetensors me/svit_nano_cifar10 --metrics "CIFAR-10 top-1=91.2" --dataset cifar10
+    svit push best.safetensors me/svit_nano_cifar10 --local svit_nano_cifar10
 
 The files are timm's (config.json, model.safetensors) and a model card, so that `timm.create_model("hf-hub:me/...",
 pretrained=True)` and "local-dir:..." load the model, after `import svit`. Pushing needs a token: `hf auth login`.

@@ -1,15 +1,15 @@
 """Trains an image classifier, any model of timm, by a recipe.
 
-    python tools/train.py cifar10 --data-dir data/cifar10
-    python tools/train.py imagenet_small --data-dir data/imagenet --resume
-    torchrun --nproc-per-node 8 tools/train.py imagenet_small --data-dir data/imagenet --set mixed_precision=bf16
-    python tools/train.py finetune --data-dir photos --set checkpoint=svit_small.safetensors epochs=10
+    svit train cifar10 --data-dir data/cifar10
+    svit train imagenet_small --data-dir data/imagenet --resume
+    torchrun --nproc-per-node 8 -m svit train imagenet_small --data-dir data/imagenet --set mixed_precision=bf16
+    svit train finetune --data-dir photos --set checkpoint=svit_small.safetensors epochs=10
 
 RECIPE is a YAML file or the name of one that comes with the package; --set changes keys of it. One command serves a
 CPU, a GPU, many GPUs and many machines (torchrun's --nnodes and --rdzv-endpoint). The folder --output gets
 best.safetensors and last.safetensors (weights), state.pt (what --resume goes on from), log.csv, TensorBoard's events
 and recipe.yaml.
-SIGTERM and Ctrl-C save the state and exit. docs/training.md tells more.
+SIGTERM and Ctrl-C save the state and exit.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Evaluates an image classifier: top-1 and top-5, of each class if asked, the paper's figure beside.
 
-    python tools/validate.py svit_small --checkpoint svit_small.safetensors --data-dir data/imagenet
-    python tools/validate.py svit_nano_32.cifar10 --pretrained --data-dir data --dataset torch/cifar10 --per-class
-    python tools/validate.py svit_small --checkpoint svit_small.safetensors --data-dir data/imagenet \\
+    svit validate svit_small --checkpoint svit_small.safetensors --data-dir data/imagenet
+    svit validate svit_nano_32.cifar10 --pretrained --data-dir data --dataset torch/cifar10 --per-class
+    svit validate svit_small --checkpoint svit_small.safetensors --data-dir data/imagenet \\
         --img-size 384 --crop-pct 1.0 --flip --json result.json
 
 Size, crop and normalization are those of the checkpoint or the model, unless an option says otherwise. `--data-dir` is

@@ -1,10 +1,10 @@
 """Draws what a model's super tokens look like on photographs: pictures, and a page that shows them side by side.
 
-    python tools/visualize.py cat.jpg street.jpg --model svit_small --checkpoint svit_small.safetensors
-    python tools/visualize.py cat.jpg --model svit_nano_32.cifar10 --pretrained --img-size 256 --point 0.4 0.3
+    svit visualize cat.jpg street.jpg --model svit_small --checkpoint svit_small.safetensors
+    svit visualize cat.jpg --model svit_nano_32.cifar10 --pretrained --img-size 256 --point 0.4 0.3
 
-Open OUT/index.html. docs/visualization.md says what the pictures mean. What cannot be read is named and
-left out.
+Open OUT/index.html. The pictures show the cells, the learned super tokens and the soft
+association of the one at --point. What cannot be read is named and left out.
 """
 
 import argparse

@@ -585,7 +585,7 @@ def _require_weights(variant: str, cfg, overlay: dict | None) -> None:
     theirs = f"{variant.replace('svit_', 'stvit-')}-{size}.pth"
     raise RuntimeError(
         f"{name}: the weights cannot be downloaded automatically. Get {theirs} from the links at {cfg.origin_url}, "
-        f"then run `python tools/convert_checkpoint.py {theirs} {name}.safetensors` and pass "
+        f"then run `svit convert {theirs} {name}.safetensors` and pass "
         f"checkpoint_path='{name}.safetensors' instead of pretrained=True."
     )
 

@@ -38,10 +38,13 @@ from svit.folders import (
 )
 from svit.images import EXTENSIONS, UnreadableImageError, mode_of, read_image
 
+from .digits import write_digits
+
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 # Names of a folder of class folders or a tar file, and how names of timm's other data start.
 FOLDERS = ("folder", "torch/folder", "torch/image_folder")
+DIGITS = "digits"  # scikit-learn's, written to a folder that is not there yet
 PREFIXES = ("torch", "wds", "hfds", "hfids", "tfds")
 
 # Folders that timm takes for the same split, and all names that look like a split's.
@@ -80,9 +83,15 @@ def open_dataset(name: str, root: str, split: str, **options: Any) -> Dataset:
         InputError: no such dataset, no such split, or no images in it.
     """
     kind = name.partition("/")[0].lower()
+    if name == DIGITS:
+        if not os.path.exists(root):
+            write_digits(Path(root))
+        name = FOLDERS[0]
     if name not in FOLDERS and (kind not in PREFIXES or kind == name):
         prefixes = ", ".join(f"{prefix}/" for prefix in PREFIXES)
-        raise InputError(f"dataset: expected folder, or a name that starts with one of {prefixes}, got {name!r}")
+        raise InputError(
+            f"dataset: expected folder, {DIGITS}, or a name that starts with one of {prefixes}, got {name!r}"
+        )
     if kind != "hfds" and kind != "hfids" and not options.get("download") and not os.path.exists(root):
         raise InputError(f"data_dir: no such folder or file: {root}")
     if kind in ("wds", "hfids"):

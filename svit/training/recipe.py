@@ -34,7 +34,7 @@ class Recipe:
     grad_checkpointing: bool = False
 
     # Data
-    dataset: str = "folder"  # or a tar file; else a name of timm's: torch/..., wds/..., hfds/...
+    dataset: str = "folder"  # or a tar file; digits; else a name of timm's: torch/..., wds/...
     data_dir: str = MISSING
     val_dir: str | None = None  # null: data_dir
     train_split: str = "train"

@@ -72,7 +72,7 @@ def checkpoint(**arguments) -> torch.nn.Module:
 @pytest.fixture
 def two_stages(run, monkeypatch) -> torch.nn.Module:
     """The model of c.safetensors, and what `test_svit` means to the tool."""
-    monkeypatch.setattr(export, "create_model", partial(export.create_model, **TWO_STAGES))
+    monkeypatch.setattr(export, "make_model", partial(export.make_model, **TWO_STAGES))
     return checkpoint(**TWO_STAGES)
 
 
@@ -173,14 +173,14 @@ def test_onnx_quantizes(run, two_stages):
 
 def test_model_that_does_not_fuse(run, two_stages, monkeypatch):
     """Its norms stay in the file, which is said."""
-    create = export.create_model
+    create = export.make_model
 
     def create_pruned(*args, **kwargs) -> torch.nn.Module:
         model = create(*args, **kwargs)
         torch.nn.utils.prune.l1_unstructured(model.stages[0].blocks[0].mlp.fc1, "weight", 0.5)
         return model
 
-    monkeypatch.setattr(export, "create_model", create_pruned)
+    monkeypatch.setattr(export, "make_model", create_pruned)
     options = ["--format", "torch", "--static", "--img-size", "32", "--checkpoint", "c.safetensors"]
     status, out, err = run("test_svit", *options)
     assert status == 0
@@ -218,7 +218,7 @@ def test_aoti(run, two_stages):
 
 def test_model_of_one_size(run):
     status, out, err = run("test_vit", "--format", "torch", "--img-size", "64")
-    assert (status, err) == (0, "warning: test_vit: no --checkpoint, so its weights are random\n")
+    assert (status, err) == (0, "warning: neither --checkpoint nor --pretrained: the weights are random\n")
     assert list(differences(out)) == ["2x3x64x64", "1x3x64x64", "3x3x64x64"]
     assert out.endswith("test_vit, image batch x 3 x 64 x 64\n")
 
@@ -316,7 +316,7 @@ def test_missing_package(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     status, out, err = run("test_svit")
     assert (status, out) == (1, "")
-    assert err == "error: --format onnx: needs onnxruntime; pip install '.[export]'\n"
+    assert err == "error: --format onnx: needs onnxruntime; pip install 'svit[export]'\n"
 
 
 def test_no_compiler(run, monkeypatch):

@@ -148,10 +148,6 @@ def test_what_cannot_be_done_is_said_in_a_line(digits, run, tmp_path):
     for message, arguments, options in (
         (f"{tmp_path / 'empty'}: no images in this folder", [tmp_path / "empty"], {}),
         (f"{tmp_path / 'none.png'}: no such file or folder", [image, tmp_path / "none.png"], {}),
-        ("--top: expected at least 1, got 0", [image, "--top", 0], {}),
-        ("--batch-size: expected at least 1, got 0", [image, "--batch-size", 0], {}),
-        ("--img-size: expected one or two positive", [image, "--img-size", 0], {}),
-        ("--in-chans: expected 1, 2, 3, 4, got 5", [image, "--in-chans", 5], {}),
         ("--device: toaster cannot be used", [image, "--device", "toaster"], {}),
         ("did you mean svit_small", [image], {"model": "svit_smal"}),
         ("does not fit the model", [image], {"model": "svit_nano_32"}),
@@ -162,3 +158,19 @@ def test_what_cannot_be_done_is_said_in_a_line(digits, run, tmp_path):
         assert err.startswith("error: ")
         assert message in err
         assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--top", "expected at least 1, got 0"),
+        ("--batch-size", "expected at least 1, got 0"),
+        ("--img-size", "expected one or two positive whole numbers, got 0"),
+        ("--in-chans", "expected 1, 2, 3, 4, got 0"),
+    ],
+)
+def test_numbers_out_of_range(run, capsys, option, message):
+    with pytest.raises(SystemExit) as stop:
+        run("photo.jpg", option, 0)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"svit infer: error: argument {option}: {message}\n")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import image_data
 from svit import processes
 from svit.checkpoints import create_model, read_metadata, save_model
-from svit.cli import command, train
+from svit.cli import command
 from svit.files import replacing
 from svit.training import loop
 from svit.training import state as states
@@ -720,7 +720,7 @@ def test_gradients_that_a_scaler_leaves_out_are_no_error(tmp_path, frozen, monke
 
     scales = []
     step, write = loop.Training.step, states.write
-    monkeypatch.setattr(train, "Accelerator", accelerator)
+    monkeypatch.setattr(loop, "Accelerator", accelerator)
     monkeypatch.setattr(loop.Training, "step", stepped)
     monkeypatch.setattr(states, "write", lambda path, *a: (scales.append(a[1]["scaler"]["scale"]), write(path, *a)))
     out = tmp_path / "out"

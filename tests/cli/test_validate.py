@@ -154,9 +154,6 @@ def test_classes_of_the_same_name_in_words_keep_their_figures(run, tmp_path, cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--batch-size", 0), "--batch-size: expected at least 1, got 0"),
-        (("--workers", -1), "--workers: expected at least 0, got -1"),
-        (("--crop-pct", 0), "--crop-pct: expected more than 0 and at most 1, got 0.0"),
         (("--num-classes", 7), "does not fit the model; other shapes"),
         (("--pretrained",), "pretrained: expected False together with a checkpoint"),
         (("--dataset", "torch/nothing"), "torch/nothing"),
@@ -167,10 +164,26 @@ def test_what_cannot_be_done_is_said_in_a_line(error_of, arguments, message):
     assert message in error_of(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch-size", 0), "--batch-size: expected at least 1, got 0"),
+        (("--workers", -1), "--workers: expected at least 0, got -1"),
+        (("--crop-pct", 0), "--crop-pct: expected more than 0 and at most 1, got 0"),
+    ],
+)
+def test_numbers_out_of_range(run, capsys, tmp_path, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"svit validate: error: argument {message}\n")
+    assert not (tmp_path / "new").exists()
+
+
 def test_no_data_and_no_model(error_of, tmp_path):
     assert "no such folder or file: " in error_of(root=tmp_path / "nowhere")
     (tmp_path / "empty" / "val").mkdir(parents=True)
-    assert "empty, split 'validation': cannot be used" in error_of(root=tmp_path / "empty")
+    assert "empty/val: no class folders, 0 images in it" in error_of(root=tmp_path / "empty")
     assert "no model 'svit_smal' in timm; did you mean svit_small" in error_of(model="svit_smal")
     assert "no such file" in error_of(checkpoint=tmp_path / "nowhere.safetensors")
 

@@ -101,9 +101,6 @@ def test_input_size_covers_the_image_with_whole_pixels(asked, size):
         (["cut.png"], "cut.png: cannot be read ("),
         (["photo.png", "photo.jpg"], "photo.png: another image has the same name"),
         (["photo.png", "--point", "0.5", "1.5"], "point: expected two fractions between 0 and 1, got 0.5 1.5"),
-        (["photo.png", "--n-iter", "0"], "--n-iter: expected at least 1, got 0"),
-        (["photo.png", "--img-size", "32", "0"], "--img-size: expected one or two positive numbers, got 32 0"),
-        (["photo.png", "--img-size", "1", "2", "3"], "--img-size: expected one or two positive numbers, got 1 2 3"),
         (["photo.png", "--model", "svit_smal"], "model: no model 'svit_smal' in timm; did you mean svit_small"),
         (["photo.png", "--model", "test_resnet"], "test_resnet: has no super-token attention; these have: svit_base, "),
         (["photo.png", "--checkpoint", "nosuch.safetensors"], "nosuch.safetensors: no such file"),
@@ -125,6 +122,21 @@ def test_errors_are_one_line_and_leave_nothing(options, message, tmp_path, monke
     assert captured.err.startswith(f"error: {message}")
     assert captured.err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--n-iter", "0"], "--n-iter: expected at least 1, got 0"),
+        (["--img-size", "32", "0"], "--img-size: expected one or two positive whole numbers, got 32 0"),
+        (["--img-size", "1", "2", "3"], "--img-size: expected one or two positive whole numbers, got 1 2 3"),
+    ],
+)
+def test_numbers_out_of_range(options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["photo.png", "--model", "test_svit", *options])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"svit visualize: error: argument {message}\n")
 
 
 def test_images_that_cannot_be_read_are_named_and_the_others_drawn(photo, tmp_path, capsys):
@@ -177,7 +189,7 @@ def test_an_error_on_the_way_keeps_the_old_page(photo, tmp_path, monkeypatch, ca
             raise OSError(28, "No space left on device")
         return room.pop()(*args)
 
-    monkeypatch.setattr("visualize.draw_attention", draw)
+    monkeypatch.setattr("svit.cli.visualize.draw_attention", draw)
     assert main([*command, "--point", "0.1", "0.1"]) == 1
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
     assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before

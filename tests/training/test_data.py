@@ -346,7 +346,7 @@ def test_data_that_cannot_be_used(tmp_path, root):
     with pytest.raises(InputError, match="data_dir: no such folder or file: .*nowhere"):
         open_dataset("folder", str(tmp_path / "nowhere"), "train")
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(InputError, match="(?s)empty, split 'train': cannot be used: .*0 images"):
+    with pytest.raises(InputError, match="empty/train: no class folders, 0 images in it"):
         open_dataset("folder", str(tmp_path / "empty"), "train")
     with pytest.raises(InputError, match="torch/nothing"):
         open_dataset("torch/nothing", str(root), "train")
