@@ -79,9 +79,8 @@ def load_config(name: str, options: dict[str, Any] | None = None, data_root: str
     try:
         init_scope(config)
     except (ImportError, AssertionError) as error:  # the latter of a version of mmcv that does not go with the others
-        raise ConfigError(
-            f"{path}: needs what cannot be imported ({error}): pip install 'svit[mm]' has all but mmcv"
-        ) from error
+        install = "pip install 'svit[mm]', and mmcv"
+        raise ConfigError(f"{path}: needs what cannot be imported ({error}): {install}") from error
     return config
 
 

@@ -7,9 +7,9 @@
     svit benchmark folded:svit_small caformer_s18 --runtime eager compile onnxruntime openvino
 
 A model is any timm name. Before it may stand, and add up: `maps:` for its feature maps alone, without what follows the
-last one, as detectors and segmentors use it; `upstream:` for an SViT made of the authors' operations
-(from a clone of the repository), `reference:` or `cuda:` for one on that backend (svit.ops), `folded:` to fold what `fuse()`
-folds, `compiled:` for torch.compile, `graph:` to replay a CUDA graph of it. The models take turns, run by run, so that
+last one, as detectors and segmentors use it; `upstream:` for an SViT made of the authors' operations, in a clone of the
+repository; `reference:` or `cuda:` for one on that backend (svit.ops), `folded:` to fold what `fuse()` folds,
+`compiled:` for torch.compile, `graph:` to replay a CUDA graph of it. The models take turns, run by run, so that
 a slow moment of the machine meets them all; each runs in the memory format in which it is faster. Peak memory is what
 the model adds: to a process of its own, or on a GPU to what the allocator gave out before.
 

@@ -38,7 +38,7 @@ from svit.folders import (
 )
 from svit.images import EXTENSIONS, UnreadableImageError, mode_of, read_image
 
-from .digits import write_digits
+from .digits import digits, write_images
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -85,13 +85,12 @@ def open_dataset(name: str, root: str, split: str, **options: Any) -> Dataset:
     kind = name.partition("/")[0].lower()
     if name == DIGITS:
         if not os.path.exists(root):
-            write_digits(Path(root))
+            write_images(digits(), Path(root))
         name = FOLDERS[0]
     if name not in FOLDERS and (kind not in PREFIXES or kind == name):
         prefixes = ", ".join(f"{prefix}/" for prefix in PREFIXES)
-        raise InputError(
-            f"dataset: expected folder, {DIGITS}, or a name that starts with one of {prefixes}, got {name!r}"
-        )
+        expected = f"folder, {DIGITS}, or a name that starts with one of {prefixes}"
+        raise InputError(f"dataset: expected {expected}, got {name!r}")
     if kind != "hfds" and kind != "hfids" and not options.get("download") and not os.path.exists(root):
         raise InputError(f"data_dir: no such folder or file: {root}")
     if kind in ("wds", "hfids"):

@@ -1,27 +1,13 @@
 import csv
 import json
 
-import numpy as np
 import pytest
 import timm
 import torch
-from sklearn.datasets import load_digits
 
 import demo
 from svit.checkpoints import read_metadata
-
-
-def test_digits_are_real_and_disjoint():
-    images = demo.digits()
-    data = load_digits()
-    assert len(images) == len(data.images) == 1797
-    assert sum(name.startswith("val/") for name in images) == 360
-    for number, (name, image) in enumerate(images.items()):
-        assert name.split("/")[1] == demo.NAMES[data.target[number]]
-        small = np.asarray(image.resize((8, 8)), dtype=float) * 16 / 255
-        assert np.abs(small - data.images[number]).mean() < 1.5  # of 16
-    test = {image.tobytes() for name, image in images.items() if name.startswith("val/")}
-    assert not test & {image.tobytes() for name, image in images.items() if name.startswith("train/")}
+from svit.training.digits import NAMES
 
 
 def test_demo_from_end_to_end(tmp_path, monkeypatch, capfd):
@@ -53,7 +39,7 @@ def test_demo_from_end_to_end(tmp_path, monkeypatch, capfd):
     assert abs(found["top1"] - max(float(row["top1"]) for row in rows)) < 1e-6
     assert f"{found['top1']:.2f}" in printed
     checkpoint = out / "training" / "best.safetensors"
-    assert read_metadata(checkpoint)["pretrained_cfg"]["label_names"] == sorted(demo.NAMES)
+    assert read_metadata(checkpoint)["pretrained_cfg"]["label_names"] == sorted(NAMES)
     model = timm.create_model(demo.MODEL, num_classes=10, checkpoint_path=str(checkpoint))
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
