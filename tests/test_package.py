@@ -1,6 +1,8 @@
 """The package as a user gets it: built as wheel and sdist, installed where nothing else is, imported, run."""
 
 import ast
+import csv
+import os
 import re
 import shutil
 import subprocess
@@ -85,11 +87,11 @@ def dependencies(name: str, found: dict | None = None) -> dict[str, metadata.Dis
     return found
 
 
-def bare_environment(folder: Path) -> Path:
-    """A new environment that holds, as links, what torch and timm need and nothing more; returns its Python."""
+def bare_environment(folder: Path, *more: str) -> Path:
+    """A new environment that holds, as links, what torch, timm and `more` need and nothing else; returns its Python."""
     venv.create(folder, with_pip=False)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
-    for needed in ("torch", "timm", "safetensors"):
+    for needed in ("torch", "timm", "safetensors", *more):
         for distribution in dependencies(needed).values():
             tops = {Path(f).parts[0] for f in distribution.files or [] if not str(f).startswith(("..", "/"))}
             for top in tops:
@@ -99,20 +101,68 @@ def bare_environment(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_bare_environment(built, kind, tmp_path):
-    if kind == "sdist":
-        (source,) = built.glob("*.tar.gz")
-        run(
-            *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"),
-            *("--wheel-dir", tmp_path, source),
-        )
-        (wheel,) = tmp_path.glob("*.whl")
-    else:
-        (wheel,) = built.glob("*.whl")
-    python = bare_environment(tmp_path / "environment")
+@pytest.fixture(scope="module")
+def wheels(built, tmp_path_factory) -> dict[str, Path]:
+    """The wheel, and the one that the sdist gives."""
+    folder = tmp_path_factory.mktemp("from_sdist")
+    (source,) = built.glob("*.tar.gz")
+    run(
+        *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"),
+        *("--wheel-dir", folder, source),
+    )
+    return {"wheel": next(built.glob("*.whl")), "sdist": next(folder.glob("*.whl"))}
+
+
+def install(wheel: Path, python: Path) -> None:
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+
+
+def test_bare_environment(wheels, tmp_path):
+    python = bare_environment(tmp_path / "environment")
+    install(wheels["wheel"], python)
     assert run(python, "-I", "-c", SMOKE).startswith("version ")
+    svit = python.with_name("svit")
+    assert run(svit, "--version").startswith("svit ")
+    assert "extra train " in run(svit, "info")
+    for command, package, extra in (("train", "accelerate", "train"), ("mm-train", "mmengine", "mm")):
+        done = subprocess.run([svit, command, "x"], capture_output=True, text=True)
+        line = f"error: svit {command} needs {package}: pip install 'svit[{extra}]'"
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert done.stderr.startswith(line), done.stderr
+
+
+# What a README's reader types in an empty folder.
+COMMANDS = """
+svit train --list
+svit train --show digits
+svit train digits --cpu --set epochs=1 model=test_svit img_size=32 workers=0 batch_size=700 data_dir=digits
+svit validate test_svit --checkpoint outputs/train/digits/best.safetensors --data-dir digits --workers 0
+svit infer digits/val/one --model test_svit --checkpoint outputs/train/digits/best.safetensors
+svit visualize $(ls digits/val/one/* | head -1) --model svit_nano_32.cifar10 --pretrained --out page
+svit export test_svit --checkpoint outputs/train/digits/best.safetensors --format torch --img-size 32 --out m.pt2
+svit flops test_svit
+svit benchmark test_svit --img-size 32 --runs 1 --batch-size 1
+python -m svit convert --help
+"""
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_commands(wheels, kind, tmp_path):
+    """What a clone's user can do works without a clone, whichever of the two is installed."""
+    extras = ["accelerate", "omegaconf", "tabulate", "tensorboard", "tqdm", "matplotlib", "fvcore", "scikit-learn"]
+    python = bare_environment(tmp_path / "environment", *extras)
+    install(wheels[kind], python)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    for line in COMMANDS.strip().splitlines():
+        done = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    with open(folder / "outputs/train/digits/log.csv") as file:
+        assert len(list(csv.DictReader(file))) == 1
+    names = {"digits", "outputs", "page", "m.pt2"}
+    assert {path.name for path in folder.iterdir()} == names
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
