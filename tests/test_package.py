@@ -133,16 +133,13 @@ def test_bare_environment(wheels, tmp_path):
 
 # What a README's reader types in an empty folder.
 COMMANDS = """
-svit train --list
-svit train --show digits
 svit train digits --cpu --set epochs=1 model=test_svit img_size=32 workers=0 batch_size=700 data_dir=digits
 svit validate test_svit --checkpoint outputs/train/digits/best.safetensors --data-dir digits --workers 0
 svit infer digits/val/one --model test_svit --checkpoint outputs/train/digits/best.safetensors
 svit visualize $(ls digits/val/one/* | head -1) --model svit_nano_32.cifar10 --pretrained --out page
-svit export test_svit --checkpoint outputs/train/digits/best.safetensors --format torch --img-size 32 --out m.pt2
-svit flops test_svit
+svit export test_svit --checkpoint outputs/train/digits/best.safetensors --format torch --static --out m.pt2
+python -m svit flops test_svit
 svit benchmark test_svit --img-size 32 --runs 1 --batch-size 1
-python -m svit convert --help
 """
 
 
