@@ -53,10 +53,11 @@ BY_NAME = {name: command for group in COMMANDS.values() for name, command in gro
 
 EXAMPLES = """
 first steps:
-  svit infer photo.jpg --model svit_nano_32.cifar10 --pretrained    weights that come with the package
-  svit train --list                                                 the recipes
-  svit train finetune --data-dir photos                             a folder with one folder a class
-  svit COMMAND --help                                               options and examples of a command
+  svit train digits                   a model of handwritten digits, in a minute
+  svit train --list                   all recipes
+  svit infer photo.jpg --model svit_nano_32.cifar10 --pretrained
+                                      with weights that come with the package
+  svit COMMAND --help                 options and examples of a command
 """
 
 

@@ -100,7 +100,8 @@ def run(recipe, output, *arguments):
 
 def start(recipe, output, *arguments, launcher=(sys.executable,)):
     """A training in a process of its own."""
-    command = [*launcher, TOOLS / "train.py", recipe, "--output", output, *arguments]
+    tool = (TOOLS / "train.py",) if ENDS_THREADS in launcher else ("-m", "svit", "train")
+    command = [*launcher, *tool, recipe, "--output", output, *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
