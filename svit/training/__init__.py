@@ -1,1 +1,1 @@
-"""What the tools for image classification share: recipes, data, models with their weights, the state of a training."""
+"""The engine of `svit train` and `svit validate`: recipes, data, the loop, evaluation, what is saved."""

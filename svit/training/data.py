@@ -419,7 +419,7 @@ class Loader:
     def __init__(
         self,
         dataset: Dataset,
-        transform,
+        transform: Callable[[Image.Image], torch.Tensor],
         batch_size: int,
         training: bool,
         reopen: Callable[[], Dataset] | None = None,

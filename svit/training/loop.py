@@ -1,55 +1,36 @@
 """The loop of a training: `Training` follows a recipe, from the start or from a state, to the end or a signal."""
 
-import csv
-import io
 import math
 import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from omegaconf import OmegaConf
-from timm.data import Mixup, resolve_data_config
+from timm.data import resolve_data_config
 from timm.layers import DropPath
-from timm.loss import create_classification_loss
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask, DistillationTeacher, LogitDistillationTask
 from timm.utils import ModelEmaV3
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from svit import processes
-from svit.checkpoints import create_model, save_model, start_from, trained_arguments
-from svit.convert import is_finite
+from svit.checkpoints import trained_arguments
 from svit.errors import InputError
 from svit.files import replacing
-from svit.training import state as states
-from svit.training.data import (
-    Loader,
-    check_classes,
-    check_splits,
-    classes_of,
-    eval_transform,
-    image_mode,
-    open_dataset,
-    print_contents,
-    seed_all,
-    train_transform,
-)
-from svit.training.evaluation import Accuracy, evaluate
-from svit.training.recipe import Recipe
+
+from . import state as states
+from .data import check_classes, seed_all
+from .evaluation import Accuracy, evaluate
+from .log import Log, write_csv
+from .recipe import Recipe, as_dict
+from .saving import Saver
+from .setup import make_loaders, make_mixup, make_model, make_optimizer, make_tasks, open_splits
 
 
 class Training:
@@ -65,7 +46,6 @@ class Training:
                 told.pop("img_size", None)
             recipe.model_args = {**told, **recipe.model_args}
 
-        self.sharded = recipe.parallel == "fsdp"
         self.accelerator = Accelerator(
             cpu=cpu or not torch.accelerator.is_available(),  # else its processes would not know each other
             mixed_precision=recipe.mixed_precision or "no",
@@ -74,250 +54,67 @@ class Training:
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         images = recipe.batch_size * recipe.grad_accum * self.world
-        self.settings = OmegaConf.to_container(OmegaConf.structured(recipe))
-        self.state, tensors = states.State(self.settings, images), None
-        self.saved = None  # epoch and update of the newest state
+        settings = as_dict(recipe)
+        self.state, tensors, saved = states.State(settings, images), None, None
         self.moves = start is not None and start.resolve() != (output / states.NAME).resolve()
         if start is not None:
-            self.state, tensors = states.read(start, self.settings, images)
-            self.saved = self.state.epoch, self.state.update
+            self.state, tensors = states.read(start, settings, images)
+            saved = self.state.epoch, self.state.update
         self.best = states.find_best(start, self.state) if self.moves else None
 
-        self.make_data()
+        main = self.accelerator.is_main_process
+        self.splits = open_splits(recipe, main, self.accelerator.main_process_first)
+        self.num_classes = self.splits.num_classes
         try:
-            self.make_model()
-            self.make_optimizer(images)
+            self.make(images)
         except InputError:
             raise
         except (AssertionError, TypeError, ValueError) as error:  # timm's, of what the recipe hands to it
             raise InputError(f"the recipe cannot be followed: {type(error).__name__}: {error}") from error
+        self.saver = Saver(
+            output,
+            recipe,
+            self.splits.classes,
+            self.state,
+            self.accelerator,
+            self.plain,
+            self.optimizer.optimizer,
+            self.ema,
+            saved,
+        )
         if tensors is not None:
-            self.restore(tensors)
+            self.saver.restore(tensors)
 
-    # What a training is made of
-
-    def make_data(self) -> None:
-        r = self.recipe
-        kind = r.dataset.partition("/")[0].lower()
-        options = {"download": r.download} if kind == "torch" else {}
-        streams = {"batch_size": r.batch_size, "seed": r.seed}
-        train = partial(open_dataset, r.dataset, r.data_dir, r.train_split, **options)
-        val = partial(open_dataset, r.dataset, r.val_dir or r.data_dir, r.val_split, **options)
-        if kind in ("wds", "hfids", "tfds"):
-            train = partial(train, is_training=True, num_samples=r.train_samples, **streams)
-            val = partial(val, num_samples=r.val_samples, **streams)
-        with self.accelerator.main_process_first() if r.download else nullcontext():
-            self.train_set, self.val_set = train(), val()
-        if self.accelerator.is_main_process:
-            print_contents("train", self.train_set)
-            print_contents("val", self.val_set)
-        check_splits(self.train_set, self.val_set, r.num_classes)
-        self.classes = classes_of(self.train_set)
-        self.num_classes = r.num_classes or (len(self.classes) if self.classes else None)
-        if self.num_classes is None:
-            raise InputError("num_classes: expected a number, since the data does not tell its classes, got null")
-        told = r.model_args.get("num_classes", self.num_classes)
-        if told != self.num_classes:
-            raise InputError(f"model_args.num_classes: expected num_classes, {self.num_classes}, got {told}")
-        if self.classes and len(self.classes) > self.num_classes:
-            raise InputError(f"num_classes: expected the data's {len(self.classes)}, got {self.num_classes}")
-        self.reopen_train, self.reopen_val = train, val
-
-    def make_model(self) -> None:
-        r = self.recipe
+    def make(self, images: int) -> None:
+        """What the recipe says, made for this process; an update has so many images in all."""
+        r, device = self.recipe, self.accelerator.device
+        sharded = r.parallel == "fsdp"
         seed_all(r.seed)
-        overlay = {k: getattr(r, k) for k in ("mean", "std", "crop_pct", "interpolation") if getattr(r, k) is not None}
-        if self.classes:
-            overlay["label_names"] = self.classes
-        arguments = dict(r.model_args)
-        if r.drop_path:
-            arguments["drop_path_rate"] = r.drop_path
-        overlay = {"pretrained_cfg_overlay": overlay} if overlay else {}
-        create = partial(create_model, r.model, pretrained=r.pretrained, num_classes=self.num_classes, **overlay)
-        model = create(**arguments)
-        if model.pretrained_cfg.get("fixed_input_size") and r.img_size:
-            model = create(img_size=r.img_size, **arguments)
-        if r.img_size:
-            model.pretrained_cfg["input_size"] = (model.pretrained_cfg["input_size"][0], r.img_size, r.img_size)
-        if r.checkpoint:
-            start_from(model, r.checkpoint, arguments)
-        if r.grad_checkpointing:
-            model.set_grad_checkpointing()
-        if r.channels_last and not self.sharded:  # shards are of contiguous weights; the images' format decides then
+        model = make_model(r, self.splits)
+        if r.channels_last and not sharded:  # shards are of contiguous weights; the images' format decides then
             model.to(memory_format=torch.channels_last)
-        self.preprocessing = resolve_data_config({}, model=model)
-
-        common = dict(rank=self.rank, world=self.world, seed=r.seed, workers=r.workers, limit=r.max_unreadable)
-        common["mode"] = image_mode(self.preprocessing)
-        transform = eval_transform(self.preprocessing)
-        self.val = Loader(self.val_set, transform, r.batch_size, training=False, reopen=self.reopen_val, **common)
-        if r.augment:
-            transform = train_transform(
-                self.preprocessing,
-                train_crop_mode=r.crop,
-                scale=r.scale,
-                ratio=r.ratio,
-                hflip=r.hflip,
-                color_jitter=r.color_jitter,
-                auto_augment=r.auto_augment,
-                re_prob=r.random_erasing,
-                re_mode="pixel",
-            )
-        common.update(reopen=self.reopen_train, repeats=r.repeated_augmentation)
-        self.train = Loader(self.train_set, transform, r.batch_size, training=True, **common)
+        preprocessing = resolve_data_config({}, model=model)
+        self.train, self.val = make_loaders(r, self.splits, preprocessing, self.rank, self.world)
         self.updates = len(self.train) // r.grad_accum  # an epoch
         if self.updates == 0:
             raise InputError(
                 f"batch_size: expected at most the {len(self.train.dataset)} images of the data for one update, "
-                f"got {self.state.images} (batch_size x grad_accum x processes)"
+                f"got {images} (batch_size x grad_accum x processes)"
             )
-        self.mixup = None
-        if r.mixup or r.cutmix:
-            self.mixup = Mixup(
-                mixup_alpha=r.mixup,
-                cutmix_alpha=r.cutmix,
-                prob=r.mixup_prob,
-                switch_prob=r.mixup_switch_prob,
-                label_smoothing=r.label_smoothing,
-                num_classes=self.num_classes,
-            )
-        self.model = model.to(self.accelerator.device).train()
-        self.ema = ModelEmaV3(self.model, r.ema, use_warmup=r.ema_warmup) if r.ema is not None else None
+        self.mixup = make_mixup(r, self.num_classes)
+        self.plain = model.to(device).train()  # without the wrappers that prepare puts around it
+        self.ema = ModelEmaV3(self.plain, r.ema, use_warmup=r.ema_warmup) if r.ema is not None else None
         # Set before a schedule changes them.
-        self.drop_paths = [(m, m.drop_prob) for m in self.model.modules() if isinstance(m, DropPath)]
-
-    def make_optimizer(self, images: int) -> None:
-        r = self.recipe
-        if self.sharded and self.world > 1:
+        self.drop_paths = [(m, m.drop_prob) for m in self.plain.modules() if isinstance(m, DropPath)]
+        if sharded and self.world > 1:
             # Not by Accelerate, which shards on GPUs alone.
-            fully_shard(self.model, mesh=init_device_mesh(self.accelerator.device.type, (self.world,)))
-        lr = r.lr * images / r.lr_batch if r.lr_batch else r.lr
-        optimizer = create_optimizer_v2(
-            self.model, r.opt, lr=lr, weight_decay=r.weight_decay, layer_decay=r.layer_decay, **r.opt_args
-        )
-        self.scheduler, _ = create_scheduler_v2(
-            optimizer,
-            r.sched,
-            num_epochs=r.epochs,
-            warmup_epochs=r.warmup_epochs,
-            warmup_lr=r.warmup_lr,
-            min_lr=r.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.updates,
-        )
-        if self.scheduler is not None:
-            self.scheduler.step_update(0)
+            fully_shard(self.plain, mesh=init_device_mesh(device.type, (self.world,)))
+        optimizer, self.scheduler = make_optimizer(r, self.plain, images, self.updates)
         if r.compile:
-            self.model.compile()
-        self.plain = self.model  # without the wrappers that prepare puts around it
+            self.plain.compile()
         self.optimizer = self.accelerator.prepare(optimizer)
-        if not self.sharded:
-            self.model = self.accelerator.prepare(self.model)
-
-        # Mixup gives soft targets with the smoothing in them; where it is off, timm's loss takes classes.
-        loss = partial(create_classification_loss, "ce", smoothing=r.label_smoothing)
-        task = ClassificationTask
-        if r.teacher:
-            teacher = DistillationTeacher(self.make_teacher().requires_grad_(False)).to(self.accelerator.device)
-            task = partial(
-                LogitDistillationTask,
-                teacher_model=teacher,
-                task_loss_weight=1 - r.teacher_weight,
-                distill_loss_weight=r.teacher_weight,
-                temperature=r.temperature,
-            )
-        task = partial(task, self.model, device=self.accelerator.device, verbose=False)
-        self.tasks = {soft: task(criterion=loss(soft_targets=soft)) for soft in (False, True)}
-
-    def make_teacher(self) -> nn.Module:
-        r = self.recipe
-        if r.teacher_checkpoint:
-            teacher = create_model(r.teacher, r.teacher_checkpoint, num_classes=self.num_classes)
-        else:
-            # With timm's number of classes: another one would get a head of random weights.
-            teacher = create_model(r.teacher, pretrained=True)
-            if teacher.num_classes != self.num_classes:
-                raise InputError(
-                    f"teacher: expected one of the data's {self.num_classes} classes, got {r.teacher} of "
-                    f"{teacher.num_classes}; teacher_checkpoint names weights of your own"
-                )
-        channels, expected = (config["input_size"][0] for config in (teacher.pretrained_cfg, self.preprocessing))
-        if channels != expected:
-            raise InputError(f"teacher: expected one for images of {expected} channels, as the model, got {channels}")
-        names = teacher.pretrained_cfg.get("label_names")
-        if names and self.classes and sorted(names) == sorted(self.classes) and list(names) != self.classes:
-            raise InputError(f"teacher: its classes are in another order than the data's: {list(names)[:10]}")
-        return teacher
-
-    # Saving and going on
-
-    def save(self, best: bool = False) -> None:
-        """Writes the state and the last weights, and these as the best ones if they are.
-
-        Raises:
-            InputError: the loss, a weight or a moment is not finite; in all processes. Nothing is written then.
-        """
-        self.state.loss = self.finite_loss()
-        tensors = states.gather(self.plain, self.optimizer.optimizer, self.sharded)
-        if self.ema is not None:
-            tensors["ema"] = self.ema.module.state_dict()
-        if self.accelerator.scaler is not None:
-            tensors["scaler"] = self.accelerator.scaler.state_dict()
-        if self.accelerator.is_main_process:
-            # The best first: should the state not follow, it is found to be the best once more.
-            for name in ("best", "last") if best else ("last",):
-                save_model(
-                    self.output / f"{name}.safetensors",
-                    self.plain,
-                    self.recipe.model,
-                    self.classes,
-                    tensors[self.recipe.evaluate],
-                    recipe=self.settings,
-                    # In the midst of an epoch no accuracy is known.
-                    **(self.state.rows[-1] if self.state.rows and not self.state.update else {}),
-                )
-            states.write(self.output / states.NAME, self.state, tensors)
-        self.saved = self.state.epoch, self.state.update
-        self.accelerator.wait_for_everyone()
-
-    def finite_loss(self) -> float:
-        """The epoch's loss so far, of all processes, after a look at all that would be saved."""
-        parts = {"weights": self.plain.state_dict(), "optimizer's state": self.optimizer.optimizer.state_dict()}
-        if self.ema is not None:
-            parts["moving average"] = self.ema.module.state_dict()
-        lost = [float(not is_finite(part)) for part in parts.values()]
-        # One reduction for everything: the processes find out together, or one would wait for the others.
-        numbers = torch.tensor([float(self.state.loss), *lost], device=self.accelerator.device)
-        loss, *lost = self.accelerator.reduce(numbers, "mean").tolist()
-        lost = [f"the {name}" for name, share in zip(parts, lost, strict=True) if share]
-        if not math.isfinite(loss):
-            raise self.diverged(f"the loss is {loss}")
-        if lost:
-            raise self.diverged(f"not all numbers of {' and '.join(lost)} are finite")
-        return loss
-
-    def diverged(self, what: str) -> InputError:
-        r, state = self.recipe, self.state
-        advice = [f"lower lr (now {r.lr:g})", f"raise warmup_epochs (now {r.warmup_epochs:g})"]
-        advice.append(f"lower clip_grad (now {r.clip_grad:g})" if r.clip_grad else "set clip_grad=1")
-        if r.mixed_precision:
-            advice.append(f"set mixed_precision=null (now {r.mixed_precision})")
-        kept = "nothing of it is saved"
-        if self.saved:
-            kept += (
-                f": --resume goes on from epoch {self.saved[0]}, update {self.saved[1]}, with the same recipe; another "
-                f"one starts from its weights in a new folder, with checkpoint={self.output / 'last.safetensors'}"
-            )
-        return InputError(f"{what} in epoch {state.epoch}, update {state.update}; {', '.join(advice)}; {kept}")
-
-    def restore(self, tensors: dict[str, Any]) -> None:
-        states.scatter(self.plain, self.optimizer.optimizer, self.sharded, tensors)
-        if self.ema is not None:
-            self.ema.module.load_state_dict(tensors["ema"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(tensors["scaler"])
-
-    # Training
+        self.model = self.plain if sharded else self.accelerator.prepare(self.plain)
+        self.tasks = make_tasks(r, self.model, self.splits, preprocessing, device)
 
     def run(self) -> signal.Signals | None:
         """Trains to the end; returns the signal that ended it before, if one did."""
@@ -331,29 +128,25 @@ class Training:
             for part in self.output.glob(".part-*"):  # of a training that was killed while it wrote
                 shutil.rmtree(part)
             with replacing(self.output / "recipe.yaml") as part:
-                part.write_text(OmegaConf.to_yaml(self.settings))
+                part.write_text(OmegaConf.to_yaml(as_dict(self.recipe)))
             if self.state.rows:  # which a kill may have kept from the log
-                write_log(self.output / "log.csv", self.state.rows)
+                write_csv(self.output / "log.csv", self.state.rows)
             if self.best is not None:
                 states.copy(self.best, self.output / states.BEST)
         if self.moves:
-            self.save()
-        board = SummaryWriter(self.output, purge_step=self.total) if first else None
-        bar = tqdm(total=self.recipe.epochs * self.updates, initial=self.total, disable=None if first else True)
+            self.saver.save()
+        log = Log(self.output, self.recipe.epochs * self.updates, self.total, first)
         try:
             while self.state.epoch < self.recipe.epochs:
-                stopped_by = self.train_epoch(board, bar)
+                stopped_by = self.train_epoch(log)
                 # Before the evaluation, too: what sends a signal may not wait for the end of a long one.
-                self.save()
-                stopped_by = stopped_by or self.finish_epoch(board, bar)
+                self.saver.save()
+                stopped_by = stopped_by or self.finish_epoch(log)
                 if stopped_by:
-                    if first:
-                        bar.write(f"{stopped_by.name}: saved; --resume goes on from here")
+                    log.write(f"{stopped_by.name}: saved; --resume goes on from here")
                     return stopped_by
         finally:
-            bar.close()
-            if board is not None:
-                board.close()
+            log.close()
         return None
 
     @property
@@ -361,7 +154,7 @@ class Training:
         """Updates done in all."""
         return self.state.epoch * self.updates + self.state.update
 
-    def train_epoch(self, board: SummaryWriter | None, bar: tqdm) -> signal.Signals | None:
+    def train_epoch(self, log: Log) -> signal.Signals | None:
         """Trains to the end of the epoch; returns the signal that ended it before, if one did."""
         r, state = self.recipe, self.state
         self.set_drop_path(state.epoch)
@@ -374,16 +167,16 @@ class Training:
             state.update += 1
             state.loss = state.loss + loss
             state.seconds = before + time.perf_counter() - start
-            bar.update()
+            log.update()
             if state.update % r.log_every == 0 or state.update == self.updates:
-                self.log(board, bar, loss)
+                self.tell(log, loss)
             # To ask all processes takes time: so not after each update.
             if self.world == 1 or self.total % max(10 // r.grad_accum, 1) == 0:
                 stopped_by = self.shall_stop()
                 if stopped_by:
                     return stopped_by
             if r.save_every and self.total % r.save_every == 0 and state.update < self.updates:
-                self.save()
+                self.saver.save()
         return None
 
     def step(self, batches: Iterator) -> torch.Tensor:
@@ -438,18 +231,24 @@ class Training:
         came = self.accelerator.reduce(torch.tensor(came, device=self.accelerator.device), "sum").tolist()
         return next((number for number, count in zip(processes.STOP_SIGNALS, came, strict=True) if count), None)
 
-    def log(self, board: SummaryWriter | None, bar: tqdm, loss: torch.Tensor) -> None:
-        # The whole epoch's too: one loss that was not finite, in any process, is not forgotten.
+    def tell(self, log: Log, loss: torch.Tensor) -> None:
+        """Logs the loss of an update, of all processes.
+
+        Raises:
+            InputError: it is not finite, or one before it in this epoch was not, in any process.
+        """
         losses = torch.stack([loss, torch.as_tensor(self.state.loss, device=loss.device)])
         value, total = self.accelerator.reduce(losses, "mean").tolist()
         if not math.isfinite(total):
-            raise self.diverged(f"the loss is {total}")
-        bar.set_postfix(epoch=self.state.epoch, loss=f"{value:.3f}")
-        if board is not None:
-            board.add_scalar("train/loss", value, self.total)
-            board.add_scalar("train/lr", max(group["lr"] for group in self.optimizer.param_groups), self.total)
+            raise self.saver.diverged(f"the loss is {total}")
+        log.loss(self.total, self.state.epoch, value, self.lr)
 
-    def finish_epoch(self, board: SummaryWriter | None, bar: tqdm) -> signal.Signals | None:
+    @property
+    def lr(self) -> float:
+        """The largest of the rates."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def finish_epoch(self, log: Log) -> signal.Signals | None:
         """Evaluates, logs and saves; returns the signal that came before the end of the evaluation, if one did."""
         state = self.state
         found = self.evaluate()
@@ -458,7 +257,7 @@ class Training:
             return stopped_by
         row = {
             "epoch": state.epoch,
-            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "lr": self.lr,
             "train_loss": state.loss / self.updates,
             "val_loss": found.loss,
             "top1": found.top1,
@@ -471,15 +270,8 @@ class Training:
         better = found.top1 > state.best and math.isfinite(found.loss)
         if better:
             state.best = found.top1
-        self.save(best=better)
-        if self.accelerator.is_main_process:
-            for key in ("train_loss", "val_loss", "top1", "top5"):
-                board.add_scalar(f"epoch/{key}", row[key], state.epoch)
-            write_log(self.output / "log.csv", state.rows)
-            bar.write(
-                f"epoch {row['epoch']}: train loss {row['train_loss']:.3f}, val loss {row['val_loss']:.3f}, "
-                f"top-1 {row['top1']:.2f}, top-5 {row['top5']:.2f}, best {state.best:.2f}"
-            )
+        self.saver.save(best=better)
+        log.epoch(state.rows, state.best)
         return None
 
     def evaluate(self) -> Accuracy:
@@ -506,12 +298,3 @@ class Training:
             yield batch
             if self.signals:
                 return
-
-
-def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(path) as part:
-        part.write_text(text.getvalue())

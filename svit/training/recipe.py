@@ -209,6 +209,11 @@ def check(recipe: Recipe, name: str) -> None:
         raise InputError(f"{name}: batch_size: expected an even number with mixup or cutmix, got {recipe.batch_size}")
 
 
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's keys and values, of types that YAML and JSON know."""
+    return OmegaConf.to_container(OmegaConf.structured(recipe))
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What keeps a training of the one recipe from going on with the other, a line for each key.
 
