@@ -24,7 +24,7 @@ else ifeq ($(MM),onedl)
 TESTENV := .venv-test-onedl
 EXTRA := mm-onedl
 MMCV := onedl-mmcv==2.3.6
-TESTS := tests/adapters tests/tools/test_mm_tools.py tests/tools/test_flops.py tests/test_package.py
+TESTS := tests/adapters tests/cli/test_mm_tools.py tests/cli/test_flops.py tests/test_package.py
 else
 $(error MM: expected upstream or onedl, got $(MM))
 endif

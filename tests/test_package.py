@@ -164,8 +164,9 @@ def test_commands(wheels, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_complete(built, kind):
-    """Every module and config is in the package, the configs inside it, and in the sdist what builds the kernels."""
-    expected = {f"svit/{f.relative_to(ROOT / 'svit')}" for f in (ROOT / "svit").rglob("*.py")}
+    """Every module, recipe and config is in the package, the configs inside it, and in the sdist what builds the kernels."""
+    patterns = ("*.py", "recipes/*.yaml", "README.md", "weights/*.safetensors")
+    expected = {str(f.relative_to(ROOT)) for pattern in patterns for f in (ROOT / "svit").rglob(pattern)}
     inside = "svit/mm_configs" if kind == "wheel" else "mm_configs"
     expected |= {f"{inside}/{f.relative_to(ROOT / 'mm_configs')}" for f in (ROOT / "mm_configs").rglob("*.py")}
     if kind == "wheel":
