@@ -164,7 +164,7 @@ def test_commands(wheels, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_complete(built, kind):
-    """Every module, recipe and config is in the package, the configs inside it, and in the sdist what builds the kernels."""
+    """Modules, recipes and configs are in the package, the configs inside; in the sdist what builds the kernels too."""
     patterns = ("*.py", "recipes/*.yaml", "README.md", "weights/*.safetensors")
     expected = {str(f.relative_to(ROOT)) for pattern in patterns for f in (ROOT / "svit").rglob(pattern)}
     inside = "svit/mm_configs" if kind == "wheel" else "mm_configs"

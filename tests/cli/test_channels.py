@@ -126,8 +126,8 @@ def test_a_checkpoint_that_tells_nothing_of_its_channels(data, channels, tmp_pat
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     found = []
     for options in (["told.safetensors"], ["bare.pth", "--in-chans", str(channels), "--num-classes", "2"]):
-        command = [str(data / "val" / "a" / "0.png"), "--model", "test_svit", "--format", "json", "--checkpoint"]
-        assert command("infer")([*command, str(tmp_path / options[0]), *options[1:]]) == 0
+        line = [str(data / "val" / "a" / "0.png"), "--model", "test_svit", "--format", "json", "--checkpoint"]
+        assert command("infer")([*line, str(tmp_path / options[0]), *options[1:]]) == 0
         found.append(json.loads(capsys.readouterr().out)[0]["classes"])
     assert found[0] == found[1]
 
