@@ -12,6 +12,7 @@ import torch
 
 import benchmark as clone  # which adds upstream:
 from svit.cli import benchmark, command
+from svit.errors import InputError
 
 TOOL = Path(clone.__file__)
 SETTING = benchmark.Setting((32, 48), 2, False, None, "cpu")
