@@ -21,7 +21,7 @@ needs_mm()
 from mmengine.config import Config  # noqa: E402
 
 from mm_data import TILE, ade_folder, coco_folder  # noqa: E402
-from svit.adapters import ConfigError, find_config  # noqa: E402
+from svit.adapters import find_config  # noqa: E402
 from svit.adapters.checkpoints import allow_mmengine_checkpoints  # noqa: E402
 from svit.cli import (  # noqa: E402
     command,
@@ -29,6 +29,7 @@ from svit.cli import (  # noqa: E402
     mm_test,
     mm_train,
 )
+from svit.errors import InputError  # noqa: E402
 
 TOOLS = Path(__file__).parents[2] / "tools"
 ENDS_THREADS = Path(__file__).with_name("ends_threads.py")
@@ -176,7 +177,7 @@ def test_kill_and_resume(trained):
     work = config.parent / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command("mm_train.py", config, "--work-dir", work),
+        command_line("mm_train.py", config, "--work-dir", work),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=environment,
@@ -403,7 +404,7 @@ def test_resume_after_a_kill_while_the_newest_was_written_down(tmp_path):
     config = Config(dict(work_dir=str(tmp_path)))
     mm_train.set_resume(config, "auto")
     assert config.load_from == str(tmp_path / "epoch_10.pth")
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(InputError, match="holds a run already"):
         mm_train.set_resume(Config(dict(work_dir=str(tmp_path))), None)
 
 
@@ -463,7 +464,7 @@ def test_ctrl_c(trained, tmp_path):
     _, config = trained
     work = tmp_path / "work"
     process = subprocess.Popen(
-        command("mm_train.py", config, "--work-dir", work),
+        command_line("mm_train.py", config, "--work-dir", work),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -489,7 +490,7 @@ def test_ctrl_c(trained, tmp_path):
 def test_image_that_is_none(config):
     (config.parent / "data/val2017/9.png").write_text("no image")
     done = subprocess.run(
-        command("mm_train.py", config, "--work-dir", config.parent / "work"), capture_output=True, text=True
+        command_line("mm_train.py", config, "--work-dir", config.parent / "work"), capture_output=True, text=True
     )
     assert done.returncode == 1
     assert "error: 1 of the images cannot be read" in done.stderr
