@@ -111,13 +111,13 @@ def command(name: str) -> Callable[[list[str] | None], int]:
         try:
             return importlib.import_module(f"svit.cli.{name.replace('-', '_')}").main(argv) or 0
         except (InputError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            sys.stderr.write(f"error: {error}\n")  # at once: other processes write too
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             if BY_NAME[name].extra is None or importlib.util.find_spec(package):
                 raise  # not what a user can install
             extra = BY_NAME[name].extra
-            print(f"error: svit {name} needs {package}: {install(extra)}", file=sys.stderr)
+            sys.stderr.write(f"error: svit {name} needs {package}: {install(extra)}\n")
         return 1
 
     return main

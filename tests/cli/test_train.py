@@ -752,7 +752,6 @@ ONE_OF_TWO = """
 from svit import processes
 from svit.cli import command
 from svit.training.loop import Training
-from svit.cli import command
 
 step = Training.step
 
