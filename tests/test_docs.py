@@ -99,6 +99,10 @@ def test_site(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rounds of association" in (tmp_path / "api" / "layers.html").read_text()
     ops = (tmp_path / "ops.html").read_text()  # which takes the operators' READMEs in
-    for text in ("a missing super token counts as a zero vector", "Spreading is linear", "<code>composition.py</code>"):
+    for text in (
+        "a missing super token counts as a zero vector",
+        "Upsampling is linear",
+        "<code>composition.py</code>",
+    ):
         assert text in ops, text
     assert "<code>constraints.txt</code>" in (tmp_path / "detection.html").read_text()  # a link on GitHub alone
