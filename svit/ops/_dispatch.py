@@ -148,14 +148,14 @@ def choose(op: str, x: torch.Tensor, backend: str | None = None, strict: bool = 
     """Chooses the backend that runs `op` on the map x (B, H, W, C) and returns its name.
 
     It is the requested backend, else the first usable one. In a trace (torch.jit.trace, torch.fx), under torch.func's
-    transforms and under forward-mode AD it is the reference, whatever is requested.
+    transforms and under forward-mode AD it is the reference, whatever is requested. `sizes` are the further sizes that
+    the choice depends on.
 
     Args:
         op: name of the op.
         x: the map that the op takes.
         backend: the requested backend, or None. A backend without `op` leaves the choice open.
         strict: whether the requested backend has to serve x. If False, another one may run instead.
-        **sizes: what else the choice depends on.
 
     Raises:
         ValueError: there is no such backend, or `strict` is set and it does not serve x.
