@@ -12,7 +12,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from svit.convert import listing
-from svit.files import replacing
+from svit.files import atomic_write
 
 from .configs import ConfigError
 from .images import first
@@ -87,11 +87,11 @@ class AnnotationFiles:
             folder = Path(self.folder, "annotations") if self.folder else Path(tempfile.mkdtemp(prefix="annotations-"))
             folder.mkdir(parents=True, exist_ok=True)
             target = folder.resolve() / f"{self.split}-{file.name}"
-            with replacing(target) as part:
+            with atomic_write(target) as part:
                 part.write_text(json.dumps(self.contents[file]))
             for user in [user for used, user in self.users if used == file]:
                 user["ann_file"] = str(target)
-            warnings.warn(f"{file} was put right, in {target}; by their ids:{fixed}", stacklevel=2)
+            warnings.warn(f"{file} was corrected, in {target}; by their ids:{fixed}", stacklevel=2)
 
 
 def read_annotations(file: Path, where: str) -> dict:
@@ -243,7 +243,7 @@ def number_annotations(annotations: list[dict], wrong: Findings, fixed: Findings
         if type(key) is not int or key <= 0:
             following = max(following, 0) + 1
             entry["id"] = following
-            fixed.add("annotations whose id was no positive number, numbered anew", f"{key!r} is now {following}")
+            fixed.add("annotations whose id was no positive number, renumbered", f"{key!r} is now {following}")
         elif key in seen:
             wrong.add("annotations of the same id as another", key)
         seen.add(key if type(key) is int else following)

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 
 from svit.convert import is_finite
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 
 __all__ = ["DivergedError", "FiniteCheckpointHook", "StopHook", "Stopped"]
 
@@ -91,7 +91,7 @@ class FiniteCheckpointHook(CheckpointHook):
         kept = "nothing of it is saved"
         newest = self.last_ckpt or (runner._load_from if runner._resume else None)
         if newest:
-            kept += f": --resume {newest} goes on from there, load_from={newest} starts from its weights"
+            kept += f": --resume {newest} continues from there, load_from={newest} starts from its weights"
         # The counters of the loop may be ahead.
         epoch, iteration = (runner.message_hub.get_info(key) + 1 for key in ("epoch", "iter"))
         return DivergedError(f"{what} in epoch {epoch}, iteration {iteration}; {advice}; {kept}")
@@ -144,7 +144,7 @@ def own_file(stored: Path, folder: Path) -> str | None:
     own = folder / stored.name
     if is_main_process() and not own.is_file() and stored.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(own) as part:
+        with atomic_write(own) as part:
             shutil.copyfile(stored, part)
     barrier()
     return str(own) if own.is_file() else None

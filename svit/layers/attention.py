@@ -105,13 +105,13 @@ class SuperTokenAttention(nn.Module):
                 plan = REFERENCE if way == "reference" else choose_plan("sample", x, self.backend)
                 if plan.backend == "reference" and exporting():
                     plan = graph.PLAN
-                sampling, spreading = plan.ops.sample, plan.ops.spread
+                sampling, upsampling = plan.ops.sample, plan.ops.spread
                 if plan.backend != "reference":
                     x = x.to(autocast_dtype(x)).contiguous()
                 elif self.differentiable_association:
                     sampling = partial(sampling, differentiable=True)
                 half = x, self.cell, self.n_iter, None, None, 0.0, self.attend_tokens, None, None
-                return attention_half(*half, sampling, spreading)[0].permute(0, 3, 1, 2)
+                return attention_half(*half, sampling, upsampling)[0].permute(0, 3, 1, 2)
         B, C, H, W = x.shape
         s, q = sample(
             x.permute(0, 2, 3, 1),

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from svit.files import replacing
+from svit.files import atomic_write
 
 
 class Case(NamedTuple):
@@ -247,7 +247,7 @@ def read(path: Path) -> dict[str, Any]:
 def write(path: Path, verdict: dict[str, Any]) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
+        with atomic_write(path) as part:
             part.write_text(json.dumps(verdict))
 
 
