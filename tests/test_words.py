@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Names of the code, as regular expressions. Deprecated aliases, which `renamed` makes, may stay.
+# Names of the code, as regular expressions. Deprecated aliases may stay, which `renamed` makes or RENAMED lists.
 NAMES = {
     r"untouched": "runs_stock_forward",
     r"drops_nothing": "dropout_inactive",
@@ -18,7 +18,8 @@ NAMES = {
     r"BY_NAME": "OPT_IN",
     r"must=": "strict=",
     r"in_compute_dtype": "autocast_dtype",
-    r"told": "metadata, stored, reason, ...",
+    r"told|came(?= [=:]|\.append)": "metadata, stored, received, ...",
+    r"lr_batch": "lr_base_size",
     r"shall": "a verb in the present tense",
 }
 # Of sentences, in the documents, docstrings and comments.
@@ -36,14 +37,16 @@ PHRASES = {
     r"plain:(?=\w)": "upstream:",
 }
 CODE = [*(ROOT / "svit").glob("*.py")]
-for part in ("ops", "layers", "models", "adapters"):
+for part in ("ops", "layers", "models", "adapters", "training"):
     CODE += (ROOT / "svit" / part).rglob("*.py")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "svit").rglob("*.md")]
 PAGES += [page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "benchmarks"]  # those are of their day
 
 
 def found(text: str, words: dict[str, str]) -> list[str]:
-    text = re.sub(r"renamed\(\"\w+\", \"\w+\"\)|^ *\w+(, \w+)* = (?=renamed)", "", text, flags=re.MULTILINE)
+    text = re.sub(
+        r"renamed\(\"\w+\", \"\w+\"\)|^ *\w+(, \w+)* = (?=renamed)|^RENAMED = .*", "", text, flags=re.MULTILINE
+    )
     return [
         f"{match[0]!r}, say: {say}"
         for word, say in words.items()

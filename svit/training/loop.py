@@ -60,10 +60,10 @@ class Training:
         start = states.find_start(output, resume)
         if recipe.checkpoint:
             # A part of the recipe from here on, so that whoever reads the new weights knows of it too.
-            told = trained_arguments(recipe.checkpoint)
+            arguments = trained_arguments(recipe.checkpoint)
             if recipe.img_size:
-                told.pop("img_size", None)
-            recipe.model_args = {**told, **recipe.model_args}
+                arguments.pop("img_size", None)
+            recipe.model_args = {**arguments, **recipe.model_args}
 
         self.sharded = recipe.parallel == "fsdp"
         self.accelerator = Accelerator(
@@ -73,20 +73,20 @@ class Training:
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        images = recipe.batch_size * recipe.grad_accum * self.world
+        global_batch_size = recipe.batch_size * recipe.grad_accum * self.world
         self.settings = OmegaConf.to_container(OmegaConf.structured(recipe))
-        self.state, tensors = states.State(self.settings, images), None
+        self.state, tensors = states.State(self.settings, global_batch_size), None
         self.saved = None  # epoch and update of the newest state
         self.moves = start is not None and start.resolve() != (output / states.NAME).resolve()
         if start is not None:
-            self.state, tensors = states.read(start, self.settings, images)
+            self.state, tensors = states.read(start, self.settings, global_batch_size)
             self.saved = self.state.epoch, self.state.update
         self.best = states.find_best(start, self.state) if self.moves else None
 
         self.make_data()
         try:
             self.make_model()
-            self.make_optimizer(images)
+            self.make_optimizer(global_batch_size)
         except InputError:
             raise
         except (AssertionError, TypeError, ValueError) as error:  # timm's, of what the recipe hands to it
@@ -116,9 +116,9 @@ class Training:
         self.num_classes = r.num_classes or (len(self.classes) if self.classes else None)
         if self.num_classes is None:
             raise InputError("num_classes: expected a number, since the data does not tell its classes, got null")
-        told = r.model_args.get("num_classes", self.num_classes)
-        if told != self.num_classes:
-            raise InputError(f"model_args.num_classes: expected num_classes, {self.num_classes}, got {told}")
+        outputs = r.model_args.get("num_classes", self.num_classes)
+        if outputs != self.num_classes:
+            raise InputError(f"model_args.num_classes: expected num_classes, {self.num_classes}, got {outputs}")
         if self.classes and len(self.classes) > self.num_classes:
             raise InputError(f"num_classes: expected the data's {len(self.classes)}, got {self.num_classes}")
         self.reopen_train, self.reopen_val = train, val
@@ -169,7 +169,7 @@ class Training:
         if self.updates == 0:
             raise InputError(
                 f"batch_size: expected at most the {len(self.train.dataset)} images of the data for one update, "
-                f"got {self.state.images} (batch_size x grad_accum x processes)"
+                f"got {self.state.global_batch_size} (batch_size x grad_accum x processes)"
             )
         self.mixup = None
         if r.mixup or r.cutmix:
@@ -186,12 +186,12 @@ class Training:
         # Set before a schedule changes them.
         self.drop_paths = [(m, m.drop_prob) for m in self.model.modules() if isinstance(m, DropPath)]
 
-    def make_optimizer(self, images: int) -> None:
+    def make_optimizer(self, global_batch_size: int) -> None:
         r = self.recipe
         if self.sharded and self.world > 1:
             # Not by Accelerate, which shards on GPUs alone.
             fully_shard(self.model, mesh=init_device_mesh(self.accelerator.device.type, (self.world,)))
-        lr = r.lr * images / r.lr_batch if r.lr_batch else r.lr
+        lr = r.lr * global_batch_size / r.lr_base_size if r.lr_base_size else r.lr
         optimizer = create_optimizer_v2(
             self.model, r.opt, lr=lr, weight_decay=r.weight_decay, layer_decay=r.layer_decay, **r.opt_args
         )
@@ -258,7 +258,7 @@ class Training:
             InputError: the loss, a weight or a moment is not finite; in all processes. Nothing is written then.
         """
         self.state.loss = self.finite_loss()
-        tensors = states.gather(self.plain, self.optimizer.optimizer, self.sharded)
+        tensors = states.full_state_dict(self.plain, self.optimizer.optimizer, self.sharded)
         if self.ema is not None:
             tensors["ema"] = self.ema.module.state_dict()
         if self.accelerator.scaler is not None:
@@ -311,7 +311,7 @@ class Training:
         return InputError(f"{what} in epoch {state.epoch}, update {state.update}; {', '.join(advice)}; {kept}")
 
     def restore(self, tensors: dict[str, Any]) -> None:
-        states.scatter(self.plain, self.optimizer.optimizer, self.sharded, tensors)
+        states.load_full_state_dict(self.plain, self.optimizer.optimizer, self.sharded, tensors)
         if self.ema is not None:
             self.ema.module.load_state_dict(tensors["ema"])
         if self.accelerator.scaler is not None:
@@ -379,7 +379,7 @@ class Training:
                 self.log(board, bar, loss)
             # To ask all processes takes time: so not after each update.
             if self.world == 1 or self.total % max(10 // r.grad_accum, 1) == 0:
-                stopped_by = self.shall_stop()
+                stopped_by = self.stop_signal()
                 if stopped_by:
                     return stopped_by
             if r.save_every and self.total % r.save_every == 0 and state.update < self.updates:
@@ -430,13 +430,13 @@ class Training:
             for module, original in self.drop_paths:
                 module.drop_prob = original * rate / self.recipe.drop_path
 
-    def shall_stop(self) -> signal.Signals | None:
-        """The signal that came to any process, if one did; all of them must ask."""
+    def stop_signal(self) -> signal.Signals | None:
+        """A signal that any process has received, or None. All processes must call it."""
         if self.world == 1:
             return self.signals[0] if self.signals else None
-        came = [float(number in self.signals) for number in processes.STOP_SIGNALS]
-        came = self.accelerator.reduce(torch.tensor(came, device=self.accelerator.device), "sum").tolist()
-        return next((number for number, count in zip(processes.STOP_SIGNALS, came, strict=True) if count), None)
+        received = [float(number in self.signals) for number in processes.STOP_SIGNALS]
+        counts = self.accelerator.reduce(torch.tensor(received, device=self.accelerator.device), "sum").tolist()
+        return next((number for number, count in zip(processes.STOP_SIGNALS, counts, strict=True) if count), None)
 
     def log(self, board: SummaryWriter | None, bar: tqdm, loss: torch.Tensor) -> None:
         # The whole epoch's too: one loss that was not finite, in any process, is not forgotten.
@@ -453,7 +453,7 @@ class Training:
         """Evaluates, logs and saves; returns the signal that came before the end of the evaluation, if one did."""
         state = self.state
         found = self.evaluate()
-        stopped_by = self.shall_stop()
+        stopped_by = self.stop_signal()
         if stopped_by:
             return stopped_by
         row = {

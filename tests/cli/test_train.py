@@ -416,7 +416,7 @@ def test_drop_path_follows_its_schedule(tmp_path, recipe, monkeypatch):
 
 
 def test_the_largest_rate_scales_with_the_images_of_an_update(tmp_path, recipe):
-    assert run(recipe, tmp_path / "out", "--set", "lr_batch=16", "sched=constant", "epochs=1", "layer_decay=null",
+    assert run(recipe, tmp_path / "out", "--set", "lr_base_size=16", "sched=constant", "epochs=1", "layer_decay=null",
                "warmup_epochs=0") == 0  # fmt: skip
     with open(tmp_path / "out" / "log.csv", newline="") as file:
         assert float(next(csv.DictReader(file))["lr"]) == pytest.approx(0.002 * 8 / 16)
