@@ -37,6 +37,8 @@ for name in timm.list_models(module="svit"):
         model(torch.randn(1, 3, 64, 64, device=device))
 model = timm.create_model("svit_nano_32.cifar10", pretrained=True)  # the weights come along
 assert model.num_classes == 10 and model.head.fc.weight.abs().max() > 0.1
+from svit import published
+assert published.value("svit_small", "ImageNet-1K", (224, 224), "top1") == 83.6  # the table comes along
 print("version", svit.__version__)
 """
 
