@@ -1,9 +1,8 @@
-"""Draws docs/zoo.svg, accuracy against cost, from the published figures in docs/zoo.csv.
+"""Draws docs/zoo.svg, accuracy against cost, from the published figures in svit/published.csv.
 
-Run it by hand after a change of these: `python docs/zoo_plot.py`. It needs matplotlib.
+Run it by hand after a change of these: `python docs/zoo_plot.py`. It needs matplotlib, and svit installed.
 """
 
-import csv
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patheffects import withStroke
+
+from svit import published
 
 HERE = Path(__file__).parent
 # Of each family: colour, mark, and where the names of its models stand, in points from the mark to the text's middle.
@@ -26,21 +27,31 @@ STYLE = {
 }
 
 
+def models() -> dict[str, dict[str, dict[str, float]]]:
+    """Family -> size -> metric -> figure, of ImageNet-1K at 224 x 224."""
+    found: dict = {}
+    for row in published.rows():
+        if (row["setting"], row["img_size"]) == ("ImageNet-1K", "224x224"):
+            family, _, size = row["model"].rpartition("-")
+            found.setdefault(family, {}).setdefault(size, {})[row["metric"]] = float(row["value"])
+    return found
+
+
 def main() -> None:
-    with (HERE / "zoo.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    families = models()
+    assert families.keys() == STYLE.keys()
     plt.rcParams.update({"font.size": 11, "svg.hashsalt": "svit", "svg.fonttype": "path"})  # the same file at each run
     fig, ax = plt.subplots(figsize=(9, 6.2), layout="constrained")
     for family, (color, mark, offsets) in STYLE.items():
-        models = [row for row in rows if row["family"] == family]
-        points = [(float(row["gmacs"]), float(row["top1"])) for row in models]
+        sizes = families[family]
+        points = [(figures["gmacs"], figures["top1"]) for figures in sizes.values()]
         ours = family == "SViT"
         x, y = zip(*points, strict=True)
         ax.plot(x, y, color=color, lw=2.6 if ours else 1.1, alpha=1 if ours else 0.7)
         ax.plot(x, y, mark, color=color, ms=12 if mark == "*" else 9, mec="white", mew=0.7, zorder=3)
-        for row, point, offset in zip(models, points, offsets, strict=True):
+        for size, point, offset in zip(sizes, points, offsets, strict=True):
             ax.annotate(
-                f"{family}-{row['model']}" if row is models[-1] else row["model"],
+                f"{family}-{size}" if size == [*sizes][-1] else size,
                 point,
                 offset,
                 textcoords="offset points",

@@ -14,7 +14,7 @@ from torch import nn
 
 from svit.convert import CheckpointError, differences, listing, read_state_dict, summary
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 from svit.images import channel_values
 from svit.models.original import from_original, is_original
 from svit.names import did_you_mean, distinct
@@ -56,12 +56,12 @@ def create_model(
     if checkpoint is not None:
         if pretrained:
             raise InputError("pretrained: expected False together with a checkpoint, got True")
-        told = read_metadata(checkpoint)
-        arguments = {**told["facts"].get("recipe", {}).get("model_args", {}), **arguments}
-        told = told["pretrained_cfg"]
-        arguments.setdefault("pretrained_cfg_overlay", told)
-        if "num_classes" in told:
-            arguments.setdefault("num_classes", told["num_classes"])
+        metadata = read_metadata(checkpoint)
+        arguments = {**metadata["facts"].get("recipe", {}).get("model_args", {}), **arguments}
+        cfg = metadata["pretrained_cfg"]
+        arguments.setdefault("pretrained_cfg_overlay", cfg)
+        if "num_classes" in cfg:
+            arguments.setdefault("num_classes", cfg["num_classes"])
     elif ema:
         raise InputError("ema: expected a checkpoint that holds the moving average, got none")
     try:
@@ -116,8 +116,8 @@ def trained_arguments(checkpoint: str | Path) -> dict[str, Any]:
     """
     if not Path(checkpoint).is_file():
         raise CheckpointError(f"checkpoint: no such file: {checkpoint}")
-    told = read_metadata(checkpoint)["facts"].get("recipe", {}).get("model_args", {})
-    return {key: value for key, value in told.items() if "drop" not in key and key not in NOT_THE_MODEL}
+    arguments = read_metadata(checkpoint)["facts"].get("recipe", {}).get("model_args", {})
+    return {key: value for key, value in arguments.items() if "drop" not in key and key not in NOT_THE_MODEL}
 
 
 def start_from(model: nn.Module, checkpoint: str | Path, arguments: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -132,9 +132,9 @@ def start_from(model: nn.Module, checkpoint: str | Path, arguments: Mapping[str,
     Raises:
         CheckpointError: it cannot be read, is of another model, or its numbers are not finite.
     """
-    told = trained_arguments(checkpoint)
-    told.pop("img_size", None)  # which fine-tuning may change
-    for key, value in told.items():
+    trained = trained_arguments(checkpoint)
+    trained.pop("img_size", None)  # fine-tuning may change it
+    for key, value in trained.items():
         given = json.loads(json.dumps(arguments.get(key)))  # lists for tuples
         if given != value:
             raise CheckpointError(
@@ -157,7 +157,7 @@ def start_from(model: nn.Module, checkpoint: str | Path, arguments: Mapping[str,
 
 
 def read_weights(path: Path, ema: bool = False) -> dict[str, torch.Tensor]:
-    """The weights in a file under our names; our models take the authors' too, but an error shall name our keys."""
+    """The weights in a file under our names. Our models take the authors' names too, but errors name our keys."""
     state_dict = read_state_dict(path, ema)
     return from_original(state_dict) if is_original(state_dict) else state_dict
 
@@ -178,7 +178,7 @@ def save_model(
         name: its name in timm.
         classes: names of the classes, in the order of the logits.
         weights: the model's own; another state dict of it, say a moving average, goes before.
-        facts: what else `read_metadata` shall give back under "facts", such as the accuracy.
+        facts: further values that `read_metadata` returns under "facts", such as the accuracy.
 
     Raises:
         OSError: the file cannot be written; an older one is left as it was.
@@ -189,7 +189,7 @@ def save_model(
         cfg["label_names"] = classes
     weights = {k: v.detach().cpu().contiguous() for k, v in (weights or model.state_dict()).items()}
     metadata = {"format": "pt", "pretrained_cfg": json.dumps(cfg), "facts": json.dumps(facts)}
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         # Not `save_file`, which makes a file for its owner alone.
         part.write_bytes(safetensors.torch.save(weights, metadata))
 

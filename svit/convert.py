@@ -1,8 +1,8 @@
-"""Checkpoints from the authors' layout to ours and back.
+"""Converts checkpoints from the authors' layout to ours and back.
 
 The authors' `.pth` files hold weights under "model" and their moving average under "model_ema". The published top-1 is
-that of "model". timm's `checkpoint_path=` prefers "model_ema" where a file holds both, so converting first is the safe
-way: a converted file holds what was asked for and nothing else.
+that of "model". If a file holds both, timm's `checkpoint_path=` takes "model_ema". So convert first: a converted file
+holds the weights that you choose, and nothing else.
 """
 
 import os
@@ -18,21 +18,21 @@ from timm.models import clean_state_dict
 from torch.utils._pytree import tree_leaves
 
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 from svit.models.original import MARK, ONE_HOT, from_original, is_original, to_original
 
 __all__ = ["MODELS", "CheckpointError", "convert"]
 
 MODELS = timm.list_models(module="svit")
 
-# Our name of `MARK`: a key of every model of ours.
+# Our name for `MARK`: a key that all our models have.
 OUR_MARK = "stem.layers.0.weight"
 
 StateDict = dict[str, torch.Tensor]
 
 
 class CheckpointError(InputError):
-    """A checkpoint cannot be converted; the message names the file and what is wrong with it."""
+    """A checkpoint cannot be converted. The message names the file and what is wrong with it."""
 
 
 def convert(
@@ -42,16 +42,16 @@ def convert(
     num_classes: int = 1000,
     ema: bool = False,
 ) -> str:
-    """Converts a checkpoint, the authors' to ours or ours to the authors', whichever `source` calls for by its keys.
+    """Converts a checkpoint from the authors' layout to ours, or back. The keys of `source` decide the direction.
 
-    Every tensor keeps its bits and its dtype. Only the one-hot kernels of the authors' layout, constants, are dropped
-    on the way here and written anew on the way back. Nothing is executed that a file may hold besides tensors.
+    Every tensor keeps its bits and its dtype. The one-hot kernels of the authors' layout are constants: the conversion
+    to our layout drops them, the conversion back adds them. Nothing that a file holds is executed.
 
     Args:
         source: `.safetensors`, or a file of `torch.save` with the weights under "model" (as the authors'), under
             "state_dict" (as timm's), or bare.
         target: ends in `.safetensors` for our layout and in `.pth` for the authors' (weights under "model"). An
-            existing file is replaced, and only once the new one is complete.
+            existing file is replaced when the new one is complete.
         model: name of the model, None to find the one that fits.
         num_classes: classes of the head, 0 for none.
         ema: take "model_ema" (timm's: "state_dict_ema") instead of "model".
@@ -60,8 +60,8 @@ def convert(
         The name of the model.
 
     Raises:
-        CheckpointError: `source` cannot be read or fits no model (or not the one named), an argument is out of range,
-            or `target` cannot be written. Nothing is left of `target` but what was there before.
+        CheckpointError: `source` cannot be read or does not fit, an argument is out of range, or `target` cannot be
+            written. An existing `target` stays as it was.
     """
     source, target = Path(source), Path(target)
     if model is not None and model not in MODELS:
@@ -81,7 +81,7 @@ def convert(
         raise CheckpointError(f"{target}: expected a name that ends in {suffix}, since {source} has {layout}")
     name = find_model(source, state_dict, original, model, num_classes)
 
-    # Safetensors takes neither strided nor shared tensors, and torch.save would write out the whole storage of a slice.
+    # Safetensors takes neither strided nor shared tensors, and torch.save would write the full storage of a slice.
     state_dict = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state_dict.items()}
     write_state_dict(target, from_original(state_dict) if original else to_original(state_dict))
     return name
@@ -113,13 +113,13 @@ def read_state_dict(source: Path, ema: bool = False) -> StateDict:
 
 
 def load(source: Path) -> Any:
-    """What a file holds, tensors on the CPU; foreign Python objects are refused, never built."""
+    """The content of a file, with tensors on the CPU. Foreign Python objects are refused."""
     try:
         if source.suffix == ".safetensors":
             return safetensors.torch.load_file(source)
         with torch.serialization.safe_globals([Namespace]):  # the type of the authors' "args"
             return torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise nearly anything
+    except Exception as error:  # a damaged file can raise nearly any exception
         foreign = unsafe_globals(source)
         if foreign:
             what = f"holds Python objects other than tensors, which are not loaded: {listing(foreign)}"
@@ -130,7 +130,7 @@ def load(source: Path) -> Any:
 
 
 def unsafe_globals(source: Path) -> list[str]:
-    """Names of the foreign classes and functions in a file of `torch.save`, as far as they can be told."""
+    """Names of the foreign classes and functions in a file of `torch.save`. [] if they cannot be read."""
     try:
         with torch.serialization.safe_globals([Namespace]):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
@@ -150,9 +150,9 @@ def is_plain(value: Any) -> bool:
 
 
 def find_model(source: Path, state_dict: StateDict, original: bool, model: str | None, num_classes: int) -> str:
-    """The name of the model that `state_dict` fits exactly: `model`, or any where that is None."""
+    """The name of the model that `state_dict` fits exactly: `model`, or any model if that is None."""
     head = ("head.weight", "head.bias") if original else ("head.fc.weight", "head.fc.bias")
-    # Compared at the file's own number of classes, so that a head of another size does not hide the model.
+    # With the file's own number of classes, so that only the head's size does not fit if that is wrong.
     classes = next((len(state_dict[k]) for k in head if k in state_dict and state_dict[k].ndim), num_classes)
 
     found = {}
@@ -172,7 +172,7 @@ def find_model(source: Path, state_dict: StateDict, original: bool, model: str |
 
 
 def differences(state_dict: StateDict, expected: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
-    """What keeps `state_dict` from being loaded in place of `expected`, by kind."""
+    """The differences that prevent loading `state_dict` in place of `expected`, by kind."""
     shared = [k for k in expected if k in state_dict]
     return {
         "missing keys": [k for k in expected if k not in state_dict],
@@ -194,34 +194,34 @@ def differences(state_dict: StateDict, expected: Mapping[str, torch.Tensor]) -> 
 
 
 def summary(found: Mapping[str, Sequence[str]]) -> str:
-    """What `differences` found in words: how many of each kind and the first few; '' for none."""
+    """The result of `differences` as text: the number of each kind and the first few. '' for none."""
     return "; ".join(f"{kind}: {len(keys)} ({listing(keys, 3)})" for kind, keys in found.items() if keys)
 
 
 def listing(names: Sequence[Any] | Mapping[Any, Any], limit: int = 6) -> str:
-    """The first few of `names` in words."""
+    """The first few of `names` as text."""
     names = [str(name) for name in names]
     more = [f"{len(names) - limit} more"] if len(names) > limit else []
     return ", ".join(names[:limit] + more) or "nothing"
 
 
 def is_finite(tensors: Any) -> bool:
-    """Whether all numbers in nested dicts and lists of tensors are; of tensors in shards, those of this process."""
+    """Whether all numbers in nested dicts and lists of tensors are finite. Of shards it checks this process's."""
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
     floating = [t for t in local if t.is_floating_point() or t.is_complex()]
     if not floating:
         return True
-    # One answer is waited for, on the device that has the most of them.
+    # One result, computed on a GPU if any tensor is there, so that the CPU waits once.
     device = max((t.device for t in floating), key=lambda device: device.type != "cpu")
     return bool(torch.stack([t.isfinite().all().to(device) for t in floating]).all())
 
 
 def write_state_dict(target: Path, state_dict: StateDict) -> None:
-    """Writes a state dict as `target`'s suffix says, whole or not at all."""
+    """Writes a state dict in the format of `target`'s suffix, whole or not at all."""
     try:
-        with replacing(target) as part:
+        with atomic_write(target) as part:
             if target.suffix == ".safetensors":
-                # Not `save_file`, which makes a file for its owner alone.
+                # `save_file` would make a file that only its owner can read.
                 part.write_bytes(safetensors.torch.save(state_dict, {"format": "pt"}))
             else:
                 torch.save({"model": state_dict}, part)

@@ -1,4 +1,4 @@
-"""The one scan of folders: which files are images, and which class they belong to. docs/data.md defines the layout."""
+"""Scans folders: which files are images, and which class they belong to. docs/data.md defines the layout."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from svit.images import EXTENSIONS
 
 __all__ = ["ClassFolders", "FolderError", "find_classes", "find_images", "is_clutter", "natural_key", "scan", "walk"]
 
-# What file systems, file managers and archives put beside images, in lower case.
+# Files and folders of file systems, file managers and archives, in lower case.
 CLUTTER = {
     "#recycle",
     "#snapshot",
@@ -32,18 +32,18 @@ CLUTTER = {
 
 
 class FolderError(InputError):
-    """A folder cannot be used; the message names it and says what is expected."""
+    """A folder cannot be used. The message names it and says what is expected."""
 
 
 class Scan(NamedTuple):
-    """Paths of images in natural order, and how many of what else there is, for `listing`."""
+    """Paths of images in natural order, and counts of all other entries, for `listing`."""
 
     images: list[str]
     left_out: Counter[str]
 
 
 class ClassFolders(NamedTuple):
-    """Classes in the order of their numbers, images with these, and how many of what was left out, for `listing`."""
+    """Classes in the order of their numbers, images with their numbers, and counts of other entries, for `listing`."""
 
     classes: list[str]
     images: list[tuple[str, int]]
@@ -51,20 +51,20 @@ class ClassFolders(NamedTuple):
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file or folder of that name is hidden, or not the user's."""
+    """Whether a file or folder of that name is hidden or belongs to the system."""
     return name.startswith(".") or name.lower() in CLUTTER
 
 
 def natural_key(name: str) -> tuple:
-    """Sorts names with numbers by value, upper and lower case together, as timm does, and never two names alike."""
+    """Sort key: numbers by value, upper and lower case together, as timm does. Different names have different keys."""
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def walk(folder: str | Path, left_out: Counter[str] | None = None) -> Iterator[os.DirEntry]:
-    """All files in a folder and below it, in no order; hidden files and those of systems are left out.
+    """All files in a folder and below it, in no order, without hidden files and files of the system.
 
-    Symbolic links to folders are followed, except one to a folder that holds the link itself: that is a loop.
+    It follows symbolic links to folders, except a link to a folder that contains the link: that is a loop.
 
     Args:
         folder: their paths start with it.
@@ -74,7 +74,7 @@ def walk(folder: str | Path, left_out: Counter[str] | None = None) -> Iterator[o
         FolderError: a folder cannot be read.
     """
     left_out = Counter() if left_out is None else left_out
-    # A folder's path, where it really is, and from which folders links led there.
+    # A folder's path, its real path, and the folders of the links that led there.
     stack = [(os.fspath(folder), os.path.realpath(folder), ())]
     while stack:
         path, real, origins = stack.pop()
@@ -84,7 +84,7 @@ def walk(folder: str | Path, left_out: Counter[str] | None = None) -> Iterator[o
         except OSError as error:
             raise FolderError(f"{path}: cannot be read ({error.strerror})") from error
         for entry in entries:
-            # Not entry.is_dir(), which raises an error where links lead to each other.
+            # entry.is_dir() raises an error for links that lead to each other.
             linked = entry.is_symlink() and os.path.isdir(entry.path)
             if is_clutter(entry.name):
                 if linked or entry.is_dir(follow_symlinks=False):
@@ -104,7 +104,7 @@ def walk(folder: str | Path, left_out: Counter[str] | None = None) -> Iterator[o
 
 
 def holds(folder: str, path: str) -> bool:
-    """Whether a path is a folder's own or lies below it; both are real paths."""
+    """Whether `path` is `folder` or lies below it. Both are real paths."""
     return os.path.join(path, "").startswith(os.path.join(folder, ""))
 
 
@@ -113,9 +113,9 @@ def suffix(name: str) -> str:
 
 
 def scan(folder: str | Path) -> Scan:
-    """The images in a folder and below it, known by their extensions.
+    """The images in a folder and below it, recognised by their extensions.
 
-    A broken link of an image's name counts as one, so that reading it says what is wrong.
+    A broken link with an image's extension counts as an image, so that reading it reports the problem.
 
     Raises:
         FolderError: a folder cannot be read.
@@ -136,11 +136,11 @@ def scan(folder: str | Path) -> Scan:
 
 
 def find_images(paths: Iterable[Path], warn: Callable[[str], None] | None = None) -> list[Path]:
-    """The files named, whatever they are called, and the images in the folders named, in natural order.
+    """The given files, with any extension, and the images in the given folders in natural order.
 
     Args:
         paths: files and folders.
-        warn: takes a line that says what was left out of a folder; default: prints it on stderr as a warning.
+        warn: takes a line that says what was left out of a folder. Default: print it on stderr as a warning.
 
     Raises:
         FolderError: a path does not exist, or a folder cannot be read or holds no image.
@@ -150,11 +150,11 @@ def find_images(paths: Iterable[Path], warn: Callable[[str], None] | None = None
     for path in paths:
         if os.path.isdir(path):
             images, left_out = scan(path)
-            told = f"left out {listing(left_out)}" if left_out else ""
+            rest = f"left out {listing(left_out)}" if left_out else ""
             if not images:
-                raise FolderError(f"{path}: no images in this folder" + (f"; {told}" if told else ""))
-            if told:
-                warn(f"{path}: {told}")
+                raise FolderError(f"{path}: no images in this folder" + (f"; {rest}" if rest else ""))
+            if rest:
+                warn(f"{path}: {rest}")
             found += map(Path, images)
         elif os.path.exists(path):
             found.append(path)
@@ -164,9 +164,9 @@ def find_images(paths: Iterable[Path], warn: Callable[[str], None] | None = None
 
 
 def find_classes(folder: str | Path) -> ClassFolders:
-    """The images of a folder of class folders: a class is a folder on the first level, with all that is below it.
+    """The images of a folder of class folders. A class is a folder on the first level, with all images below it.
 
-    Class folders without an image are no classes; they and images beside the class folders are among what was left out.
+    Class folders without an image are no classes. They are left out, and so are images beside the class folders.
 
     Raises:
         FolderError: it cannot be read, or has no class folders or no images in them.
@@ -182,8 +182,8 @@ def find_classes(folder: str | Path) -> ClassFolders:
         left_out["images beside the class folders"] = beside
     empty = sorted(set(folders) - set(classes), key=natural_key)
     if not classes:
-        told = f", only {listing(left_out)}" if left_out else ""
-        raise FolderError(f"{folder}: 0 images in its class folders {first(empty)}{told}")
+        rest = f", only {listing(left_out)}" if left_out else ""
+        raise FolderError(f"{folder}: 0 images in its class folders {first(empty)}{rest}")
     if empty:
         left_out[f"class folders without an image ({first(empty)})"] = len(empty)
     return ClassFolders(classes, numbered, left_out)
@@ -193,7 +193,7 @@ def classes_of_files(files: list, names: list[str]) -> tuple[list[str], list[tup
     """Classes from the first part of names such as "cat/2020/x.jpg".
 
     Args:
-        files: what stands for the names.
+        files: any objects, one for each name.
         names: relative paths.
 
     Returns:
@@ -207,14 +207,13 @@ def classes_of_files(files: list, names: list[str]) -> tuple[list[str], list[tup
 
 
 def subfolders(folder: str | Path) -> list[str]:
-    """Names of the folders in a folder that are neither hidden nor a system's."""
+    """Names of the folders in a folder, without hidden ones and those of the system."""
     return [name for name in os.listdir(folder) if not is_clutter(name) and os.path.isdir(os.path.join(folder, name))]
 
 
 def listing(left_out: Counter[str], limit: int = 10) -> str:
-    """What was left out in words, the most first, such as "12 .txt, 3 hidden .jpg, 1 @eaDir/"."""
-    told = [f"{count} {what}" for what, count in left_out.most_common()]
-    return first(told, limit)
+    """The counts as text, the largest first, such as "12 .txt, 3 hidden .jpg, 1 @eaDir/"."""
+    return first([f"{count} {what}" for what, count in left_out.most_common()], limit)
 
 
 def first(names: list[str], limit: int = 10) -> str:

@@ -1,4 +1,4 @@
-"""The one place that opens images: upright, 8 bits deep, of the channels that a model takes. docs/data.md says how."""
+"""Opens images: upright, with 8 bits for each channel, and with a model's channels. docs/data.md has the rules."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,8 +13,8 @@ from svit.errors import InputError
 
 __all__ = ["EXTENSIONS", "FORMATS", "MODES", "UnreadableImageError", "channel_values", "mode_of", "read_image"]
 
-# What Pillow recognizes without a decoder of its own (for some it starts another program), or decodes in the wrong byte
-# order (FITS).
+# Formats that Pillow recognizes without having a decoder (for some it starts another program), or decodes in the wrong
+# byte order (FITS).
 NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 Image.init()
@@ -33,36 +33,36 @@ KINDS = {UNSIGNED: "u", SIGNED: "i", 3: "f"}  # of NumPy
 
 
 class UnreadableImageError(InputError):
-    """A file is no image, or a damaged one; the message says why, and names the file where that has a path."""
+    """A file is no image or is damaged. The message says why, and names the file if it has a path."""
 
 
 def read_image(file: str | PathLike | BinaryIO | Image.Image, mode: str = "RGB") -> Image.Image:
-    """An image as a person sees it: turned by its EXIF orientation, in 8 bits a channel.
+    """Reads an image as viewers show it: turned by its EXIF orientation, with 8 bits for each channel.
 
-    Integers of other types are divided by the largest of these, those of 32 bits by 65535 if none is larger. Floats
-    from 0 to 1 are taken as they are. Other floats, and integers some of which are negative, are scaled from the
-    image's own least and largest value; NaN is black. Where the EXIF data is damaged the image stays as it is stored.
+    Integers of other types are divided by the largest value of their type, those of 32 bits by 65535 if no value is
+    larger. Floats from 0 to 1 are not scaled. Other floats, and integers with negative values, are scaled from the
+    image's least and largest value. NaN is black. If the EXIF data is damaged, the image stays as stored.
 
     Args:
-        file: a path, a binary file, or an image that Pillow has opened, which is left as it is.
-        mode: of the result, one of `MODES`; Pillow converts palettes, CMYK and transparency.
+        file: a path, a binary file, or an image that Pillow has opened. That image is not changed.
+        mode: of the result, one of `MODES`. Pillow converts palettes, CMYK and transparency.
 
     Raises:
-        UnreadableImageError: no such file, no image, or one that is cut short or of too many pixels.
+        UnreadableImageError: the file does not exist, is no image, is cut short or has too many pixels.
     """
     try:
         if isinstance(file, Image.Image):
             return _converted(file, mode)
         with Image.open(file, formats=FORMATS) as image:
             return _converted(image, mode)
-    except Exception as error:  # of a damaged file, Pillow's decoders raise nearly anything
+    except Exception as error:  # for a damaged file Pillow's decoders raise nearly any exception
         reason = _reason(error)
         named = isinstance(file, str | PathLike)
         raise UnreadableImageError(f"{fspath(file)}: cannot be read ({reason})" if named else reason) from error
 
 
 def mode_of(in_chans: int) -> str:
-    """Pillow's mode of images with so many channels.
+    """Pillow's mode for images with `in_chans` channels.
 
     Raises:
         InputError: there is none.
@@ -74,10 +74,10 @@ def mode_of(in_chans: int) -> str:
 
 
 def channel_values(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
-    """The mean or the standard deviation of each of `in_chans` channels, of `values` for other channels.
+    """Converts the mean or the standard deviation of an image's channels to `in_chans` channels.
 
-    Grey gets the mean of the colours' values, a colour that of grey, an alpha channel 0.5. With as many values as
-    channels, or with other channels than those of `MODES`, they stay as they are.
+    Grey gets the mean of the colours' values, a colour gets the value of grey, an alpha channel 0.5. If there are as
+    many values as channels, or `in_chans` is not in `MODES`, the values do not change.
     """
     if len(values) == in_chans or in_chans not in MODES:
         return tuple(values)
@@ -102,12 +102,12 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
     if tags.get(PLANES) == 2 and len(tags[BITS]) > 1 and max(tags[BITS]) > 8:
         raise ValueError("16-bit colours in separate planes, which Pillow decodes wrongly")
     image = image.copy()  # without the tags
-    # In place Pillow turns the pixels first, then rewrites the EXIF data, which may be damaged elsewhere.
+    # In place, since Pillow then turns the pixels before it rewrites the EXIF data, which may be damaged.
     with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("I", "F") or image.mode.startswith("I;") or tags.get(SAMPLE_FORMAT) == (SIGNED,):
         image = _in_8_bits(image, tags)
-    if image.mode == "LAB":  # which Pillow converts to RGB alone
+    if image.mode == "LAB":  # Pillow converts it to RGB only
         image = image.convert("RGB")
     return image.convert(mode)
 
@@ -118,24 +118,24 @@ def _in_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     black, white = _limits(values)
     share = (values.astype(np.float64) - black) / ((white - black) or 1)
     found = Image.fromarray((np.nan_to_num(share, nan=0).clip(0, 1) * 255).round().astype(np.uint8))
-    # White is zero: with 8 bits, Pillow sees to that.
+    # White is zero. For images of 8 bits Pillow inverts the values itself.
     return ImageOps.invert(found) if tags.get(PHOTOMETRIC) == 0 else found
 
 
 def _samples(image: Image.Image, tags: Mapping[int, Any]) -> np.ndarray:
-    """The values of one channel, of a TIFF in the type that the file holds, which Pillow's modes do not tell."""
+    """The values of one channel. For a TIFF they have the type of the file, which Pillow's modes do not show."""
     values = np.asarray(image)
     if BITS not in tags:
         return values
     bits, kind = tags[BITS][0], tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0]
     values = values.astype(f"{KINDS[kind]}{-(-bits // 8)}")
     if image.mode in ("I", "F") and tags.prefix == b"MM" and tags.get(COMPRESSION, 1) != 1:
-        values = values.byteswap()  # libtiff, which decompresses, has turned the bytes before Pillow did
+        values = values.byteswap()  # both libtiff, which decompresses, and Pillow have swapped the bytes
     return values << 4 | values >> 8 if bits == 12 else values
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:
-    """The values that are black and white, as `read_image` says."""
+    """The values of black and white, by the rules of `read_image`."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0

@@ -1,3 +1,5 @@
+"""Names: suggestions for unknown ones, and distinct names of classes."""
+
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -6,17 +8,17 @@ __all__ = ["did_you_mean", "distinct"]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: '; did you mean a, b?' with those nearest, or ''."""
+    """The end of a message about an unknown name: '; did you mean a, b?' with the nearest names, or ''."""
     close = ", ".join(difflib.get_close_matches(name, list(known)))
     return f"; did you mean {close}?" if close else ""
 
 
 def distinct(names: Sequence[str], tags: Sequence[str] | None = None) -> list[str]:
-    """The names, each of those that occur more than once with a tag behind it in brackets.
+    """The names, with a tag in brackets after each name that occurs more than once.
 
     Args:
-        names: of classes, say.
-        tags: of each name; where they do not tell all names apart, or without any, their numbers from 0 on do.
+        names: for example of classes.
+        tags: one for each name. Without tags, or if they do not make all names distinct, numbers from 0 on do.
     """
     found = list(names)
     while len(set(found)) < len(found):

@@ -88,19 +88,19 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
         KeyboardInterrupt: another signal came, and one of them was Ctrl-C. torchrun passes a second Ctrl-C on as
             SIGTERM. SIGTERM alone may come any number of times, as some queues send it.
     """
-    came: list[signal.Signals] = []
+    received: list[signal.Signals] = []
     owner = os.getpid()
 
     def handle(number: int, _) -> None:
         if os.getpid() != owner:
             return  # A process that reads, forked from this one, is needed until this one ends it.
-        came.append(signal.Signals(number))
-        if len(came) > 1 and signal.SIGINT in came:
+        received.append(signal.Signals(number))
+        if len(received) > 1 and signal.SIGINT in received:
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""Parameters and multiply-accumulates (MACs) of a model, by fvcore; docs/flops.md says what counts.
+"""Counts the parameters and multiply-accumulates (MACs) of a model with fvcore. docs/flops.md says what counts.
 
-fvcore gives 0 for an operation it does not know. `HANDLES` adds those that multiply matrices, `UNCOUNTED` names those
-that are left out on purpose, and whatever is in neither is reported with the result.
+fvcore counts an unknown operation as 0. `HANDLES` adds operations that multiply matrices. `UNCOUNTED` names those that
+count as 0 on purpose. Any other unknown operation is reported with the result.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,12 +24,15 @@ Handle = Callable[[list, list], int]
 
 
 def matmul_macs(inputs: list, outputs: list) -> int:
-    """a @ b with operands of any rank; fvcore's own takes vectors for an error and misses the broadcasting of a."""
+    """MACs of a @ b with operands of any rank. fvcore's own handle refuses vectors and misses the broadcasting of a."""
     return prod(outputs[0].type().sizes()) * inputs[0].type().sizes()[-1]
 
 
 def attention_macs(inputs: list, outputs: list) -> int:
-    """q k^T and attn v, q (..., L, d), k (..., S, d), v (..., S, e): L * S * (d + e) a head. A mask saves nothing."""
+    """MACs of q k^T and attn v: L * S * (d + e) for each head, with q (..., L, d), k (..., S, d), v (..., S, e).
+
+    A mask changes nothing.
+    """
     q, k = (value.type().sizes() for value in inputs[:2])
     *rows, e = outputs[0].type().sizes()
     return prod(rows) * k[-2] * (q[-1] + e)
@@ -39,12 +42,12 @@ def nothing(inputs: list, outputs: list) -> int:
     return 0
 
 
-# Operation of a torch.jit trace -> function from the values that go in and come out of it (torch._C.Value) to its MACs:
-# the form that fvcore takes, and mmengine too.
+# Operation of a torch.jit trace -> function from its inputs and outputs (torch._C.Value) to its MACs. fvcore and
+# mmengine take this form.
 HANDLES: dict[str, Handle] = {
     "aten::matmul": matmul_macs,
     "aten::scaled_dot_product_attention": attention_macs,
-    # mmcv's, which interpolates maps in regions. fvcore leaves out by name only what is no Python function.
+    # mmcv's RoIAlign interpolates maps in regions. fvcore cannot ignore a Python function by name.
     "prim::PythonOp.RoIAlignFunction": nothing,
 }
 
@@ -65,7 +68,8 @@ _ACTIVATIONS = (
 _REDUCTIONS = "amax amin linalg_vector_norm mean norm std sum var var_mean"
 _POOLS = "adaptive_max_pool2d avg_pool1d avg_pool2d max_pool2d"
 
-# Left out on purpose, beside what fvcore ignores: moving data takes no arithmetic, the others a few operations a value.
+# These count as 0 on purpose, in addition to fvcore's own list: moving data takes no arithmetic, and the others take a
+# few operations for each value.
 UNCOUNTED: frozenset[str] = frozenset(
     f"aten::{name}{suffix}"
     for names in (_MOVES, _ELEMENTWISE, _ACTIVATIONS, _REDUCTIONS, _POOLS)
@@ -76,14 +80,14 @@ UNCOUNTED: frozenset[str] = frozenset(
 
 @dataclass(frozen=True)
 class Count:
-    """What `count` found.
+    """The result of `count`.
 
     Attributes:
         params: trainable parameters.
         macs: multiply-accumulates of one image.
-        by_module: those of each module, by its name in the model, '' for the whole.
-        by_operator: those of each kind of operation.
-        unsupported: operations that nothing is known about and that stand in `macs` with 0 -> how often they ran.
+        by_module: MACs of each module by its name in the model, '' for the model.
+        by_operator: MACs of each kind of operation.
+        unsupported: unknown operations, which count as 0 in `macs` -> how often they ran.
     """
 
     params: int
@@ -94,7 +98,7 @@ class Count:
 
 
 def analysis(model: nn.Module, inputs: torch.Tensor | tuple[torch.Tensor, ...]) -> "FlopCountAnalysis":
-    """fvcore's FlopCountAnalysis of `model(*inputs)` that knows `HANDLES` and `UNCOUNTED` and does not log.
+    """fvcore's FlopCountAnalysis of `model(*inputs)` with `HANDLES` and `UNCOUNTED`, without its logging.
 
     Raises:
         ModuleNotFoundError: fvcore is not installed.
@@ -109,17 +113,17 @@ def analysis(model: nn.Module, inputs: torch.Tensor | tuple[torch.Tensor, ...]) 
 def count(
     model: nn.Module, img_size: int | tuple[int, int], in_chans: int = 3, attention_products: bool = True
 ) -> Count:
-    """Parameters and MACs of `model` in eval mode for one image (1, in_chans, H, W).
+    """Counts the parameters and MACs of `model` in eval mode for one image (1, in_chans, H, W).
 
-    It runs the model once, where its parameters are, with the memory and the time of one inference: the meta device
-    would take neither, but a convolution cannot be traced on it.
+    It runs the model once on the device of its parameters, with the memory and time of one inference. (On the meta
+    device a convolution cannot be traced.)
 
     Args:
-        model: any module that takes an image; left as it was.
+        model: any module that takes an image. It is not changed.
         img_size: height and width of the image: an int or a pair.
         in_chans: channels of the image.
-        attention_products: False counts convolution and linear layers alone, as the paper does for detection and
-            segmentation: neither attention nor association, nor norms.
+        attention_products: False counts convolution and linear layers alone, without attention, association and norms.
+            The paper does so for detection and segmentation.
 
     Raises:
         ModuleNotFoundError: fvcore is not installed.
@@ -144,7 +148,7 @@ def count(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards the mode that each module was in."""
+    """Sets eval mode, and restores the mode of each module at the end."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""What a model's super tokens look like on an image. The figures need matplotlib (the extra `visualize`).
+"""Draws a model's super tokens on an image. The figures need matplotlib (the extra `visualize`).
 
     with watch(model) as layers:
         logits = model(image)  # (1, 3, H, W), preprocessed for the model
@@ -53,7 +53,7 @@ class Association:
     """The soft association of one attention layer on one image.
 
     Attributes:
-        q: (hh, ww, 9, P), each pixel's share in the 3 x 3 super tokens around its cell; sums to 1 over the 9.
+        q: (hh, ww, 9, P), each pixel's shares in the 3 x 3 super tokens around its cell. They sum to 1 over the 9.
         cell: height and width of a cell.
         size: height and width of the feature map.
     """
@@ -63,11 +63,11 @@ class Association:
     size: tuple[int, int]
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """(H, W): what each pixel gets of the super tokens' values (hh, ww), by its shares in them."""
+        """Upsamples values (hh, ww) of the super tokens to pixels (H, W), weighted by each pixel's shares."""
         return spread(values[None, ..., None], self.q[None], self.cell, self.size)[0, ..., 0]
 
     def weights(self, row: int, col: int) -> torch.Tensor:
-        """(H, W): every pixel's share in super token (row, col); 0 outside the 3 x 3 cells around it."""
+        """(H, W): every pixel's share in super token (row, col). It is 0 outside the 3 x 3 cells around that."""
         hh, ww = self.q.shape[:2]
         if not (0 <= row < hh and 0 <= col < ww):
             raise ValueError(f"(row, col): expected a super token of the {hh} x {ww} grid, got ({row}, {col})")
@@ -109,12 +109,12 @@ class Association:
 
 @dataclass
 class WatchedLayer:
-    """An attention layer, and the map that came into it for one image.
+    """An attention layer and its input for one image.
 
     Attributes:
         name: of the layer in the model.
-        layer: itself.
-        x: (1, C, H, W).
+        layer: the layer.
+        x: its input, (1, C, H, W).
     """
 
     name: str
@@ -123,14 +123,14 @@ class WatchedLayer:
 
     @property
     def samples(self) -> bool:
-        """Whether it forms super tokens, of cells of more than one pixel."""
+        """Whether the layer has super tokens, that is, cells of more than one pixel."""
         return self.layer.cell != (1, 1)
 
     @torch.no_grad()
     def sample(self, n_iter: int | None = None) -> tuple[torch.Tensor, Association]:
-        """The super tokens (1, C, hh, ww) before they attend, and the association.
+        """Returns the super tokens (1, C, hh, ww) before they attend, and the association.
 
-        With cells of one pixel these are the pixels themselves, each with all of its share in itself.
+        With cells of one pixel the super tokens are the pixels, and each pixel has all of its share in itself.
 
         Args:
             n_iter: rounds of association, None for the layer's own number.
@@ -149,7 +149,7 @@ class WatchedLayer:
         return self.sample(n_iter)[1]
 
     def attention(self, row: int, col: int) -> torch.Tensor:
-        """(heads, hh, ww): the attention of super token (row, col) to all super tokens; sums to 1 in each head."""
+        """(heads, hh, ww): the attention of super token (row, col) to all super tokens. It sums to 1 in each head."""
         s, _ = self.sample()
         hh, ww = s.shape[-2:]
         weights = attention_weights(self.layer, s, [row * ww + col])
@@ -160,12 +160,12 @@ class WatchedLayer:
 def attention_weights(
     layer: SuperTokenAttention, tokens: torch.Tensor, queries: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """The weights by which `layer.attend` adds up the values: (heads, queries, N), sums to 1 over the N tokens.
+    """Computes the attention weights of `layer.attend`: (heads, queries, N), which sum to 1 over the N tokens.
 
     Args:
-        layer: its fused attention does not give them away, hence they are computed anew.
-        tokens: (1, C, hh, ww), N = hh * ww.
-        queries: which of the tokens attend, None for all. All N x N of a large image take much memory.
+        layer: the attention layer.
+        tokens: its tokens, (1, C, hh, ww), N = hh * ww.
+        queries: which tokens attend, None for all. For a large image, all N x N weights take much memory.
     """
     heads, d = layer.num_heads, layer.dim // layer.num_heads
     q, k, _ = layer.qkv(tokens).reshape(heads, 3, d, -1).unbind(1)  # (heads, d, N) each
@@ -176,9 +176,9 @@ def attention_weights(
 
 @contextmanager
 def watch(model: nn.Module) -> Iterator[list[WatchedLayer]]:
-    """Collects what comes into the model's `SuperTokenAttention` layers, in the order of the forward pass.
+    """Collects the inputs of the model's `SuperTokenAttention` layers, in the order of the forward pass.
 
-    Within the block the model is in eval mode, and no gradients are recorded.
+    Inside the block the model is in eval mode and records no gradients.
 
     Raises:
         ValueError: the model got more than one image at once.
@@ -205,7 +205,7 @@ def watch(model: nn.Module) -> Iterator[list[WatchedLayer]]:
 def last_of_stages(layers: Sequence[WatchedLayer]) -> dict[str, WatchedLayer]:
     """The last layer of each stage, as 'stage 1' and so on.
 
-    A layer's name tells its stage: it is that of 'stages.0' in 'stages.0.blocks.2.attn'.
+    The stage is the part of the layer's name before '.blocks.', such as 'stages.0' in 'stages.0.blocks.2.attn'.
     """
     stages = groupby(layers, key=lambda watched: watched.name.partition(".blocks.")[0])
     return {f"stage {number}": list(stage)[-1] for number, (_, stage) in enumerate(stages, 1)}
@@ -222,7 +222,7 @@ def mean_colours(photo: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     Args:
         photo: (H, W, 3).
-        labels: (h, w) int64, of any size; laid over the photo.
+        labels: (h, w) int64, of any size. They are stretched over the photo.
 
     Returns:
         (H, W, 3), the dtype of `photo`.
@@ -243,13 +243,13 @@ def borders(labels: torch.Tensor) -> torch.Tensor:
 
 
 def draw_super_tokens(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], point: Point = (0.5, 0.5)) -> "Figure":
-    """One row a layer: the cells, the super tokens' borders and mean colours, the shares in the one at the point.
+    """Draws a row for each layer: cells, borders and mean colours of super tokens, and shares in the one at the point.
 
     The shares are shown close up, since they are 0 outside the 3 x 3 cells around the super token. Layers with cells of
-    one pixel have nothing to show and are left out.
+    one pixel are left out.
 
     Args:
-        photo: (H, W, 3) in 0 ... 1, the whole image at any size.
+        photo: (H, W, 3) in 0 ... 1, the full image at any size.
         layers: titles and layers, as `last_of_stages` finds them.
         point: x and y as fractions of the width and the height.
 
@@ -282,9 +282,10 @@ def draw_super_tokens(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], p
 
 
 def draw_attention(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], point: Point = (0.5, 0.5)) -> "Figure":
-    """The photo, and for each layer the attention of the super token at the point: mean of the heads, over the pixels.
+    """Draws the photo, and for each layer the attention of the super token at the point: the mean over the heads,
+    upsampled to pixels.
 
-    Arguments as those of `draw_super_tokens`; with cells of one pixel it is the attention of that pixel.
+    Arguments as in `draw_super_tokens`. With cells of one pixel it is the attention of that pixel.
     """
     figure, axes = _panels(photo, 1, 1 + len(layers))
     _title(axes[0, 0], "photo")
@@ -299,7 +300,7 @@ def draw_attention(photo: torch.Tensor, layers: Mapping[str, WatchedLayer], poin
 
 
 def draw_iterations(photo: torch.Tensor, watched: WatchedLayer, n_iter: int) -> "Figure":
-    """The super tokens' borders after 1 ... n_iter rounds of association, and how many pixels each round moved."""
+    """Draws the super tokens' borders after 1 ... n_iter rounds of association, and the share of pixels that moved."""
     figure, axes = _panels(photo, 1, n_iter)
     before = None
     for rounds, ax in enumerate(axes[0], 1):
@@ -317,7 +318,7 @@ def draw_iterations(photo: torch.Tensor, watched: WatchedLayer, n_iter: int) -> 
 
 def _panels(photo: torch.Tensor, rows: int, columns: int):
     """A figure, and its panels (rows, columns), each with the photo."""
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses a window system
+    from matplotlib.figure import Figure  # pyplot would keep figures and choose a window system
 
     H, W = photo.shape[:2]
     size = (columns * PANEL, rows * (PANEL * H / W + 0.25))

@@ -39,6 +39,8 @@ for name in timm.list_models(module="svit"):
         model(torch.randn(1, 3, 64, 64, device=device))
 model = timm.create_model("svit_nano_32.cifar10", pretrained=True)  # the weights come along
 assert model.num_classes == 10 and model.head.fc.weight.abs().max() > 0.1
+from svit import published
+assert published.value("svit_small", "ImageNet-1K", (224, 224), "top1") == 83.6  # the table comes along
 print("version", svit.__version__)
 """
 
@@ -202,7 +204,7 @@ def inside(name: str, modules) -> bool:
 
 def test_imports_point_one_way():
     """cli -> training, adapters -> convert, profiling, visualize -> models -> layers -> ops."""
-    apart = ["svit.files", "svit.names", "svit.images", "svit.folders", "svit.processes"]
+    apart = ["svit.files", "svit.names", "svit.images", "svit.folders", "svit.processes", "svit.published"]
     helpers = ["svit.convert", "svit.profiling", "svit.visualize"]
     top = ["svit.cli", "svit.training", "svit.adapters"]
     above = {

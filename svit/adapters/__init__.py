@@ -1,9 +1,9 @@
-"""SViT, and any hierarchical model of timm, in MMDetection, MMSegmentation and whatever else builds on mmengine.
+"""SViT, and any hierarchical model of timm, in MMDetection, MMSegmentation and other packages that build on mmengine.
 
-Importing the package registers `TimmBackbone`, `LayerDecayOptimWrapperConstructor`, `CheckImagesHook` and
-`FiniteCheckpointHook` in mmengine's root registries, so that configs of every such package find them by name; neither
-mmdet nor mmseg is imported. It also lets `torch.load` read mmengine's checkpoints without executing what they hold, and
-makes mmengine's FLOP counter know attention.
+Importing this package registers `TimmBackbone`, `LayerDecayOptimWrapperConstructor`, `CheckImagesHook` and
+`FiniteCheckpointHook` in mmengine's root registries, so that configs of all these packages find them by name. It
+imports neither mmdet nor mmseg. It also lets `torch.load` read mmengine's checkpoints without executing code from them,
+and lets mmengine's FLOP counter count attention.
 """
 
 from .backbone import TimmBackbone

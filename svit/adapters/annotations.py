@@ -1,4 +1,4 @@
-"""Annotations in COCO's format: what a config needs of them is put right or refused before work starts."""
+"""Checks annotations in COCO's format before training starts. It corrects or refuses what a config cannot use."""
 
 import json
 import tempfile
@@ -12,23 +12,23 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from svit.convert import listing
-from svit.files import replacing
+from svit.files import atomic_write
 
 from .configs import ConfigError
 from .images import first
 
 __all__ = ["AnnotationFiles", "Findings", "check_annotations", "check_classes", "check_filter", "read_annotations"]
 
-# Objects that MMDetection leaves out by itself, as two of COCO 2017's 860,001 are: more than this share is an error.
+# The largest share of objects that MMDetection may leave out without an error. In COCO 2017 it leaves out 2 of 860,001.
 TOLERATED = 1 / 1000
-# Pixels from the first one. pycocotools takes memory for every pixel along an edge, and crashes where there is none.
+# The largest coordinate in pixels. pycocotools allocates memory for every pixel along an edge, and crashes without any.
 FAR = 1e6
 BOX = "[x, y, width, height] in pixels"
 MASK = "polygons of 3 points or more, [[x1, y1, x2, y2, x3, y3, ...], ...], or an RLE of the image's size"
 
 
 class Findings:
-    """What was found how often, and where first: one line a kind."""
+    """Problems by kind. As text: a line for each kind, with the count and the first names."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, list] = {}
@@ -47,11 +47,11 @@ class Findings:
 
 
 class AnnotationFiles:
-    """The annotations in COCO's format of one split: each file is read and checked once, and written if put right.
+    """The annotations of one split in COCO's format. Each file is read and checked once, and written if corrected.
 
     Args:
-        split: its name, for the files written.
-        folder: where to, None for a temporary folder.
+        split: its name, for the names of corrected files.
+        folder: folder of corrected files, None for a temporary one.
     """
 
     def __init__(self, split: str, folder: str | None) -> None:
@@ -61,7 +61,7 @@ class AnnotationFiles:
         self.users: list[tuple[Path, dict]] = []
 
     def check(self, user: dict, file: Path, where: str, classes_where: str, classes: Sequence[str], *args: Any) -> dict:
-        """Reads and checks a file for a part of the config that has it as `ann_file`; returns its content.
+        """Reads and checks a file that a part of the config names as `ann_file`. Returns its content.
 
         Args:
             where, classes_where: names of the file and of the classes in the config, for messages.
@@ -80,22 +80,22 @@ class AnnotationFiles:
         return self.contents[file]
 
     def write(self) -> None:
-        """Writes those files that had to be put right, and points to them whatever has them as `ann_file`."""
+        """Writes the corrected files, and sets `ann_file` of the config's parts that use them."""
         for file, fixed in self.fixed.items():
             if not fixed:
                 continue
             folder = Path(self.folder, "annotations") if self.folder else Path(tempfile.mkdtemp(prefix="annotations-"))
             folder.mkdir(parents=True, exist_ok=True)
             target = folder.resolve() / f"{self.split}-{file.name}"
-            with replacing(target) as part:
+            with atomic_write(target) as part:
                 part.write_text(json.dumps(self.contents[file]))
             for user in [user for used, user in self.users if used == file]:
                 user["ann_file"] = str(target)
-            warnings.warn(f"{file} was put right, in {target}; by their ids:{fixed}", stacklevel=2)
+            warnings.warn(f"{file} was corrected, in {target}; by their ids:{fixed}", stacklevel=2)
 
 
 def read_annotations(file: Path, where: str) -> dict:
-    """The content of a JSON file in COCO's format; `annotations` may be missing, as in the test-dev split.
+    """Reads a JSON file in COCO's format. `annotations` may be missing, as in the test-dev split.
 
     Raises:
         ConfigError: there is no such file, it is no JSON, or it lacks `images` or `categories`.
@@ -125,27 +125,28 @@ def check_annotations(
     with_masks: bool,
     size_of: Callable[[str], tuple[int, int] | None],
 ) -> tuple[Findings, Findings]:
-    """Looks at every entry, and writes into `content` what has one right answer.
+    """Checks every entry, and corrects `content` in place if an error has one right correction.
 
-    Put right: `width` and `height` of an image, from its file; a box, from the mask; boxes that reach beyond the image,
-    cut at its edge; `area`, from the mask or the box; a missing `iscrowd`, 0; ids of annotations that are no positive
-    whole numbers, for which the evaluation counts no match; polygons of one or two points beside others; a single
-    polygon that is not in a list.
+    It corrects: missing `width` and `height` of an image, from its file; a missing box, from the mask; boxes that
+        extend
+    beyond the image, cropped at its edge; a missing `area`, from the mask or the box; a missing `iscrowd`, to 0; ids of
+    annotations that are no positive whole numbers (the evaluation would count no match); polygons of one or two points
+    beside others; a single polygon that is not in a list.
 
     Args:
-        content: as `read_annotations` gives it.
-        file, where: its path, and where in the config that stands, for messages.
-        classes: names of the config's classes; none for all categories of the file.
+        content: the result of `read_annotations`.
+        file, where: its path, and the name of the path in the config, for messages.
+        classes: names of the config's classes. Empty for all categories of the file.
         with_masks: the config trains or evaluates masks.
-        size_of: width and height of an image by its `file_name`, None if it cannot be read.
+        size_of: returns width and height of an image by its `file_name`, None if it cannot be read.
 
     Returns:
-        What was put right, and what MMDetection leaves out: objects outside their image or smaller than a pixel, and
-        those whose polygons have less than three points.
+        The corrections, and the objects that MMDetection leaves out: those outside their image or smaller than a pixel,
+        and those whose polygons have less than three points.
 
     Raises:
-        ConfigError: anything else that is wrong, all of it in one message with the ids; also more than `TOLERATED` of
-            the objects left out.
+        ConfigError: there are other errors, or MMDetection leaves out more than `TOLERATED` of the objects. One message
+            lists all of them with the ids.
     """
     wrong, fixed, left_out = Findings(), Findings(), Findings()
     sizes = check_images(content["images"], size_of, wrong, fixed)
@@ -228,7 +229,7 @@ def check_categories(categories: list[dict], classes: Sequence[str], wrong: Find
 
 
 def check_kinds(ids: dict, what: str, wrong: Findings) -> None:
-    """The evaluation sorts the ids, which it cannot where some are numbers and others text."""
+    """Finds ids of mixed types. The evaluation sorts the ids, which fails if some are numbers and others text."""
     texts = [repr(key) for key in ids if isinstance(key, str)]
     if 0 < len(texts) < len(ids):
         wrong.kinds[f"{what} whose ids are text where others are numbers"] = texts
@@ -242,7 +243,7 @@ def number_annotations(annotations: list[dict], wrong: Findings, fixed: Findings
         if type(key) is not int or key <= 0:
             following = max(following, 0) + 1
             entry["id"] = following
-            fixed.add("annotations whose id was no positive number, numbered anew", f"{key!r} is now {following}")
+            fixed.add("annotations whose id was no positive number, renumbered", f"{key!r} is now {following}")
         elif key in seen:
             wrong.add("annotations of the same id as another", key)
         seen.add(key if type(key) is int else following)
@@ -257,7 +258,7 @@ def check_object(
     left_out: Findings,
     beyond: list,
 ) -> None:
-    """One annotation: its mask, box and area."""
+    """Checks one annotation: its mask, box and area."""
     key, (width, height) = entry["id"], size
     segmentation = entry.get("segmentation")
     mask_is_good = False
@@ -303,7 +304,7 @@ def check_object(
     elif not is_number(area):
         entry["area"] = 0.0
         fixed.add("objects without area or size, 0", key)
-    if entry.get("iscrowd") is None:  # the evaluation would end in a KeyError
+    if entry.get("iscrowd") is None:  # the evaluation would raise a KeyError
         entry["iscrowd"] = 0
         fixed.add("objects without iscrowd, 0", key)
     elif entry["iscrowd"] not in (0, 1):
@@ -311,7 +312,7 @@ def check_object(
 
 
 def check_mask(entry: dict, width: int, height: int, fixed: Findings) -> str | None:
-    """What is wrong with a segmentation that is not empty: 'short' for less than three points, None for nothing."""
+    """The problem of a segmentation that is not empty, or None. 'short' means less than three points."""
     segmentation = entry["segmentation"]
     if isinstance(segmentation, dict):
         counts, size = segmentation.get("counts"), segmentation.get("size")
@@ -331,7 +332,7 @@ def check_mask(entry: dict, width: int, height: int, fixed: Findings) -> str | N
         fixed.add("objects whose only polygon was not in a list", entry["id"])
     for polygon in segmentation:
         try:
-            finite = isfinite(sum(polygon))  # of anything but numbers a TypeError
+            finite = isfinite(sum(polygon))  # a TypeError for anything but numbers
         except TypeError:
             return "no list of polygons"
         except OverflowError:
@@ -350,10 +351,10 @@ def check_mask(entry: dict, width: int, height: int, fixed: Findings) -> str | N
 
 
 def uncompressed(counts: str) -> list[int]:
-    """The lengths of the runs in a compressed RLE; pycocotools, of those that end too early, makes up the rest.
+    """The lengths of the runs in a compressed RLE, or [-1] if it is damaged. (pycocotools would invent missing runs.)
 
-    Each number is written in characters of five bits, the lowest first, and a sixth that says whether more follow; from
-    the fourth on it is the difference to the number two before.
+    Each number is a sequence of characters with five bits each, the lowest first. A sixth bit says whether another
+    character follows. From the fourth number on, the value is the difference to the number two before.
     """
     codes = np.frombuffer(counts.encode("latin-1", "replace"), np.uint8).astype(np.int64) - 48
     last = codes & 32 == 0
@@ -380,7 +381,7 @@ def rle_of(segmentation: list | dict, width: int, height: int) -> dict:
 
 
 def box_of(segmentation: list | dict, width: int, height: int) -> list[float]:
-    """The box [x, y, width, height] of a mask inside of its image."""
+    """The box [x, y, width, height] of a mask inside its image."""
     if isinstance(segmentation, dict):
         return coco_mask.toBbox(rle_of(segmentation, width, height)).tolist()
     xs = [min(max(x, 0), width) for polygon in segmentation for x in polygon[::2]]
@@ -393,10 +394,10 @@ def area_of(segmentation: list | dict, width: int, height: int) -> float:
 
 
 def check_classes(content: dict, file: Path, where: str, classes: Sequence[str], in_order: bool = True) -> None:
-    """Whether the config's classes are categories of the file, and stand in its order.
+    """Checks that the config's classes are categories of the file, in the same order.
 
     Raises:
-        ConfigError: one is none, or they stand in another order.
+        ConfigError: a class is no category, or the order differs.
     """
     names = [category.get("name") for category in content["categories"]]
     unknown = [name for name in classes if name not in names]
@@ -404,7 +405,7 @@ def check_classes(content: dict, file: Path, where: str, classes: Sequence[str],
         has = listing(sorted(map(str, names)))
         raise ConfigError(f"{where}: {listing(unknown)} no category of {file}, which has {has}")
     found = [name for name in names if name in classes]
-    # mmdet numbers them in the file's order, and names them in the config's.
+    # mmdet numbers the classes in the file's order, but names them in the config's.
     if in_order and classes and found != list(classes):
         raise ConfigError(
             f"{where}: expected the categories of {file} in their order, {tuple(found)}, got {tuple(classes)}"
@@ -412,10 +413,10 @@ def check_classes(content: dict, file: Path, where: str, classes: Sequence[str],
 
 
 def check_filter(content: dict, file: Path, where: str, classes: Sequence[str], filter_cfg: dict) -> None:
-    """Counts what `filter_cfg` of a CocoDataset leaves of a training's images; warns of those left out by their size.
+    """Counts the training images that `filter_cfg` of a CocoDataset keeps. Warns if it drops images for their size.
 
     Raises:
-        ConfigError: no image is left; says why.
+        ConfigError: no image is left. The message says why.
     """
     names = {category["id"]: category["name"] for category in content["categories"]}
     wanted = set(classes) or set(names.values())

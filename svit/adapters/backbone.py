@@ -29,31 +29,29 @@ __all__ = ["TimmBackbone"]
 
 @MODELS.register_module()
 class TimmBackbone(BaseModule):
-    """The feature maps of a hierarchical model of timm, SViT's before all, for detectors and segmentors.
+    """Returns the feature maps of a hierarchical model of timm, such as SViT, for detectors and segmentors.
 
-    Its weights stand under "model", with the names that timm gives them, the norms of the outputs under "norm0",
-    "norm1" and so on.
+    The weights are under "model", with timm's names. The norms of the outputs are under "norm0", "norm1" and so on.
 
     Args:
-        arch: name of a model in timm, such as 'svit_small'; a tag of weights ('convnext_tiny.fb_in1k') plays no part.
+        arch: name of a model in timm, such as 'svit_small'. A tag of weights ('convnext_tiny.fb_in1k') is ignored.
         in_channels: channels of the image.
         out_indices: which of the model's feature maps (timm's `feature_info`) to return, in rising order. A SViT has
-            four, one a stage, of stride 4, 8, 16 and 32.
-        frozen_stages: parameters that are not trained, whose BatchNorms use their running statistics and whose dropout
-            is off: -1 for none, 0 for the stem, i for the stem and the first i stages (as the coarse `group_matcher`
-            of a model counts them).
-        norm_eval: keep every BatchNorm at its running statistics in training (its weight and bias still learn).
-        with_cp: recompute blocks in the backward pass instead of keeping their activations.
-        out_norm: a LayerNorm over the channels of each map returned.
-        drop_path_rate: stochastic depth of the last block, rising from 0 in the first; None for the model's default.
-        stoken_size: SViT's cells, one value a stage; None for the model's own.
-        convert_weights: take checkpoints with the key names of SViT's authors, too.
+            four, one for each stage, of stride 4, 8, 16 and 32.
+        frozen_stages: -1 for none, 0 for the stem, i for the stem and the first i stages, as the model's coarse
+            `group_matcher` counts them. Frozen parameters are not trained, their BatchNorms use running statistics, and
+            their dropout is off.
+        norm_eval: every BatchNorm uses its running statistics in training. Its weight and bias still train.
+        with_cp: recompute blocks in the backward pass instead of storing their activations.
+        out_norm: apply a LayerNorm over the channels of each returned map.
+        drop_path_rate: stochastic depth of the last block, rising from 0 in the first. None for the model's default.
+        stoken_size: SViT's cells, one value for each stage. None for the model's default.
+        convert_weights: accept checkpoints with the key names of SViT's authors, too.
         model_args: further keywords of `timm.create_model`, such as `dict(strict_img_size=False)` for a Swin.
         pretrained: deprecated: path of a checkpoint. Use `init_cfg`.
         init_cfg: `dict(type='Pretrained', checkpoint=...)` with a path or an http(s) address of a checkpoint: one of
             ours, of SViT's authors, of a model as timm saves it, or of a whole detector or segmentor. An entry `prefix`
-            says under which name the backbone stands in it (found by itself for "backbone."). None: the model's own
-            start values.
+            names the backbone in it; "backbone." needs none. None: the model's own initial values.
 
     Shape: (B, in_channels, H, W) to a tuple of maps (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i])),
     contiguous in this order. SViT takes any H and W.
@@ -103,18 +101,18 @@ class TimmBackbone(BaseModule):
         self.channels = tuple(i["num_chs"] for i in info)
         self.strides = tuple(i["reduction"] for i in info)
 
-        # What the maps do not need goes, so that every parameter gets a gradient; checkpoints still hold it.
+        # Remove modules that the maps do not need, so that every parameter gets a gradient. Checkpoints may hold them.
         self.pruned_keys = set(model.state_dict())
         model.prune_intermediate_layers(list(self.out_indices), prune_norm=True, prune_head=True)
         self.pruned_keys -= set(model.state_dict())
-        del model.num_classes  # mmdet's NumClassCheckHook takes whatever has one for a head
+        del model.num_classes  # mmdet's NumClassCheckHook treats every module with this attribute as a head
         self.model = model
         if with_cp:
             model.set_grad_checkpointing(True)
         for i, dim in enumerate(self.channels):
             self.add_module(f"norm{i}", LayerNorm2d(dim, eps=1e-6) if out_norm else nn.Identity())
 
-        # Layers from the input on: by stage for freezing, by block for the decay of the learning rate.
+        # Layers from the input on: stages for freezing, blocks for the decay of the learning rate.
         stages = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
         self.depths = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
         if not -1 <= frozen_stages <= max(stages.values()):
@@ -122,7 +120,7 @@ class TimmBackbone(BaseModule):
         self.frozen_modules = self.freeze({name for name, stage in stages.items() if stage <= frozen_stages})
 
     def freeze(self, names: set[str]) -> list[str]:
-        """Stops the training of the parameters named; returns the names of the modules that hold no other ones."""
+        """Freezes the named parameters. Returns the names of the modules whose parameters are all frozen."""
         for name, param in self.model.named_parameters():
             if name in names:
                 param.requires_grad = False
@@ -134,9 +132,9 @@ class TimmBackbone(BaseModule):
         return frozen
 
     def train(self, mode: bool = True) -> "TimmBackbone":
-        """Training or eval mode, in which frozen stages, and with `norm_eval` all BatchNorms, stay in eval mode."""
+        """Sets training or eval mode. Frozen stages stay in eval mode, and with `norm_eval` all BatchNorms do."""
         super().train(mode)
-        for name in self.frozen_modules:  # by name: a conversion to SyncBN puts other modules in their place
+        for name in self.frozen_modules:  # by name: a conversion to SyncBN replaces modules
             self.model.get_submodule(name).eval()
         if self.norm_eval:
             for module in self.modules():
@@ -151,10 +149,10 @@ class TimmBackbone(BaseModule):
         return tuple(getattr(self, f"norm{i}")(m).contiguous() for i, m in enumerate(maps))
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """The layer of a parameter, from 0 for the stem on, and the number of layers.
+        """Returns the layer of a parameter, counted from 0 for the stem, and the number of layers.
 
-        The last layer is everything that follows the model: the norms of the outputs and whatever does not begin with
-        `prefix`, the name of the backbone in the whole.
+        The last layer is everything after the model: the norms of the outputs, and all names that do not begin with
+        `prefix`, the name of the backbone in the detector or segmentor.
         """
         num_layers = max(self.depths.values()) + 2
         name = param_name.removeprefix(prefix)
@@ -163,13 +161,13 @@ class TimmBackbone(BaseModule):
         return self.depths[name.removeprefix("model.")], num_layers
 
     def init_weights(self) -> None:
-        """Loads the checkpoint of `init_cfg`; without one, the model keeps the start values that timm gave it.
+        """Loads the checkpoint of `init_cfg`. Without one, the model keeps timm's initial values.
 
         Raises:
             CheckpointError: there is no such file, it cannot be read, or it does not fit the model.
             ValueError: `init_cfg` is of another type than 'Pretrained'.
         """
-        # Not the parent's, which would call the model's own init_weights() after the weights are in.
+        # The parent's method would call the model's own init_weights() after the weights are loaded.
         self._is_init = True
         if not self.init_cfg:
             return
@@ -179,15 +177,15 @@ class TimmBackbone(BaseModule):
         self.load(self.init_cfg["checkpoint"], self.init_cfg.get("prefix"))
 
     def load(self, checkpoint: str, prefix: str | None = None) -> None:
-        """Loads the weights of a file or an address into the model; see `init_cfg` and `init_weights`."""
+        """Loads the weights of a file or an address into the model. See `init_cfg` and `init_weights`."""
         file = find_checkpoint(checkpoint, self.arch)
-        allow_mmengine_checkpoints()  # again: a `torch.serialization.safe_globals` elsewhere takes it back at its end
+        allow_mmengine_checkpoints()  # again: a `torch.serialization.safe_globals` elsewhere undoes it at its end
         state_dict = select(read_state_dict(file), prefix)
         if self.convert_weights and is_original(state_dict):
             state_dict = from_original(state_dict)
         expected = self.model.state_dict()
         state_dict = {k: v for k, v in state_dict.items() if k not in self.pruned_keys}
-        # An image of other channels than the checkpoint's: its first convolution is summed up or repeated, as in timm.
+        # For another number of channels, the weight of the first convolution is summed or repeated, as in timm.
         first = self.model.pretrained_cfg.get("first_conv")
         key = f"{first}.weight"
         if key in state_dict and key in expected and state_dict[key].shape[1:2] == (3,):
@@ -203,7 +201,7 @@ class TimmBackbone(BaseModule):
 
 
 def create_model(arch: str, in_channels: int, options: dict) -> nn.Module:
-    """The model of timm, checked to have feature maps."""
+    """Creates a model of timm. Raises a ValueError if it has no feature maps."""
     if not timm.is_model(arch):
         raise ValueError(f"arch: no model {arch!r} in timm{did_you_mean(arch, timm.list_models())}")
     try:
@@ -231,12 +229,12 @@ def is_address(checkpoint: str) -> bool:
 
 
 def find_checkpoint(checkpoint: str, arch: str) -> Path:
-    """The file of a path or an address; what an address names is kept where PyTorch keeps such files."""
+    """The file of a path or an address. A downloaded file is stored in PyTorch's cache folder."""
     if is_address(checkpoint):
         file = Path(get_dir(), "checkpoints", checkpoint.rpartition("/")[2].partition("?")[0])
         file.parent.mkdir(parents=True, exist_ok=True)
         problem = None
-        for mine in (is_main_process(), True):  # one process first, then those of other machines
+        for mine in (is_main_process(), True):  # first the main process, then the processes on other machines
             if mine and not file.exists():
                 try:
                     download_url_to_file(checkpoint, str(file))
@@ -253,7 +251,7 @@ def find_checkpoint(checkpoint: str, arch: str) -> Path:
 
 
 def how_to_get_weights(arch: str) -> str:
-    """Where a model's ImageNet weights are, how a config is pointed to them, and how to do without."""
+    """Text: where a model's ImageNet weights are, how to name them in a config, and how to train without them."""
     name = arch.partition(".")[0]
     published = {"svit_small", "svit_base", "svit_large"}
     if name in published:
@@ -268,12 +266,12 @@ def how_to_get_weights(arch: str) -> str:
 
 
 def select(state_dict: dict[str, torch.Tensor], prefix: str | None) -> dict[str, torch.Tensor]:
-    """The backbone's part of a checkpoint, under the model's own names."""
+    """The backbone's weights in a checkpoint, under the model's own names."""
     if prefix is None and any(k.startswith("backbone.") for k in state_dict):
         prefix = "backbone"
     if prefix:
         start = prefix.removesuffix(".") + "."
         state_dict = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
-    if any(k.startswith("model.") for k in state_dict):  # a TimmBackbone's, whose output norms are left behind
+    if any(k.startswith("model.") for k in state_dict):  # of a TimmBackbone; its output norms are dropped
         state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
     return state_dict

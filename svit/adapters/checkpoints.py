@@ -1,4 +1,4 @@
-"""mmengine's checkpoints under `torch.load(weights_only=True)`, PyTorch's default."""
+"""Lets `torch.load(weights_only=True)`, PyTorch's default, read mmengine's checkpoints."""
 
 import os
 from collections.abc import Callable
@@ -12,13 +12,13 @@ __all__ = ["allow_mmengine_checkpoints", "refuse_foreign_objects"]
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Lets `torch.load` build what a Runner's checkpoint holds beside tensors: its history of the logged values.
+    """Lets `torch.load` read the history of logged values in a Runner's checkpoint.
 
-    That is mmengine's HistoryBuffer and the parts of NumPy arrays of numbers, all plain data. Without it, loading or
-    resuming fails with PyTorch from 2.6 on; nothing that could execute code is allowed. A history names its own
-    methods, which takes a `getattr`: `method_of_history` stands in for it.
+    It allows mmengine's HistoryBuffer and the parts of numeric NumPy arrays, which are plain data, and nothing that
+    could execute code. Without it, loading and resuming fail from PyTorch 2.6 on. A history refers to its own methods
+    by `getattr`; `method_of_history` replaces that.
     """
-    HistoryBuffer()  # the first one sets up which statistics there are
+    HistoryBuffer()  # the first instance registers the statistics
     core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
     kinds = {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64)}
     arrays = [np.ndarray, np.dtype, core._reconstruct, core.scalar, *kinds]
@@ -26,15 +26,15 @@ def allow_mmengine_checkpoints() -> None:
 
 
 def refuse_foreign_objects() -> None:
-    """Makes every `torch.load` of this process a `weights_only=True`, for programs of our own.
+    """Forces `weights_only=True` on every `torch.load` of this process. Our commands call it.
 
-    The maintained fork of mmengine reads a file that such a load refuses once more, and executes what it holds.
+    If such a load refuses a file, the maintained fork of mmengine loads it again without this protection.
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
 def method_of_history(owner: object, name: str) -> Callable:
-    """`getattr` for the statistics of HistoryBuffer and nothing else."""
+    """`getattr` that returns statistics of HistoryBuffer only."""
     if owner is not HistoryBuffer or name not in HistoryBuffer._statistics_methods:
         raise UnpicklingError(f"expected a statistic of HistoryBuffer, got {name!r} of {owner!r}")
     return getattr(owner, name)

@@ -1,4 +1,4 @@
-"""What a config asks for, looked at before a long run: checkpoints, folders, annotations, numbers of classes."""
+"""Checks a config before a long run: checkpoints, folders, annotations, numbers of classes."""
 
 import inspect
 import os
@@ -31,13 +31,13 @@ __all__ = ["check_backbone", "check_checkpoint", "check_data"]
 
 
 def check_backbone(config: Config) -> None:
-    """Builds the backbone and loads the file that it starts from, to see whether that works and the rest fits its maps.
+    """Builds the backbone, loads its checkpoint, and checks that neck and heads fit its maps.
 
     Raises:
-        ConfigError: the neck or a head expects other maps than it gets; says which.
-        CheckpointError: there is no such file, it cannot be read, or it is of another model; says where to get the
-            weights and how to do without.
-        ValueError: an argument of the backbone is wrong; names it.
+        ConfigError: the neck or a head expects other maps. The message names it.
+        CheckpointError: the file does not exist, cannot be read, or is of another model. The message says where to get
+            the weights and how to train without them.
+        ValueError: an argument of the backbone is wrong. The message names it.
     """
     arguments = dict(config.model.get("backbone", {}))
     if arguments.pop("type", None) in ("TimmBackbone", TimmBackbone):
@@ -51,15 +51,15 @@ def check_backbone(config: Config) -> None:
 
 
 def check_checkpoint(config: Config, file: str, backbone_only: bool = False) -> None:
-    """Whether a checkpoint holds the config's whole model; mmengine would leave out, and only log, what does not fit.
+    """Checks that a checkpoint holds all weights of the config's model. mmengine would only log what does not fit.
 
     Args:
-        config: as `load_config` gives it.
-        file: path of the checkpoint; an address is not looked at.
-        backbone_only: the rest may differ, as in fine-tuning.
+        config: the result of `load_config`.
+        file: path of the checkpoint. An address is not checked.
+        backbone_only: the other weights may differ, as in fine-tuning.
 
     Raises:
-        CheckpointError: there is no such file, it cannot be read, or it is of another model.
+        CheckpointError: the file does not exist, cannot be read, or is of another model.
     """
     if is_address(file):
         return
@@ -69,7 +69,7 @@ def check_checkpoint(config: Config, file: str, backbone_only: bool = False) -> 
     start = "backbone." if backbone_only else ""
     found = {k: v for k, v in read_state_dict(Path(file)).items() if k.startswith(start)}
     with torch.device("meta"):
-        expected = MODELS.build(deepcopy(config.model)).state_dict()  # mmdet writes into what it builds from
+        expected = MODELS.build(deepcopy(config.model)).state_dict()  # a copy, since mmdet changes its argument
     expected = {k: v for k, v in expected.items() if k.startswith(start)}
     problems = summary(differences(found, expected))
     if problems:
@@ -77,16 +77,16 @@ def check_checkpoint(config: Config, file: str, backbone_only: bool = False) -> 
 
 
 def check_data(config: Config, *splits: str) -> None:
-    """Looks at the folders and annotations of the splits ('train', 'val', 'test'), and fits the config to them.
+    """Checks the folders and annotations of the splits ('train', 'val', 'test'), and adapts the config to them.
 
-    Annotations in COCO's format that had to be put right (`check_annotations`) are written to `work_dir`, or to a
-    temporary folder if the config has none, and the config is pointed there; a warning says what was done. A
-    segmentor's pipelines get a `CheckMask` behind each `LoadAnnotations`. A test split without annotations gets an
-    evaluator that writes the results to `work_dir`; a warning says where.
+    Corrected annotations in COCO's format (`check_annotations`) are written to `work_dir`, or to a temporary folder if
+    the config has none. The config then names that file, and a warning lists the corrections. A segmentor's pipelines
+    get a `CheckMask` behind each `LoadAnnotations`. A test split without annotations gets an evaluator that writes the
+    results to `work_dir`, and a warning names the folder.
 
     Raises:
-        ConfigError: a folder or file is missing, annotations are no JSON or not COCO's or wrong, a class is not in
-            them, no image is left, or a head has another number of classes.
+        ConfigError: a folder or file is missing, annotations are no JSON, are not in COCO's format or have errors, a
+            class is not in them, no image is left, or a head has another number of classes.
     """
     for split in splits:
         loader = config.get(f"{split}_dataloader") or {}
@@ -112,7 +112,7 @@ def check_data(config: Config, *splits: str) -> None:
 
 
 def datasets(dataset: dict | None) -> Iterator[dict]:
-    """A data set, or those that it wraps."""
+    """A data set, or the data sets that it wraps."""
     if dataset is None:
         return
     inner = dataset.get("datasets") or ([dataset["dataset"]] if "dataset" in dataset else [])
@@ -123,13 +123,13 @@ def datasets(dataset: dict | None) -> Iterator[dict]:
 
 
 def check_dataset(dataset: dict, where: str, files: AnnotationFiles, needs_masks: bool) -> bool:
-    """Returns whether the data set has annotations."""
-    if "://" in str(dataset.get("data_root")):  # a store of another kind is left alone
+    """Checks a data set. Returns whether it has annotations."""
+    if "://" in str(dataset.get("data_root")):  # a remote store is not checked
         return True
     root = Path(dataset.get("data_root") or "")
     if not root.is_dir():
         raise ConfigError(f"{where}.data_root: no such folder: {root}. Give yours with --data-root")
-    if "img_suffix" in parameters(dataset):  # of mmseg, which lists the folders
+    if "img_suffix" in parameters(dataset):  # a data set of mmseg, which lists folders
         return check_folders(dataset, where)
     for key, prefix in (dataset.get("data_prefix") or {}).items():
         if prefix and not (root / prefix).is_dir():
@@ -173,7 +173,7 @@ def is_coco(kind: type) -> bool:
 
 
 def size_reader(dataset: dict, root: Path) -> Callable[[str], tuple[int, int] | None]:
-    """A function from the name of an image to its width and height as the pipeline loads it, None if it cannot."""
+    """A function from the name of an image to its width and height in the pipeline, or None if it cannot be read."""
     loader = next((step for step in steps(dataset) if name_of(step) == "LoadImageFromFile"), {})
     turned = is_turned(loader.get("color_type", "color"), loader.get("imdecode_backend", "cv2"))
     folder = root / ((dataset.get("data_prefix") or {}).get("img") or "")
@@ -187,7 +187,7 @@ def size_reader(dataset: dict, root: Path) -> Callable[[str], tuple[int, int] | 
 
 
 def steps(part: Any) -> Iterator[dict]:
-    """The transforms in a data set's pipeline, and those inside of others."""
+    """The transforms in a data set's pipeline, nested ones included."""
     if isinstance(part, dict):
         if "type" in part and "pipeline" not in part:
             yield part
@@ -198,13 +198,13 @@ def steps(part: Any) -> Iterator[dict]:
 
 
 def name_of(part: dict) -> str:
-    """The name of a part's type, without that of its package."""
+    """The name of a part's type, without its package."""
     kind = part["type"]
     return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
 
 
 def check_folders(dataset: dict, where: str) -> bool:
-    """Looks at the folders of images and masks of a data set of mmseg; returns whether it has masks."""
+    """Checks the folders of images and masks of a data set of mmseg. Returns whether it has masks."""
     prefixes = dataset.get("data_prefix") or {}
     root = Path(dataset.get("data_root") or "")
     images = root / (prefixes.get("img_path") or "")
@@ -230,11 +230,10 @@ def masks_folder(dataset: dict) -> str | None:
 
 
 def names_of_images(dataset: dict, where: str) -> list[str]:
-    """The images of a data set of mmseg, below their folder: those that its `ann_file` lists, else all that are there.
+    """The images of a data set of mmseg, relative to their folder: those in its `ann_file`, else all in the folder.
 
     Raises:
-        ConfigError: there are none, a link leads in a circle, or mmseg would read files that are hidden or not the
-            user's.
+        ConfigError: there are none, a link leads in a circle, or mmseg would read hidden files or files of the system.
     """
     root, suffix = Path(dataset.get("data_root") or ""), option(dataset, "img_suffix")
     folder = root / ((dataset.get("data_prefix") or {}).get("img_path") or "")
@@ -280,7 +279,7 @@ def evaluates_masks(evaluators: Sequence[dict]) -> bool:
 
 
 def check_evaluator(evaluator: dict, where: str, parts: list[dict], files: AnnotationFiles) -> None:
-    """Whether an evaluator's annotations can be used, and are those of the split's images."""
+    """Checks that an evaluator's annotations can be used and cover the split's images."""
     file = Path(evaluator["ann_file"])
     if "://" in str(evaluator["ann_file"]):
         return
@@ -302,14 +301,14 @@ def check_evaluator(evaluator: dict, where: str, parts: list[dict], files: Annot
 
 
 def write_results_only(config: Config, without: list[dict], evaluators: Sequence[dict]) -> None:
-    """Has the evaluators of a test split without annotations write the results, and compute nothing."""
+    """Lets the evaluators of a test split without annotations write the results and compute no metrics."""
     folder = Path(config.get("work_dir") or tempfile.mkdtemp(prefix="results-"), "results").resolve()
     annotations = source(without[0])
     for evaluator in filter(None, evaluators):
         kind = name_of(evaluator)
         if kind == "CocoMetric":
             own = dict(outfile_prefix=str(folder / Path(annotations).stem))
-            evaluator["ann_file"] = annotations  # for the images and categories; another split's would not fit
+            evaluator["ann_file"] = annotations  # has the images and categories of this split
         elif kind == "IoUMetric":
             own = dict(output_dir=str(folder))
         else:
@@ -324,7 +323,7 @@ def write_results_only(config: Config, without: list[dict], evaluators: Sequence
 
 
 def check_names(dataset: dict) -> None:
-    """IoUMetric names its results after the images, without their folders."""
+    """Checks that image names are distinct: IoUMetric names results after the images, without their folders."""
     names = names_of_images(dataset, "test_dataloader.dataset.data_prefix.img_path")
     twice = [name for name, count in Counter(Path(name).stem for name in names).items() if count > 1]
     if twice:
@@ -349,14 +348,14 @@ def add_mask_checks(parts: list[dict], model: dict) -> None:
 
 
 def with_mask_check(pipeline: Sequence, check: dict | None) -> list:
-    """A pipeline, and those inside of it, with `check` after each `LoadAnnotations`; with None without either."""
+    """The pipeline with `check` after each `LoadAnnotations`, also inside nested pipelines. None removes both."""
     found = []
     for step in pipeline:
         if isinstance(step, (list, tuple)):
             found.append(with_mask_check(step, check))
             continue
         name = name_of(step)
-        if name == "TestTimeAug":  # a list in it holds alternatives, and a step alone is one of one
+        if name == "TestTimeAug":  # each list in it holds alternatives
             lists = []
             for choice in step["transforms"]:
                 lists += [[part] for part in with_mask_check(choice, check)] if len(choice) == 1 else [choice]
@@ -371,7 +370,7 @@ def with_mask_check(pipeline: Sequence, check: dict | None) -> list:
 
 
 def classes_of(dataset: dict) -> Sequence[str]:
-    """The classes of a data set: the config's own, else those of its type, else none."""
+    """The classes of a data set: the config's own, else those of its type, else ()."""
     own = (dataset.get("metainfo") or {}).get("classes")
     return own or getattr(type_of(dataset), "METAINFO", {}).get("classes", ())
 
@@ -383,7 +382,7 @@ def option(dataset: dict, name: str) -> Any:
 
 
 def parameters(dataset: dict) -> Mapping[str, inspect.Parameter]:
-    """The arguments that a data set's type and those that it is derived from take, with their defaults."""
+    """The arguments of a data set's type and of its base classes, with their defaults."""
     kinds = [kind for kind in reversed(type_of(dataset).__mro__) if kind is not object]
     return {name: value for kind in kinds for name, value in inspect.signature(kind.__init__).parameters.items()}
 
@@ -399,7 +398,7 @@ def type_of(dataset: dict) -> type:
 
 
 def check_heads(model: Any, classes: Sequence[str], name: str = "model") -> None:
-    """Whether every head that tells the data's classes apart has an output for each."""
+    """Checks that every head that predicts classes has as many outputs as the data has classes."""
     heads = ("bbox_head", "mask_head", "decode_head", "auxiliary_head")
     if isinstance(model, dict):
         outputs = model.get("num_classes")

@@ -1,4 +1,4 @@
-"""The configs that come with the package: found by name, pointed to data, fitted to the machine."""
+"""The configs that come with the package: finds them by name, sets their data folder, adapts them to the machine."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +16,11 @@ __all__ = ["ConfigError", "config_names", "find_config", "fit_to_machine", "load
 
 
 class ConfigError(InputError):
-    """A config cannot be found or used; the message says what is wrong with which part of it."""
+    """A config cannot be found or used. The message names the part and what is wrong with it."""
 
 
 def configs_folder() -> Path:
-    """Where the configs are: inside the package once it is installed, beside it in a checkout."""
+    """The folder of the configs: inside the installed package, or beside the package in a clone."""
     package = Path(svit.__file__).parent
     inside = package / "mm_configs"
     return inside if inside.is_dir() else package.parent / "mm_configs"
@@ -32,7 +32,7 @@ def config_names() -> list[str]:
 
 
 def find_config(name: str) -> Path:
-    """The file of a config: the path of one, or the name of one of ours, with or without '.py'.
+    """Returns the file of a config. `name` is a path, or the name of one of our configs with or without '.py'.
 
     Raises:
         ConfigError: there is neither such a file nor such a name.
@@ -50,16 +50,16 @@ def find_config(name: str) -> Path:
 
 
 def load_config(name: str, options: dict[str, Any] | None = None, data_root: str | None = None) -> Config:
-    """Reads a config, with its package's modules registered and its default scope set.
+    """Reads a config, registers the modules of its package and sets its default scope.
 
     Args:
         name: as in `find_config`.
         options: values to replace, by dotted names, as mmengine's `Config.merge_from_dict` takes them.
-        data_root: the folder of the data, in place of the config's `data_root` wherever that stands.
+        data_root: folder of the data. It replaces the config's `data_root` everywhere.
 
     Raises:
-        ConfigError: no such config, one that cannot be read or is none of a model, options that it does not take,
-            `data_root` for a config without one, or a package that it needs cannot be imported.
+        ConfigError: the config does not exist, cannot be read, has no model, does not take the options or has no
+            `data_root` to replace, or a package that it needs cannot be imported.
     """
     path = find_config(name)
     try:
@@ -85,7 +85,7 @@ def load_config(name: str, options: dict[str, Any] | None = None, data_root: str
 
 
 def move_data(value: Any, old: str, new: str) -> Any:
-    """`value` with every path under the folder `old` moved under `new`."""
+    """`value` with every path in the folder `old` moved to the folder `new`."""
     old = old.rstrip("/")
 
     def move(path: str) -> str:
@@ -97,7 +97,7 @@ def move_data(value: Any, old: str, new: str) -> Any:
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with every string in its nested dicts, lists and tuples changed; keys stay."""
+    """`value` with `change` applied to every string in nested dicts, lists and tuples. Keys do not change."""
     if isinstance(value, dict):
         return type(value)({k: map_strings(v, change) for k, v in value.items()})
     if isinstance(value, (list, tuple)):
@@ -106,7 +106,7 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def init_scope(config: Config) -> None:
-    """Registers the modules of the package that a config is written for, and makes it the default to find them in."""
+    """Registers the modules of the config's package and makes that package the default scope."""
     scope = config.get("default_scope", "mmengine")
     if scope == "mmdet":
         from mmdet.utils import register_all_modules
@@ -119,7 +119,7 @@ def init_scope(config: Config) -> None:
 
 
 def fit_to_machine(config: Config) -> None:
-    """Without a GPU: processes that talk over gloo, and BatchNorm in place of SyncBN, which needs a GPU."""
+    """Without a GPU, sets gloo as the processes' backend, and replaces SyncBN, which needs a GPU, by BatchNorm."""
     if torch.cuda.is_available():
         return
     config.env_cfg = {**(config.get("env_cfg") or {}), "dist_cfg": dict(backend="gloo")}

@@ -14,16 +14,16 @@ from svit.profiling import HANDLES
 
 __all__ = ["DETECTIONS", "PROPOSALS", "ImageToHeads", "register_flop_handles"]
 
-# Regions of every image that a two-stage detector passes to its box heads, all that its RPN may propose, and to its
-# mask heads, all that it may find.
+# Regions of an image that a two-stage detector passes to its box heads (the most that its RPN proposes), and to its
+# mask heads (the most that it detects).
 PROPOSALS, DETECTIONS = 1000, 100
 
 
 class ImageToHeads(nn.Module):
     """A detector or segmentor as one function of an image, up to the raw outputs of its heads.
 
-    Without what depends on the image's content and on training: no post-processing, no auxiliary head. A two-stage
-    detector always has `PROPOSALS` regions in its box heads and `DETECTIONS` in its mask heads, whatever its RPN finds.
+    It omits what depends on the image's content or on training: post-processing and the auxiliary head. A two-stage
+    detector always has `PROPOSALS` regions in its box heads and `DETECTIONS` in its mask heads.
 
     Args:
         config: as `load_config` gives it.
@@ -43,12 +43,12 @@ class ImageToHeads(nn.Module):
             self.model.roi_head.forward = self.cascade
 
     def propose(self, maps: tuple[torch.Tensor, ...], *_, **__) -> list[InstanceData]:
-        """In place of the RPN's `predict`: runs it, and proposes the same regions whatever it finds."""
+        """Replaces the RPN's `predict`: runs the RPN, but always proposes the same regions."""
         self.rpn_outputs = self.model.rpn_head(maps)
         return [InstanceData(bboxes=maps[0].new_tensor([[0.0, 0.0, 64.0, 64.0]]).repeat(PROPOSALS, 1))]
 
     def cascade(self, maps: tuple[torch.Tensor, ...], proposals: list[InstanceData], samples: list) -> tuple:
-        """In place of a cascade's `forward`, which passes every region to the mask heads."""
+        """Replaces a cascade's `forward`, which would pass every region to the mask heads."""
         from mmdet.structures.bbox import bbox2roi
 
         head = self.model.roi_head
@@ -62,7 +62,7 @@ class ImageToHeads(nn.Module):
         size = tuple(image.shape[-2:])
         meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0))
         outputs = self.model(image, [BaseDataElement(metainfo=meta)], mode="tensor")
-        # The RPN's are outputs too: what no output depends on is left out of a trace.
+        # The RPN's results are outputs too: a trace omits work that no output depends on.
         return tuple(tensors((outputs, self.rpn_outputs)))
 
 
@@ -76,5 +76,5 @@ def tensors(value: object) -> list[torch.Tensor]:
 
 
 def register_flop_handles() -> None:
-    """Makes mmengine's counter, and mmdet's and mmseg's get_flops.py over it, count the products in an attention."""
+    """Lets mmengine's counter, which mmdet's and mmseg's get_flops.py use, count the products of an attention."""
     complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(HANDLES)

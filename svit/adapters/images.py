@@ -1,4 +1,4 @@
-"""A look at every file of the data sets before the first iteration, and at every mask when it is loaded."""
+"""Checks every file of the data sets before the first iteration, and every mask when it is loaded."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -19,39 +19,42 @@ from .masks import NUMBERS, WIDE_NUMBERS, MaskValues, in_words, values_of
 
 __all__ = ["CheckImagesHook", "CheckMask", "ImageError", "Sizes", "is_turned"]
 
-# Masks of each data set whose pixels are looked at before training; of all others it is the header.
+# So many masks of each data set are decoded before training. Of the others only the header is read.
 SAMPLE = 64
 EXIF_ORIENTATION = 0x0112
-# What OpenCV reads wherever it is installed; it is asked about others.
+# Formats that every OpenCV reads. For others the check asks OpenCV.
 READ_BY_OPENCV = {"JPEG", "PNG", "BMP"}
 DAMAGED = "not an image, or a damaged one"
 
 
 class ImageError(InputError):
-    """Images or masks are missing, cannot be decoded or do not fit each other; the message names them."""
+    """Images or masks are missing, cannot be decoded or do not fit each other. The message names them."""
 
     def __init__(self, message: str) -> None:
-        # From a worker of a DataLoader it comes with the worker's traceback before it.
+        # A DataLoader puts the worker's traceback before the message.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
 
 
 class Sizes(NamedTuple):
-    """Width and height of an image as it is stored, and as it is turned by its EXIF orientation."""
+    """Width and height of an image as stored, and after turning it by its EXIF orientation."""
 
     stored: tuple[int, int]
     upright: tuple[int, int]
 
     @classmethod
     def of(cls, image: Image.Image) -> "Sizes":
-        """By the header. Pillow and OpenCV always turn a TIFF; in a PNG Pillow would look for EXIF data to its end."""
+        """Reads the sizes from the header. Pillow and OpenCV always turn a TIFF.
+
+        EXIF data of a PNG counts only if it stands before the pixels: otherwise Pillow would read the whole file.
+        """
         sideways = False
         if image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info):
-            with suppress(Exception):  # damaged EXIF data turn nothing
+            with suppress(Exception):  # damaged EXIF data does not turn the image
                 sideways = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
         return cls(image.size, image.size[::-1] if sideways else image.size)
 
     def flaw(self, turned: bool, expected: tuple, what: str) -> str | None:
-        """That an image is loaded in another size than expected, and what to do about it; None if it is not."""
+        """A text if the loaded size of the image differs from the expected one, with the remedy. Else None."""
         loaded = self.upright if turned else self.stored
         if tuple(expected) == loaded:
             return None
@@ -67,18 +70,23 @@ class Sizes(NamedTuple):
 class CheckImagesHook(Hook):
     """Opens every image and mask of the training and validation data before training starts.
 
-    Only the header is read, some tenths of a millisecond a file, so that a file that is missing, empty or no image
-    stops the run at once instead of after hours. So does an image whose size is not that of its annotations or its
-    mask, a mask in colours, and class numbers that do not exist in the masks that are read to their end: `SAMPLE` of
-    them, evenly spread, and all of more than 8 bits. Processes share the work. `custom_hooks=[]` in a config leaves it
-    out, for data that Pillow cannot open.
+    It stops the run at once, instead of after hours, if
+
+    - a file is missing, empty or no image
+    - the size of an image differs from its annotations or its mask
+    - a mask is in colours
+    - a decoded mask has a class number that does not exist
+
+    It decodes `SAMPLE` masks at even distances, and all masks of more than 8 bits. Of other files it reads the header
+    only, which takes some tenths of a millisecond. Processes share the work. `custom_hooks=[]` in a config turns the
+    hook off, for data that Pillow cannot open.
 
     Args:
-        decode: read each file to its end, which also finds those that are cut short, and takes as long as two epochs'
-            loading of images.
+        decode: decode every file, which also finds files that are cut short. It takes as long as loading the images of
+            two epochs.
 
     Raises:
-        ImageError: names the first few such files, and how many there are.
+        ImageError: names the first few such files and their number.
     """
 
     def __init__(self, decode: bool = False) -> None:
@@ -97,10 +105,10 @@ class CheckImagesHook(Hook):
 
 @TRANSFORMS.register_module()
 class CheckMask:
-    """Stops at a mask that holds a number of no class; stands after MMSegmentation's `LoadAnnotations`.
+    """Raises an error for a mask with a number of no class. It stands after MMSegmentation's `LoadAnnotations`.
 
-    The tools put it into every pipeline of a segmentor: the loss would end in an index out of range, on a GPU in an
-    assertion of the device, neither of which names the mask.
+    Our commands put it into every pipeline of a segmentor. Without it the loss fails with an index error, on a GPU with
+    an assertion of the device, and neither names the mask.
 
     Args:
         num_classes: of the data set.
@@ -118,16 +126,16 @@ class CheckMask:
         labels = results["gt_seg_map"]
         if ((labels >= self.num_classes) & (labels != 255) & (labels != self.ignore_index)).any():
             values = np.unique(labels).astype(int)
-            if results.get("reduce_zero_label"):  # as they stand in the file
+            if results.get("reduce_zero_label"):  # the values in the file
                 values = np.sort(np.where(values == 255, 0, values + 1))
-            # The map from a type's classes to the config's has been applied.
+            # `label_map` has been applied before.
             expected = MaskValues(self.num_classes, results.get("reduce_zero_label"), None, self.ignore_index)
             raise ImageError(f"mask {results['seg_map_path']}: {in_words(values)}; expected {expected}")
         return results
 
 
 def check_images(dataset: Any, decode: bool = False) -> None:
-    """Opens every file that a data set of mmengine's (`get_data_info`) names, or those that it is made of.
+    """Opens every file that a data set of mmengine (`get_data_info`) names, or those of the data sets that it wraps.
 
     Raises:
         ImageError: see `CheckImagesHook`.
@@ -137,14 +145,14 @@ def check_images(dataset: Any, decode: bool = False) -> None:
 
 
 def parts(dataset: Any) -> Iterator[Any]:
-    """The data sets that one is made of: each once, however often its images are repeated."""
+    """The data sets that `dataset` wraps, each once."""
     inner = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
     for part in inner:
         yield from [dataset] if part is None else parts(part)
 
 
 class Checked:
-    """One data set, and what was found in its files."""
+    """Checks one data set and collects the problems of its files."""
 
     def __init__(self, dataset: Any, decode: bool) -> None:
         self.dataset, self.decode = dataset, decode
@@ -185,8 +193,8 @@ class Checked:
             raise ImageError(f"masks in {folder}: {flaw} (in the {sum(counts)} looked at)")
 
     def look(self, file: Any, flaw_of: Callable[[Image.Image], str | None]) -> Sizes | None:
-        """Opens a file and notes what is wrong with it; returns its sizes, None if it cannot be opened."""
-        if file is None or "://" in str(file):  # a store of another kind is left alone
+        """Opens a file and records its problem. Returns its sizes, or None if it cannot be opened."""
+        if file is None or "://" in str(file):  # remote files are not checked
             return None
         problem, sizes = None, None
         try:
@@ -197,14 +205,14 @@ class Checked:
                     image.load()
         except FileNotFoundError:
             problem = "no such file"
-        except Exception:  # of a damaged file, Pillow's decoders raise nearly anything
+        except Exception:  # for a damaged file Pillow's decoders raise nearly any exception
             problem = DAMAGED
         if problem:
             self.bad[str(file)] = problem
         return sizes
 
     def image_flaw(self, image: Image.Image, info: dict) -> str | None:
-        """What is wrong with an image by its header, and where it shall be decoded, for the config's loader."""
+        """The problem of an image for the config's loader, or None: by its header, and with `decode` by its pixels."""
         if self.by_opencv and image.format not in READ_BY_OPENCV:
             if image.format == "TIFF" and image.mode in ("I", "F") and not self.unchanged:
                 return "a TIFF of 32 bits, which OpenCV does not read"
@@ -213,12 +221,12 @@ class Checked:
         if self.by_pillow and image.mode in WIDE_NUMBERS | {"F"} and not self.unchanged:
             return "more than 8 bits, which imdecode_backend='pillow' makes white; OpenCV, the default, takes 16"
         if self.by_opencv and self.decode:
-            self.loader(dict(img_path=info["img_path"]))  # an error for what Pillow may forgive, and the reverse
+            self.loader(dict(img_path=info["img_path"]))  # OpenCV refuses some files that Pillow reads
         annotated = info.get("width"), info.get("height")
         return None if None in annotated else Sizes.of(image).flaw(self.turned, annotated, "its annotations are of")
 
     def mask_flaw(self, mask: Image.Image, sizes: Sizes | None, in_sample: bool) -> str | None:
-        """What is wrong with a mask: by its header, and by its pixels if it is one of the sample."""
+        """The problem of a mask, or None: by its header, and in the sample by its pixels."""
         flaw = sizes and sizes.flaw(self.turned, mask.size, "this mask is")
         if flaw or self.values is None:
             return flaw
@@ -234,7 +242,7 @@ class Checked:
 
 
 def is_turned(color_type: str, backend: str | None) -> bool:
-    """Whether mmcv turns an image as its EXIF data say, where `LoadImageFromFile` has these arguments."""
+    """Whether mmcv turns an image by its EXIF orientation if `LoadImageFromFile` has these arguments."""
     return backend in ("cv2", "pillow", None) and color_type in ("color", "grayscale")
 
 
@@ -243,7 +251,7 @@ def in_pixels(size: tuple) -> str:
 
 
 def problem_with(file: Any) -> str | None:
-    """What is wrong with an image by its header, None if nothing is."""
+    """The problem of an image file by its header, or None."""
     try:
         with Image.open(file):
             return None

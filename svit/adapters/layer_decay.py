@@ -7,10 +7,10 @@ __all__ = ["LayerDecayOptimWrapperConstructor"]
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Smaller learning rates for earlier layers: those of layer i of n get lr * layer_decay_rate^(n - 1 - i).
+    """Sets smaller learning rates for earlier layers: layer i of n gets lr * layer_decay_rate^(n - 1 - i).
 
-    Which layer a parameter belongs to is the backbone's to say, by `get_layer_depth`; what follows the backbone trains
-    at the full rate. All options of mmengine's own constructor work beside it. In a config:
+    The backbone's `get_layer_depth` gives the layer of a parameter. All modules after the backbone train at the full
+    rate. All options of mmengine's own constructor work too. In a config:
 
         optim_wrapper = dict(
             constructor='LayerDecayOptimWrapperConstructor',
@@ -28,7 +28,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self.layer_decay_rate = rate
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
-        """The parent's, one group a parameter, called by it for every module again, and each group's rate."""
+        """Calls the parent's method, which recurses and makes one group for each parameter. Then sets each rate."""
         super().add_params(params, module, prefix, **kwargs)
         if prefix:
             return

@@ -1,4 +1,4 @@
-"""Whether the neck and the heads of a detector or segmentor fit the feature maps that they get."""
+"""Checks that the neck and the heads of a detector or segmentor fit their feature maps."""
 
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ __all__ = ["check_maps"]
 
 
 class Maps(NamedTuple):
-    """Feature maps: channels and strides of each, and what they come from, for messages."""
+    """Channels and strides of feature maps, and their source, for messages."""
 
     channels: list[int]
     strides: list[int]
@@ -23,7 +23,7 @@ class Maps(NamedTuple):
 
 
 def check_maps(model: Config, backbone: TimmBackbone) -> None:
-    """Compares what the neck and the heads expect with what they get.
+    """Compares the maps that the neck and the heads expect with those that they get.
 
     Args:
         model: the config's `model`.
@@ -38,10 +38,10 @@ def check_maps(model: Config, backbone: TimmBackbone) -> None:
         maps = through_neck(model["neck"], maps)
     if maps is None:
         return
-    # The heads alone matter; a small backbone is built at once.
+    # Only the heads matter, so the smallest backbone will do.
     light = deepcopy(dict(model))
     light["backbone"] = dict(type="TimmBackbone", arch="test_svit")
-    built = build(light, "model", "meta", "cpu")  # without memory for the weights, if that works
+    built = build(light, "model", "meta", "cpu")  # on "meta" the weights take no memory
     for name in ("rpn_head", "bbox_head", "mask_head"):
         if isinstance(getattr(built, name, None), nn.Module) and isinstance(model.get(name), dict):
             check_dense_head(getattr(built, name), f"model.{name}", maps)
@@ -55,20 +55,20 @@ def check_maps(model: Config, backbone: TimmBackbone) -> None:
 
 
 def build(part: dict, where: str, *devices: str) -> nn.Module:
-    """A part of the model, on the first of the devices that works."""
+    """Builds a part of the model on the first device that works."""
     errors = []
     for device in devices:
         try:
             with torch.device(device):
                 return MODELS.build(deepcopy(part))
-        except Exception as error:  # of mmdet's and mmseg's, most are bare assertions
+        except Exception as error:  # mmdet and mmseg mostly raise bare assertions
             errors.append(error)
-    said = f"{type(errors[-1]).__name__}: {errors[-1]}" if str(errors[-1]) else type(errors[-1]).__name__
-    raise ConfigError(f"{where}: cannot be built ({said})") from errors[-1]
+    reason = f"{type(errors[-1]).__name__}: {errors[-1]}" if str(errors[-1]) else type(errors[-1]).__name__
+    raise ConfigError(f"{where}: cannot be built ({reason})") from errors[-1]
 
 
 def through_neck(neck: Any, maps: Maps) -> Maps | None:
-    """The maps that a neck, or several in a row, makes of the backbone's; None if it needs more than these."""
+    """The maps after a neck, or several in a row. None if a neck needs other inputs than the backbone's maps."""
     several = isinstance(neck, (list, tuple))
     size = 8 * max(maps.strides)
     tensors = tuple(
@@ -91,7 +91,7 @@ def through_neck(neck: Any, maps: Maps) -> Maps | None:
         try:
             with torch.no_grad():
                 tensors = module(tensors)
-        except Exception:  # it may need more than the maps
+        except Exception:  # it may need other inputs
             return None
         if not isinstance(tensors, (list, tuple)) or not all(torch.is_tensor(t) and t.ndim == 4 for t in tensors):
             return None
@@ -103,7 +103,7 @@ def mismatch(what: str, expected: Any, maps: Maps, given: Any) -> ConfigError:
 
 
 def check_dense_head(head: nn.Module, where: str, maps: Maps) -> None:
-    """A head that looks at every place of all maps."""
+    """Checks a head that runs at every position of all maps."""
     given = getattr(head, "in_channels", None)
     if isinstance(given, int) and len(set(maps.channels)) == 1 and given != maps.channels[0]:
         raise mismatch(f"{where}.in_channels", maps.channels[0], maps, given)
@@ -111,7 +111,7 @@ def check_dense_head(head: nn.Module, where: str, maps: Maps) -> None:
     if strides is None:
         return
     strides = [int(stride[0]) if isinstance(stride, (list, tuple)) else int(stride) for stride in strides]
-    # Of a map that is not a power of two smaller the stride is known only roughly.
+    # If the stride of a map is no power of two, it is known only approximately.
     fits = all(2 / 3 < ours / theirs < 3 / 2 for ours, theirs in zip(strides, maps.strides, strict=False))
     if len(strides) != len(maps.strides) or not fits:
         raise ConfigError(
@@ -120,7 +120,7 @@ def check_dense_head(head: nn.Module, where: str, maps: Maps) -> None:
 
 
 def check_roi_head(head: nn.Module, maps: Maps) -> None:
-    """A head that looks at regions: where it takes them from, and what it does with them."""
+    """Checks a head that runs on regions: the strides and channels of its extractors, and its input channels."""
     for kind in ("bbox", "mask"):
         extractors = modules(getattr(head, f"{kind}_roi_extractor", None))
         heads = modules(getattr(head, f"{kind}_head", None))
@@ -148,7 +148,7 @@ def modules(part: Any) -> list[nn.Module]:
 
 
 def check_decode_head(head: dict, where: str, maps: Maps) -> None:
-    """A head of a segmentor, which names the maps that it takes."""
+    """Checks a head of a segmentor, which names its input maps."""
     channels, indices = head.get("in_channels"), head.get("in_index", -1)
     one = isinstance(channels, int)
     if not one and not isinstance(channels, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Masks of class numbers, as MMSegmentation reads them: which values they may hold."""
+"""The values that masks of class numbers may hold, as MMSegmentation reads them."""
 
 from collections.abc import Iterable
 
@@ -7,9 +7,9 @@ from PIL import Image
 
 __all__ = ["NUMBERS", "WIDE_NUMBERS", "MaskValues", "in_words", "values_of"]
 
-# Pillow's modes of one channel of numbers; a palette's colours play no part.
+# Pillow's modes with one channel of numbers. The colours of a palette are ignored.
 NUMBERS = {"1", "L", "P"}
-# As well, but MMSegmentation keeps the last 8 bits of each.
+# Modes with one channel of more bits. MMSegmentation keeps the last 8 bits of each number.
 WIDE_NUMBERS = {"I", "I;16", "I;16L", "I;16B", "I;16N"}
 
 
@@ -19,7 +19,7 @@ class MaskValues:
     Args:
         num_classes: of the data set.
         reduce_zero_label: 0 is no class, and class i has the value i + 1.
-        label_map: from the classes of the data set's type to those of the config, where these are other ones.
+        label_map: from the classes of the data set's type to those of the config, if they differ.
         ignore_index: a value that is no class, beside 255.
     """
 
@@ -43,14 +43,14 @@ class MaskValues:
         return f"{ranges(self.classes)} or {ranges(self.ignored)} = ignore"
 
     def flaw(self, values: np.ndarray) -> str | None:
-        """What is wrong with the values of one mask; None if nothing is."""
+        """The problem of the values of one mask, or None."""
         unknown = np.setdiff1d(values, [*self.classes, *self.ignored])
         return f"{in_words(values)}; expected {self}" if unknown.size else None
 
     def flaw_of_all(self, values: np.ndarray) -> str | None:
-        """What is wrong with the values of many masks together, each of which may be right; None if nothing is."""
+        """The problem of the values of many masks together, or None. Each mask may be valid by itself."""
         classes = np.intersect1d(values, self.classes)
-        # Masks of yes and no: no is the first class, yes, as 255, is ignored; or, where 0 is, no is.
+        # Binary masks: 0 is the first class, and 255 is ignored. With `reduce_zero_label`, 0 is ignored too.
         binary = classes.tolist() == self.classes[:1].tolist() and classes.size < min(self.num_classes, values.size)
         if classes.size == 0 or binary:
             return f"nothing but {in_words(values)}; expected {self}"
@@ -78,6 +78,6 @@ def in_words(values: Iterable[int], limit: int = 8) -> str:
 
 
 def values_of(mask: Image.Image) -> np.ndarray:
-    """The different values in a mask of one channel, rising."""
+    """The distinct values in a mask of one channel, in rising order."""
     pixels = np.asarray(mask)
     return np.flatnonzero(np.bincount(pixels.ravel())) if pixels.dtype == np.uint8 else np.unique(pixels).astype(int)

@@ -1,4 +1,4 @@
-"""Runs of mmengine that diverge, are moved or copied, or are asked to stop: what they leave can be gone on from."""
+"""Saves runs of mmengine so that they can resume after they diverge, are stopped, or are moved or copied."""
 
 import math
 import shutil
@@ -17,26 +17,25 @@ from mmengine.runner import Runner
 
 from svit.convert import is_finite
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 
 __all__ = ["DivergedError", "FiniteCheckpointHook", "StopHook", "Stopped"]
 
 
 class DivergedError(InputError):
-    """The loss, a weight or a moment is not finite; the message says where and what to change."""
+    """The loss, a weight or a moment is not finite. The message says where, and what to change."""
 
 
 @HOOKS.register_module()
 class FiniteCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook, which it takes the place of, for runs that may diverge, be moved or be copied.
+    """Replaces mmengine's CheckpointHook in runs that may diverge, be moved or be copied.
 
-    A loss that is not finite ends the run at once, and so does a weight or an optimizer's moment that is not, before
-    anything is written or an older checkpoint removed: in all processes, as all are asked. A metric that is not finite
-    is never the best.
+    A loss that is not finite ends the run at once, in all processes. So does a weight or an optimizer's moment that is
+    not finite, before a checkpoint is written or an older one removed. A metric that is not finite is never the best.
 
-    The path of the best checkpoint, which a checkpoint tells, may lead into another folder: that of the run before it
-    was moved or copied, or of the run that this one goes on from. The file beside is taken then, or a copy is made, so
-    that the next best one does not remove another run's.
+    A checkpoint stores the path of the best checkpoint. After a move, a copy or a resume this path may lead to another
+    folder. The hook then takes the file of that name in the work dir, or makes a copy there. So the next best
+    checkpoint does not remove the file of another run.
 
     Raises:
         DivergedError: after an iteration, or before a checkpoint would be written.
@@ -46,14 +45,14 @@ class FiniteCheckpointHook(CheckpointHook):
         folder = Path(runner.work_dir)
         if self.out_dir is not None:
             folder = Path(self.out_dir, folder.name)
-        for key, told in runner.message_hub.runtime_info.items():
-            # A store of another kind has one address from everywhere.
-            if key.startswith("best_ckpt") and told and "://" not in f"{told} {self.out_dir}":
-                runner.message_hub.update_info(key, own_file(Path(told), folder))
+        for key, stored in runner.message_hub.runtime_info.items():
+            # A remote store has the same address everywhere.
+            if key.startswith("best_ckpt") and stored and "://" not in f"{stored} {self.out_dir}":
+                runner.message_hub.update_info(key, own_file(Path(stored), folder))
         super().before_train(runner)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        # mmengine has waited for the loss already, to log it.
+        # mmengine has already waited for the loss to log it.
         loss = torch.as_tensor((outputs or {}).get("loss", 0.0)).detach().sum().item()
         if any_process(not math.isfinite(loss)):
             raise self.diverged(runner, f"the loss is {loss}")
@@ -66,13 +65,13 @@ class FiniteCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, Any]) -> None:
         if self.save_best:
             self.check(runner)
-            # None is passed over, but infinity would be the best for ever.
+            # mmengine skips None. Infinity would stay the best for ever.
             lost = [k for k, v in metrics.items() if isinstance(v, (float, np.floating)) and not math.isfinite(v)]
             metrics = {**metrics, **dict.fromkeys(lost)}
         super()._save_best_checkpoint(runner, metrics)
 
     def check(self, runner: Runner) -> None:
-        """Looks at all that a checkpoint holds; all processes must call it."""
+        """Raises a DivergedError if the content of a checkpoint is not finite. All processes must call it."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         averages = [hook.ema_model.state_dict() for hook in runner.hooks if isinstance(hook, EMAHook)]
         parts = {
@@ -82,7 +81,7 @@ class FiniteCheckpointHook(CheckpointHook):
         }
         lost = [f"the {name}" for name, part in parts.items() if not is_finite(part)]
         if any_process(bool(lost)):
-            what = " and ".join(lost) or "what another process holds"
+            what = " and ".join(lost) or "another process"
             raise self.diverged(runner, f"not all numbers of {what} are finite")
 
     def diverged(self, runner: Runner, what: str) -> DivergedError:
@@ -92,8 +91,8 @@ class FiniteCheckpointHook(CheckpointHook):
         kept = "nothing of it is saved"
         newest = self.last_ckpt or (runner._load_from if runner._resume else None)
         if newest:
-            kept += f": --resume {newest} goes on from there, load_from={newest} starts from its weights"
-        # Not the loop's, which may be ahead.
+            kept += f": --resume {newest} continues from there, load_from={newest} starts from its weights"
+        # The counters of the loop may be ahead.
         epoch, iteration = (runner.message_hub.get_info(key) + 1 for key in ("epoch", "iter"))
         return DivergedError(f"{what} in epoch {epoch}, iteration {iteration}; {advice}; {kept}")
 
@@ -107,13 +106,13 @@ class Stopped(Exception):
 
 
 class StopHook(Hook):
-    """Ends the run after the iteration in which a signal came, so that no checkpoint is cut short.
+    """Ends the run after the iteration in which a signal arrives, so that no checkpoint is cut short.
 
-    A run that counts iterations is saved first. One that counts epochs is not: mmengine could not go on in the midst of
-    an epoch.
+    A run that counts iterations is saved first. A run that counts epochs is not, since mmengine cannot resume inside an
+    epoch.
 
     Args:
-        signals: empty until one comes; not changed here.
+        signals: the received signals, empty at first. The hook does not change it.
 
     Raises:
         Stopped: in all processes after the same iteration of the training.
@@ -125,7 +124,7 @@ class StopHook(Hook):
         self.signals = signals
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        # To ask all processes takes time: so not after each iteration.
+        # Not after each iteration, since the processes have to agree.
         if get_world_size() > 1 and not self.every_n_train_iters(runner, 10):
             return
         if any_process(bool(self.signals)):
@@ -135,24 +134,24 @@ class StopHook(Hook):
             raise Stopped(self.signals[0] if self.signals else signal.SIGTERM)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        # Each process for itself: they may have different numbers of images.
+        # Processes may have different numbers of images, so each one decides for itself.
         if self.signals:
             raise Stopped(self.signals[0])
 
 
-def own_file(told: Path, folder: Path) -> str | None:
-    """The file of that name in `folder`, copied there if it is not; None where there is none anywhere."""
-    own = folder / told.name
-    if is_main_process() and not own.is_file() and told.is_file():
+def own_file(stored: Path, folder: Path) -> str | None:
+    """The file of the same name in `folder`, copied there if needed. None if neither file exists."""
+    own = folder / stored.name
+    if is_main_process() and not own.is_file() and stored.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(own) as part:
-            shutil.copyfile(told, part)
+        with atomic_write(own) as part:
+            shutil.copyfile(stored, part)
     barrier()
     return str(own) if own.is_file() else None
 
 
 def any_process(answer: bool) -> bool:
-    """Whether the answer of any process is yes; all must ask."""
+    """Whether `answer` is true in any process. All processes must call it."""
     if get_world_size() == 1:
         return answer
     count = torch.tensor(float(answer), device=get_comm_device())

@@ -42,7 +42,7 @@ from torch import nn
 import svit
 from svit.checkpoints import create_model, has_fixed_size
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 from svit.models import SViT
 from svit.ops import triton
 from svit.profiling import count
@@ -446,7 +446,7 @@ def csv_row(row: dict, setting: Setting, params: int, macs: int | None) -> dict:
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
-    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+    with atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

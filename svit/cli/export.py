@@ -30,7 +30,7 @@ from torch.export import Dim, ExportedProgram
 
 from svit.checkpoints import class_names
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 
 from . import install
 from .base import (
@@ -99,7 +99,7 @@ def export(args: argparse.Namespace, form: "Format", out: Path) -> None:
     # torch.export takes a size of 1 for a fixed one.
     shape = (args.batch_size if args.static else max(args.batch_size, 2), in_chans, *size)
     try:
-        with replacing(out) as part:
+        with atomic_write(out) as part:
             with in_words(args.model):
                 program = trace(model, shape, () if args.static else (0,) if fixed_size else AXES)
                 form.write(program, part, metadata(model, shape))

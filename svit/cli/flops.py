@@ -23,33 +23,17 @@ import timm
 from tabulate import tabulate
 from torch import nn
 
+from svit import published
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 from svit.names import did_you_mean
 from svit.profiling import Count, count
 
 from . import install
 from .base import add_img_size, height_and_width, make_parser
 
-# (model, image) -> MACs of the authors' code, counted by the same rules.
-PUBLISHED = {
-    ("svit_small", (224, 224)): 4_367_000_000,
-    ("svit_small", (384, 384)): 14_156_000_000,
-    ("svit_base", (224, 224)): 9_872_000_000,
-    ("svit_base", (384, 384)): 31_489_000_000,
-    ("svit_large", (224, 224)): 15_597_000_000,
-    ("svit_large", (384, 384)): 49_748_000_000,
-}
-# (backbone, detector or segmentor, image) -> the paper's figure, which leaves attention out: --no-attention-products.
-PUBLISHED_DENSE = {
-    ("svit_small", "MaskRCNN", (800, 1280)): 252_000_000_000,
-    ("svit_base", "MaskRCNN", (800, 1280)): 359_000_000_000,
-    ("svit_large", "MaskRCNN", (800, 1280)): 470_000_000_000,
-    ("svit_base", "CascadeRCNN", (800, 1280)): 837_000_000_000,
-    ("svit_small", "UPerHead", (512, 2048)): 926_000_000_000,
-    ("svit_base", "UPerHead", (512, 2048)): 1_036_000_000_000,
-    ("svit_large", "UPerHead", (512, 2048)): 1_151_000_000_000,
-}
+# Heads and detectors whose cost the paper prints, and in which of its settings.
+SETTINGS = {"MaskRCNN": "Mask R-CNN 1x", "CascadeRCNN": "Cascade Mask R-CNN 3x", "UPerHead": "UPerNet 160k"}
 COLUMNS = ["model", "img_size", "params", "macs", "published_macs"]
 MODULE_DEPTH = 4  # stages.0.blocks.0
 
@@ -127,7 +111,13 @@ def build_model(name: str, img_size: tuple[int, int] | None) -> Built:
     size = img_size or tuple(own_size)
     if model.pretrained_cfg.get("fixed_input_size") and size != tuple(own_size):
         model = timm.create_model(name, img_size=size)
-    return Built(model, in_chans, size, PUBLISHED.get((model.pretrained_cfg["architecture"], size)), None)
+    macs = published_macs(model.pretrained_cfg["architecture"], "ImageNet-1K", size, "fvcore_gmacs")
+    return Built(model, in_chans, size, macs, None)
+
+
+def published_macs(name: str | None, setting: str, size: tuple[int, int], metric: str) -> int | None:
+    gmacs = published.value(name, setting, size, metric)
+    return None if gmacs is None else round(gmacs * 1e9)
 
 
 def build_config(config, size: tuple[int, int]) -> Built:
@@ -135,8 +125,8 @@ def build_config(config, size: tuple[int, int]) -> Built:
 
     backbone = config.model.backbone
     kind = config.model.get("decode_head", config.model).type
-    published = PUBLISHED_DENSE.get((backbone.get("arch"), kind, size))
-    return Built(ImageToHeads(config), backbone.get("in_channels", 3), size, None, published)
+    macs = published_macs(backbone.get("arch"), SETTINGS.get(kind, ""), size, "layers_gmacs")
+    return Built(ImageToHeads(config), backbone.get("in_channels", 3), size, None, macs)
 
 
 def measure(
@@ -157,9 +147,9 @@ def measure(
         print(f"warning: {name}: {op} counts as 0 (runs {times} times)", file=sys.stderr)
     if per_module:
         print(f"{name} at {show(built.size)}\n{modules(result)}\n")
-    published = built.published if attention_products else built.published_layers
+    macs = built.published if attention_products else built.published_layers
     name = Path(name).stem if name.endswith(".py") else name
-    return dict(zip(COLUMNS, (name, list(built.size), result.params, result.macs, published), strict=True))
+    return dict(zip(COLUMNS, (name, list(built.size), result.params, result.macs, macs), strict=True))
 
 
 def show(size: list[int] | tuple[int, ...]) -> str:
@@ -211,7 +201,7 @@ def as_csv(rows: list[dict]) -> str:
 def write(target: Path, text: str) -> None:
     """Writes a file, whole or not at all."""
     try:
-        with replacing(target) as part:
+        with atomic_write(target) as part:
             part.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({error})") from error

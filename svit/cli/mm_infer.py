@@ -23,7 +23,7 @@ from svit.adapters.checks import check_backbone, check_checkpoint
 from svit.adapters.configs import load_config
 from svit.adapters.images import first, problem_with
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 from svit.folders import find_images
 from svit.images import UnreadableImageError, read_image
 from svit.names import distinct
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target) as part:
+            with atomic_write(target) as part:
                 Image.fromarray(picture).save(part)
         except OSError as error:
             raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error

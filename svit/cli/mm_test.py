@@ -19,7 +19,7 @@ from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint, check_data
 from svit.adapters.configs import load_config
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 
 from .base import make_parser
 from .mm_train import add_common_arguments, drop_start_weights, refusals_as_errors, start_processes
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     with refusals_as_errors(UnpicklingError):
         metrics = runner.test()
     if args.out and runner.rank == 0:
-        with replacing(args.out) as part:
+        with atomic_write(args.out) as part:
             part.write_text(json.dumps({k: float(v) for k, v in metrics.items()}, indent=2) + "\n")
     return 0
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from svit.checkpoints import create_model, read_metadata
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 from svit.images import MODES
 from svit.models import SViT
 
@@ -201,7 +201,7 @@ def write_folder(folder: Path, model: nn.Module, repo_id: str, **card: Any) -> N
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise InputError(f"{folder}: exists already")
-        with replacing(folder) as part:
+        with atomic_write(folder) as part:
             write_files(part, model, repo_id, **card)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error})") from error

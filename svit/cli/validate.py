@@ -22,9 +22,10 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
+from svit import published
 from svit.checkpoints import class_names
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 from svit.training.data import Loader, classes_of, eval_transform, image_mode, open_dataset, print_contents
 from svit.training.evaluation import evaluate
 
@@ -39,16 +40,6 @@ from .base import (
     out_of_memory_as_error,
     share,
 )
-
-# Top-1 of the paper's Table 2 in per cent, by model and size.
-PUBLISHED = {
-    ("svit_small", 224): 83.6,
-    ("svit_base", 224): 84.8,
-    ("svit_large", 224): 85.3,
-    ("svit_small", 384): 85.0,
-    ("svit_base", 384): 86.0,
-    ("svit_large", 384): 86.4,
-}
 
 # Of tables: figures as they are written, with all their digits.
 FIGURES = dict(disable_numparse=True, stralign="right")
@@ -83,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         result = validate(args)
     print_result(result, args.per_class)
     if args.json:
-        with replacing(args.json) as part:
+        with atomic_write(args.json) as part:
             part.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
@@ -126,7 +117,8 @@ def validate(args: argparse.Namespace) -> dict:
     if model.num_classes == 1000:
         architecture = model.pretrained_cfg.get("architecture") or args.model
         as_trained = (height, width) == tuple(model.pretrained_cfg["input_size"][1:])  # the paper's 384 is fine-tuned
-        result["paper_top1"] = PUBLISHED.get((architecture.partition(".")[0], height)) if as_trained else None
+        name, size = architecture.partition(".")[0], (height, width)
+        result["paper_top1"] = published.value(name, "ImageNet-1K", size, "top1") if as_trained else None
     return result
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from svit.checkpoints import class_names
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 from svit.folders import find_images
 from svit.images import UnreadableImageError, read_image
 from svit.layers import SuperTokenAttention
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     make_folder(args.out)
     # Every file takes its place at the end, the page last; on an error none does.
     with ExitStack() as files, out_of_memory_as_error("lower --img-size"):
-        page = files.enter_context(replacing(args.out / "index.html"))
+        page = files.enter_context(atomic_write(args.out / "index.html"))
         sections = []
         for image, photo in photos.items():
             facts, figures = look(model, photo, args.img_size, args.point, args.n_iter)
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             shown = []
             for caption, figure in figures.items():
                 name = f"{image.stem}-{caption.replace(' ', '-')}.{args.format}"
-                with files.enter_context(replacing(args.out / name)).open("wb") as file:
+                with files.enter_context(atomic_write(args.out / name)).open("wb") as file:
                     figure.savefig(file, format=args.format, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
                 shown.append(FIGURE.format(file=quote(os.fsencode(name)), caption=caption))
             sections.append(SECTION.format(image=escape(image.name), facts=escape(facts), figures="\n".join(shown)))

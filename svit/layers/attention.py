@@ -27,34 +27,34 @@ from .fusing import (
 )
 
 torch.fx.wrap("check_map")
-# In one step each, so that the softmax in a graph is that of the attention, which timm's AttentionExtract looks for.
+# One step each in a graph of torch.fx, so that timm's AttentionExtract finds the attention's softmax and no other.
 torch.fx.wrap("sample")
 torch.fx.wrap("spread")
 
-REFERENCE = Plan("sample", "reference", _dispatch.REFERENCE, False)  # PyTorch's operations, and each module one by one
+REFERENCE = Plan("sample", "reference", _dispatch.REFERENCE, False)  # PyTorch's operations, module by module
 
 
 class SuperTokenAttention(nn.Module):
     """Super token attention (paper: section 3.2).
 
-    Pixels are averaged into one super token per cell, weighted by a soft association of each pixel with the 3 x 3 super
-    tokens around its cell; the super tokens attend to each other; each pixel gets the weighted sum of its 9. With cells
-    of one pixel this is plain global attention among the pixels.
+    Sampling averages the pixels into one super token for each cell. The weights are a soft association of each pixel
+    with the 3 x 3 super tokens around its cell. The super tokens attend to each other. Upsampling gives each pixel the
+    weighted sum of its 9 super tokens. With cells of one pixel the layer is plain global attention among the pixels.
 
     Args:
         dim: channels C.
         num_heads: attention heads, a divisor of `dim`.
         stoken_size: height and width of a cell in pixels: an int or a pair.
         n_iter: rounds of association, at least 1.
-        differentiable_association: lets the gradient through the association too. Off in the paper and in every
-            published model; the output is the same.
+        differentiable_association: pass gradients through the association too. The output is the same. The paper and
+            every published model have False.
         attn_drop: dropout rate of the attention weights among super tokens.
         proj_drop: dropout rate after the output projection.
-        backend: what samples and spreads: a name that `svit.ops` knows, None for the best that serves the input. While
-            timm's fused attention is off, or a model for export or scripting is made, None means 'reference'. A
-            differentiable association runs on no other.
+        backend: of sampling and upsampling: None for the best backend that serves the input, or the name of one. If
+            timm's fused attention is off, or the model is made for export or scripting, None means 'reference'. A
+            differentiable association needs 'reference'.
 
-    Shape: (B, dim, H, W) to the same, any floating dtype, H and W of at least 1. Channels-last is fastest.
+    Shape: (B, dim, H, W) to the same shape, any floating dtype, H and W of at least 1. Channels-last is fastest.
 
     Raises:
         ValueError: an argument out of range, or an input of another shape.
@@ -95,7 +95,7 @@ class SuperTokenAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor, way: str = "") -> torch.Tensor:
-        """`way` is for a caller that has chosen: "reference", or "" to choose here."""
+        """Runs the layer. `way` is "reference" if the caller has chosen that; with "" the layer chooses."""
         x = check_map(x, self.dim)
         if self.cell == (1, 1):
             return self.attend(x)
@@ -105,13 +105,13 @@ class SuperTokenAttention(nn.Module):
                 plan = REFERENCE if way == "reference" else choose_plan("sample", x, self.backend)
                 if plan.backend == "reference" and exporting():
                     plan = graph.PLAN
-                sampling, spreading = plan.ops.sample, plan.ops.spread
+                sampling, upsampling = plan.ops.sample, plan.ops.spread
                 if plan.backend != "reference":
                     x = x.to(autocast_dtype(x)).contiguous()
                 elif self.differentiable_association:
                     sampling = partial(sampling, differentiable=True)
                 half = x, self.cell, self.n_iter, None, None, 0.0, self.attend_tokens, None, None
-                return attention_half(*half, sampling, spreading)[0].permute(0, 3, 1, 2)
+                return attention_half(*half, sampling, upsampling)[0].permute(0, 3, 1, 2)
         B, C, H, W = x.shape
         s, q = sample(
             x.permute(0, 2, 3, 1),
@@ -125,14 +125,15 @@ class SuperTokenAttention(nn.Module):
 
     @torch.jit.ignore
     def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether a backend serves x for which norm and sum come for nothing: `forward_residual` is for that."""
+        """Whether `forward_residual` saves passes over x: a backend serves x that includes the norm and the sum."""
         return isinstance(x, torch.Tensor) and self.choose_plan(x).backend != "reference"
 
     @torch.jit.ignore
     def choose_plan(self, x: torch.Tensor, norm: LayerNorm2d | None = None) -> Plan:
-        """What runs x + self(norm(x)) for x (B, dim, H, W): the caller knows that neither module is hooked or changed.
+        """Chooses what runs x + self(norm(x)) for x (B, dim, H, W).
 
-        Where that is the reference, the modules run one by one; else `forward_residual`.
+        The caller has checked that neither module is hooked or changed. If the plan's backend is the reference, the
+        modules run one by one, else `forward_residual` runs.
         """
         if self.cell == (1, 1):
             return REFERENCE
@@ -147,7 +148,7 @@ class SuperTokenAttention(nn.Module):
 
     @torch.jit.ignore
     def layers_are_stock(self) -> bool:
-        """Whether they do just what they were built for: no dropout, no hooks, no wrappers."""
+        """Whether the child modules are plain: no active dropout, no hooks, no wrappers."""
         drops = self.attn_drop, self.proj_drop
         if not (runs_stock_forward(dict.fromkeys(drops, DROPS)) and dropout_inactive(*drops)):
             return False
@@ -161,14 +162,14 @@ class SuperTokenAttention(nn.Module):
         scale: Callable[[torch.Tensor], torch.Tensor] | None,
         plan: Plan | None = None,
     ) -> torch.Tensor:
-        """x + scale(self(norm(x))), in fewer passes over the map: x is read three times, or once, and written once.
+        """Runs x + scale(self(norm(x))) in fewer passes: it reads x three times, or once, and writes the result once.
 
         Args:
             x: map (B, dim, H, W).
-            norm: becomes part of the sampling.
-            scale: any function that multiplies a map (B, dim, ., .) by factors a channel and an image, as layer scale
-                and drop path do, or None. It is applied to the super tokens, since spreading is linear.
-            plan: what `choose_plan` said, if it has been asked.
+            norm: the sampling includes it.
+            scale: a function that multiplies a map (B, dim, ., .) by a factor for each channel and image, such as layer
+                scale and drop path, or None. It is applied to the super tokens, since upsampling is linear.
+            plan: the result of `choose_plan`, or None to choose here.
         """
         plan = self.choose_plan(x, norm) if plan is None else plan
         x = check_map(x, self.dim).permute(0, 2, 3, 1)
@@ -198,7 +199,7 @@ class SuperTokenAttention(nn.Module):
 
     @torch.jit.ignore
     def attend_tokens(self, s: torch.Tensor) -> torch.Tensor:
-        """`attend` of super tokens (B, hh, ww, C), contiguous and of their dtype, as kernels take them."""
+        """`attend` for super tokens (B, hh, ww, C). The result is contiguous and keeps their dtype, as kernels need."""
         y = self.attend(s.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if y.shape != s.shape:
             raise ValueError(f"proj: expected a map of {s.shape[3]} channels, got {list(y.permute(0, 3, 1, 2).shape)}")
@@ -215,14 +216,14 @@ class SuperTokenAttention(nn.Module):
             if not self.fused_attn and exporting():
                 return self.attend_in_graph(x)
             packed = runs_packed(x, self.qkv, self.proj)
-        # Channels must lie together, else the fused attention falls back to one that holds the N x N map.
+        # Channels must be contiguous, else PyTorch's attention falls back to one that stores the N x N map.
         qkv = self.qkv(x) if torch.jit.is_scripting() else pointwise(self.qkv, x, packed)
         qkv = qkv.permute(0, 2, 3, 1).contiguous().reshape(B, H * W, self.num_heads, 3, d)
         q, k, v = qkv.transpose(1, 2).unbind(3)  # (B, heads, N, d) each
         fused = self.fused_attn
         if not torch.jit.is_scripting():
-            # PyTorch's fused attention has no jvp and no second derivative, and knows no other dropout. Hooks of the
-            # dropout see nothing of it, as in all of timm: `timm.layers.set_fused_attn(False)` shows them the map.
+            # PyTorch's fused attention has no jvp, no second derivative and no other dropout. As in all of timm, hooks
+            # of the dropout layer do not run then; `timm.layers.set_fused_attn(False)` makes them run.
             fused = fused and not transformed() and type(self.attn_drop) is nn.Dropout
         if fused:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
@@ -235,7 +236,7 @@ class SuperTokenAttention(nn.Module):
 
     @torch.jit.ignore
     def attend_in_graph(self, x: torch.Tensor) -> torch.Tensor:
-        """`attend` for graphs that other programs read: tokens stay last, and the scale goes into the weights of q."""
+        """`attend` for exported graphs: tokens are the last dimension, and the weights of q include the scale."""
         B, C, H, W = x.shape
         d = self.dim // self.num_heads
         if is_plain_pointwise(self.qkv):
@@ -247,7 +248,7 @@ class SuperTokenAttention(nn.Module):
             qkv, scale = self.qkv(x), d**-0.5
         q, k, v = qkv.reshape(B, self.num_heads, 3 * d, H * W).split(d, dim=2)  # (B, heads, d, N) each
         q = q if scale == 1.0 else q * scale
-        attn = torch.matmul(k.transpose(-1, -2), q).softmax(-2)  # of each query in a column
+        attn = torch.matmul(k.transpose(-1, -2), q).softmax(-2)  # each query is a column
         x = torch.matmul(v, self.attn_drop(attn)).reshape(B, C, H, W)
         return self.proj_drop(self.proj(x))
 
@@ -258,5 +259,5 @@ class SuperTokenAttention(nn.Module):
 
 
 def scale_tokens(scale: Callable[[torch.Tensor], torch.Tensor], s: torch.Tensor) -> torch.Tensor:
-    """`scale`, which is for maps (B, C, ., .), of super tokens (B, hh, ww, C)."""
+    """Applies `scale`, a function of maps (B, C, ., .), to super tokens (B, hh, ww, C)."""
     return scale(s.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).to(s.dtype).contiguous()

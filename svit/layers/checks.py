@@ -1,4 +1,4 @@
-"""Checks shared by the layers. They stand in functions of their own so that torch.fx takes each as one step."""
+"""Checks that the layers share. Each is a function, so that torch.fx records it as one step."""
 
 from collections.abc import Iterable
 
@@ -8,14 +8,14 @@ from svit.ops._checks import is_integer
 
 
 def check_map(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """Returns `x` if it is a map (B, channels, H, W) with at least one pixel, else raises a ValueError."""
+    """Returns `x` if it is a map (B, channels, H, W) with at least one pixel. Otherwise raises a ValueError."""
     if x.dim() != 4 or x.shape[1] != channels or x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"x: expected (B, {channels}, H, W) with H and W of at least 1, got {list(x.shape)}")
     return x
 
 
 def positive_int(value: int, name: str) -> int:
-    """`value`, which may be NumPy's, as an int of at least 1."""
+    """`value`, an int or a NumPy integer of at least 1, as an int."""
     if not is_integer(value):
         raise ValueError(f"{name}: expected at least 1, got {value!r}, which is no integer")
     if value < 1:
@@ -24,12 +24,12 @@ def positive_int(value: int, name: str) -> int:
 
 
 def plain_ints(values: Iterable[object]) -> list:
-    """`values`, NumPy's integers among them as int, the only one that TorchScript takes."""
+    """`values` with NumPy integers as int, since TorchScript takes no other integers."""
     return [int(v) if is_integer(v) else v for v in values]
 
 
 def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
-    """`value` as a pair of positive ints: an int counts twice."""
+    """`value` as a pair of positive ints. A single int stands for both."""
     both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(both) != 2 or not all(is_integer(v) and v >= 1 for v in both):
         raise ValueError(f"{name}: expected a positive int or a pair of them, got {value!r}")

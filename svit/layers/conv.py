@@ -1,10 +1,10 @@
-"""The convolutional parts of the network. Each keeps a channels-last map channels-last.
+"""The convolutional layers of the network. Each keeps a channels-last map channels-last.
 
-`fuse()` folds, for inference, the BatchNorm that can be folded exactly and returns the module, as timm's
-`reparameterize_model` expects; a second call changes nothing. Norms of another class stay, and so does a BatchNorm
-without running statistics. A BatchNorm in train mode, and a convolution or BatchNorm that is hooked, parametrized,
-pruned or wrapped, is a ValueError before anything changes. The stem has no `fuse()`: its BatchNorms stand between a
-GELU and a zero-padded convolution, where a folded shift would be wrong at the borders.
+`fuse()` folds a BatchNorm into a convolution, for inference, if that is exact. It returns the module, as timm's
+`reparameterize_model` expects. A second call changes nothing. Norms of another class stay, and so does a BatchNorm
+without running statistics. A BatchNorm in train mode raises a ValueError, and so does a convolution or BatchNorm that
+is hooked, parametrized, pruned or wrapped. Nothing has changed then. The stem has no `fuse()`: its BatchNorms stand
+between a GELU and a zero-padded convolution, where a folded shift would be wrong at the borders.
 """
 
 from collections.abc import Sequence
@@ -35,20 +35,20 @@ from .fusing import (
 torch.fx.wrap("check_map")
 torch.fx.wrap("depthwise3x3")
 
-# Of a conv-FFN and a stem: each layer by itself; and with the GELU inside of the depthwise convolution.
+# Plans without a fused half-block: each layer runs by itself, or the depthwise convolution includes the GELU.
 LAYERS = Plan("layers", "reference", _dispatch.REFERENCE, False)
 GELU_INSIDE = LAYERS._replace(op="depthwise3x3")
 
 
 class ResidualDepthwiseConv(nn.Conv2d):
-    """x + depthwise 3x3 convolution of x, with bias: (B, dim, H, W) to the same.
+    """Adds to x its depthwise 3x3 convolution, with bias: (B, dim, H, W) to the same shape.
 
-    The conditional positional encoding (CPE) of a block and the middle of its conv-FFN (paper: section 3.1). `backend`
-    as in `SuperTokenAttention`; `gelu` convolves GELU(x) (exact) instead of x. With a `dilation` above 1 PyTorch's
-    convolution runs, whatever the backend.
+    It is the conditional positional encoding (CPE) of a block and the middle of its conv-FFN (paper: section 3.1). With
+    `gelu`, the forward method takes GELU(x) (exact) in the place of x. `backend` as in `SuperTokenAttention`. With a
+    `dilation` above 1, PyTorch's convolution runs on every backend.
     """
 
-    bias: torch.Tensor  # that of nn.Conv2d may be None, which TorchScript would not pass on
+    bias: torch.Tensor  # the bias of nn.Conv2d may be None, which TorchScript would not pass on
 
     def __init__(self, dim: int, backend: str | None = None, dilation: int = 1, device=None, dtype=None) -> None:
         super().__init__(dim, dim, 3, padding=dilation, dilation=dilation, groups=dim, device=device, dtype=dtype)
@@ -70,18 +70,18 @@ class ResidualDepthwiseConv(nn.Conv2d):
 
 
 class ConvFFN(nn.Module):
-    """A block's feed-forward part (paper: section 3.1): BatchNorm, 1x1 conv, GELU, x + depthwise 3x3 conv, 1x1 conv.
+    """The feed-forward part of a block (paper: section 3.1): BatchNorm, 1x1 conv, GELU, x + depthwise conv, 1x1 conv.
 
     Args:
         dim: channels in and out.
         hidden_dim: channels between the two 1x1 convolutions.
         drop: dropout rate after the activation and after the second 1x1 convolution.
-        norm_layer: layer class, or timm's name of one.
-        act_layer: the same of the activation.
+        norm_layer: class of the norm, or timm's name for it.
+        act_layer: class of the activation, or timm's name for it.
         backend: of the depthwise convolution, as in `SuperTokenAttention`.
         dilation: of the depthwise convolution.
 
-    Shape: (B, dim, H, W) to the same.
+    Shape: (B, dim, H, W) to the same shape.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ConvFFN(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor, way: str = "") -> torch.Tensor:
-        """`way` is for a caller that has chosen, the op of a plan of `choose_plan`; "" to choose here."""
+        """Runs the layer. `way` is the op of a plan that the caller has chosen; with "" the layer chooses."""
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an `and`
             if way == "":
                 plan = self.choose_plan(x, residual=False)
@@ -122,12 +122,12 @@ class ConvFFN(nn.Module):
 
     @torch.jit.ignore
     def choose_plan(self, x: torch.Tensor, residual: bool) -> Plan:
-        """What runs x + self(x), or self(x) alone, for x (B, dim, H, W), by the layers as they stand now.
+        """Chooses what runs x + self(x), or self(x) alone, for x (B, dim, H, W), by the current state of the layers.
 
-        Its op is "conv_ffn" where `forward_fused` serves x: inference, and a backend that has it in one piece; else
-        "depthwise3x3" where that op takes the GELU in, else "layers".
+        The op of the plan is "conv_ffn" if `forward_fused` serves x: in inference, with a backend that runs the fused
+        half-block. It is "depthwise3x3" if that op can include the GELU, else "layers".
         """
-        if not isinstance(x, torch.Tensor) or torch.jit.is_tracing():  # a trace would keep the steps taken here
+        if not isinstance(x, torch.Tensor) or torch.jit.is_tracing():  # a trace would record the steps taken here
             return LAYERS
         fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
         middle = {self.act: nn.GELU, self.drop1: DROPS, dwconv: ResidualDepthwiseConv}
@@ -158,13 +158,13 @@ class ConvFFN(nn.Module):
 
     @torch.jit.ignore
     def forward_fused(self, x: torch.Tensor, plan: Plan, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """self(x), plus the residual if there is one: in one piece, by the plan that `choose_plan` gave for x."""
+        """Runs self(x), plus the residual if there is one, as a fused half-block. `plan` is from `choose_plan`."""
         weight1, weight2 = self.fc1.weight.flatten(1), self.fc2.weight.flatten(1)
         for conv, weight in ((self.fc1, weight1), (self.fc2, weight2)):
             if "packed" in vars(conv):
                 weight.packed = conv.packed
         y = plan.ops.conv_ffn(
-            self.norm(x).to(x.dtype).permute(0, 2, 3, 1),  # autocast widens some norms
+            self.norm(x).to(x.dtype).permute(0, 2, 3, 1),  # autocast runs some norms in float32
             None if residual is None else residual.permute(0, 2, 3, 1),
             weight1,
             self.fc1.bias,
@@ -177,12 +177,12 @@ class ConvFFN(nn.Module):
 
     @torch.jit.ignore
     def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether `forward_residual` serves x (B, dim, H, W): inference, and a backend that has it in one piece."""
+        """Whether `forward_residual` serves x (B, dim, H, W): in inference, with a backend for the fused half-block."""
         return self.choose_plan(x, residual=True).op == "conv_ffn"
 
     @torch.jit.ignore
     def forward_residual(self, x: torch.Tensor) -> torch.Tensor:
-        """x + self(x), where `can_fuse` says so: the hidden map stays on the chip."""
+        """Runs x + self(x) as a fused half-block. Call it only if `can_fuse(x)`."""
         return self.forward_fused(x, self.choose_plan(x, residual=True), x)
 
     fuses, add_to = renamed("fuses", "can_fuse"), renamed("add_to", "forward_residual")
@@ -200,16 +200,15 @@ class ConvFFN(nn.Module):
 
 
 class Stem(nn.Module):
-    """Four 3x3 convolutions, each followed by the activation, then BatchNorm (paper: section 3.1).
+    """Four 3x3 convolutions, each followed by the activation and BatchNorm (paper: section 3.1).
 
     Args:
         in_chans: channels of the image.
-        dim: channels out; the first two convolutions have half of them.
-        stride: 1, 2 or 4 pixels of the image to one of the output. The third convolution halves the map first, then
-            the first.
-        norm_layer: layer class, or timm's name of one.
-        act_layer: the same of the activation.
-        backend: of what follows each convolution at inference, as in `SuperTokenAttention`.
+        dim: channels out. The first two convolutions have half as many.
+        stride: 1, 2 or 4. With 2 the third convolution has stride 2, with 4 the first one too.
+        norm_layer: class of the norm, or timm's name for it.
+        act_layer: class of the activation, or timm's name for it.
+        backend: of bias, activation and norm at inference, as in `SuperTokenAttention`.
 
     Shape: (B, in_chans, H, W) to (B, dim, ceil(H / stride), ceil(W / stride)), channels-last.
 
@@ -247,7 +246,8 @@ class Stem(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Channels-last without its name: vmap knows no memory formats, and graphs of torch.fx with one do not pickle.
+        # Channels-last without naming the format: vmap has no memory formats, and torch.fx graphs with one do not
+        # pickle.
         x = check_map(x, self.in_chans).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         if not torch.jit.is_scripting():
             plan = self.choose_plan(x)
@@ -257,7 +257,7 @@ class Stem(nn.Module):
 
     @torch.jit.ignore
     def choose_plan(self, x: torch.Tensor) -> Plan:
-        """What follows each convolution: in one pass for inference, if a backend has that and layers are as built."""
+        """Chooses what follows each convolution: one pass in inference, if a backend has it and no layer is changed."""
         if torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or for_other_programs():
             return LAYERS
         if not runs_stock_forward({self.layers: nn.Sequential}) or len(self.layers) != 12:
@@ -273,20 +273,20 @@ class Stem(nn.Module):
             parameters.append((conv.bias, (conv.out_channels,)))
         if not is_affine(norms):
             return LAYERS
-        C = convs[0].out_channels  # half of the channels of the last two, which a backend then serves too
+        C = convs[0].out_channels  # the last two have twice as many, which a backend then serves too
         like = x.new_empty(0, 1, 1, C, dtype=autocast_dtype(x))
         return choose_plan("bias_gelu_affine", like, self.backend, parameters, strict=False)
 
     @torch.jit.ignore
     def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether one pass follows each convolution."""
+        """Whether bias, activation and norm of each convolution run as one pass."""
         return self.choose_plan(x).backend != "reference"
 
     fuses = renamed("fuses", "can_fuse")
 
     @torch.jit.ignore
     def forward_fused(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """The same in two passes a layer: the convolution without its bias, then bias, GELU and BatchNorm."""
+        """Runs two passes for each layer: the convolution without its bias, then bias, GELU and BatchNorm."""
         layers = [*self.layers]
         convs, norms = layers[0::3], layers[2::3]
         epilogue = plan.ops.bias_gelu_affine
@@ -297,7 +297,7 @@ class Stem(nn.Module):
 
 
 def is_affine(norms: Sequence[nn.Module]) -> bool:
-    """Whether these are BatchNorms that only scale and shift, by running statistics, and share an eps."""
+    """Whether these are BatchNorms with running statistics and the same eps, which only scale and shift."""
     if not runs_stock_forward(dict.fromkeys(norms, nn.BatchNorm2d)):
         return False
     for norm in norms:
@@ -307,9 +307,9 @@ def is_affine(norms: Sequence[nn.Module]) -> bool:
 
 
 def affine(norms: Sequence[nn.BatchNorm2d]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """The factors of each norm and what it adds, float32 at least: in five small kernels for all of them.
+    """Scale and shift of each norm, float32 at least. Five small kernels compute those of all norms.
 
-    At each call, since weights may change in ways that nothing tells (`.data`, the replay of a CUDA graph).
+    They are computed at each call, since weights may change unnoticed (`.data`, the replay of a CUDA graph).
     """
     names = ("running_mean", "running_var", "weight", "bias")
     vectors = widen(torch.cat([getattr(norm, name) for name in names for norm in norms]))
@@ -323,8 +323,8 @@ def affine(norms: Sequence[nn.BatchNorm2d]) -> tuple[Sequence[torch.Tensor], Seq
 class Downsample(nn.Module):
     """3x3 convolution of stride 2, then BatchNorm: (B, dim, H, W) to (B, out_dim, ceil(H / 2), ceil(W / 2)).
 
-    With `stride` 1 the map keeps its size, and `dilation` may be above 1, for dense prediction. `backend` as in
-    `SuperTokenAttention`: 'reference' keeps the convolution to PyTorch's after `fuse()` too.
+    For dense prediction `stride` may be 1, which keeps the size of the map, and `dilation` above 1. `backend` as in
+    `SuperTokenAttention`. With 'reference', PyTorch's convolution runs after `fuse()` too.
     """
 
     def __init__(
@@ -361,7 +361,7 @@ class Downsample(nn.Module):
 
 
 class FinalConv(nn.Module):
-    """1x1 convolution, BatchNorm, SiLU, between the last stage and the head: (B, dim, H, W) to (B, width, H, W).
+    """1x1 convolution, BatchNorm and SiLU between the last stage and the head: (B, dim, H, W) to (B, width, H, W).
 
     With `width` None there is no convolution, and BatchNorm and SiLU act on the last stage's channels. `backend` as in
     `Downsample`.

@@ -1,7 +1,7 @@
-"""Folding, for inference, of norms and factors into the convolutions beside them.
+"""Folds norms and layer scales into neighbouring convolutions, for inference.
 
-A layer that folds has `replacements()`, the children that its `fuse()` puts in the place of its own. All of them are
-computed before any child changes. They are copies, since a module or a weight may have another place in the model.
+A layer that folds has `replacements()`: the modules that its `fuse()` puts in the place of its children. All are
+computed before any child changes. They are copies, since a module or a weight may occur elsewhere in the model.
 """
 
 import copy
@@ -17,7 +17,7 @@ from svit.ops.onednn import PackedWeight
 
 from .fusing import is_plain_pointwise, runs_stock_forward
 
-# Of these classes, not of subclasses, which may compute something else (BatchNormAct2d has an activation inside).
+# Exactly these classes: a subclass may compute something else (BatchNormAct2d has an activation).
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 DROPS = (nn.Dropout, DropPath, nn.Identity)
 
@@ -28,7 +28,7 @@ def replace(module: nn.Module, children: dict[str, nn.Module]) -> None:
 
 
 def keep_packed(backend: str | None, *convs: nn.Module) -> None:
-    """Lets oneDNN keep the weights in its own layout (svit/ops/onednn.py), unless `backend` keeps it out."""
+    """Lets oneDNN keep the weights in its own layout (svit/ops/onednn.py) if `backend` is None or "onednn"."""
     for conv in convs:
         if backend not in (None, "onednn") or type(conv) is not nn.Conv2d or isinstance(conv.padding, str):
             continue
@@ -37,10 +37,10 @@ def keep_packed(backend: str | None, *convs: nn.Module) -> None:
 
 
 def expect_stock(parent: nn.Module, name: str, *classes: type[nn.Module]) -> nn.Module:
-    """Child `name` (dotted) of `parent`.
+    """Returns child `name` (dotted) of `parent`.
 
     Raises:
-        ValueError: it is of another class, or hooks, a parametrization or another forward change what it computes.
+        ValueError: it is of another class, or a hook, a parametrization or another forward method changes its result.
     """
     child = parent.get_submodule(name)
     if not runs_stock_forward({child: classes}):
@@ -54,17 +54,17 @@ def expect_stock(parent: nn.Module, name: str, *classes: type[nn.Module]) -> nn.
 
 
 def affine(parent: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Scale and shift of a BatchNorm by running statistics, float32 at least. None of any other norm, which stays.
+    """Scale and shift of a BatchNorm with running statistics, float32 at least. None for any other norm, which stays.
 
     Raises:
-        ValueError: it is in train mode, or something changes what it computes.
+        ValueError: it is in train mode, hooked or changed.
     """
     norm = getattr(parent, name)
     if not isinstance(norm, BATCH_NORMS) or not (type(norm) in BATCH_NORMS or is_parametrized(norm)):
         return None
     expect_stock(parent, name, *BATCH_NORMS)
     if norm.running_mean is None or norm.running_var is None:
-        return None  # normalises by the statistics of each batch, in eval mode too
+        return None  # it normalises with the statistics of each batch, also in eval mode
     if norm.training and not isinstance(norm, FrozenBatchNorm2d):
         raise ValueError(f"{name}: expected eval mode, in which it folds, got train mode; call eval() first")
     scale = (widen(norm.running_var) + norm.eps).rsqrt()
@@ -75,10 +75,10 @@ def affine(parent: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor] | 
 
 
 def folded_after(parent: nn.Module, name: str, scale: torch.Tensor, shift: torch.Tensor | None = None) -> nn.Conv2d:
-    """A copy of the convolution whose outputs are scaled and shifted, channel by channel.
+    """A copy of the convolution that scales and shifts each output channel.
 
     Raises:
-        ValueError: it is no plain nn.Conv2d, or float16 does not hold the new weights.
+        ValueError: the child is no plain nn.Conv2d, or float16 does not hold the new weights.
     """
     conv = expect_stock(parent, name, nn.Conv2d)
     weight, bias = widen(conv.weight) * scale.view(-1, 1, 1, 1), conv.bias
@@ -87,10 +87,10 @@ def folded_after(parent: nn.Module, name: str, scale: torch.Tensor, shift: torch
 
 
 def folded_before(parent: nn.Module, name: str, scale: torch.Tensor, shift: torch.Tensor) -> nn.Conv2d:
-    """A copy of the 1x1 convolution whose inputs are scaled and shifted: W (s x + t) + b = (W s) x + (W t + b).
+    """A copy of the 1x1 convolution that scales and shifts each input channel: W (s x + t) + b = (W s) x + (W t + b).
 
     Raises:
-        ValueError: it is no plain nn.Conv2d of single pixels, or float16 does not hold the new weights.
+        ValueError: the child is no plain 1x1 nn.Conv2d, or float16 does not hold the new weights.
     """
     conv = expect_stock(parent, name, nn.Conv2d)
     if not is_plain_pointwise(conv):

@@ -1,4 +1,4 @@
-"""What decides whether layers may run as one fused step."""
+"""Decides whether layers may run as one fused step."""
 
 import warnings
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from svit.ops import onednn
 from svit.ops._dispatch import exporting
 
-# Layers that drop; those of these classes do nothing else.
+# Dropout layers. These classes do nothing else.
 DROPS = (nn.Identity, nn.Dropout, DropPath)
 PLAIN = (nn.Parameter, torch.Tensor, type(None))
 
@@ -22,17 +22,17 @@ POINTWISE = (1, 1), (1, 1), (0, 0), 1  # kernel size, stride, padding and groups
 
 
 def default_backend(backend: str | None) -> str | None:
-    """`backend`, or the reference where timm's switches ask for plain operations."""
+    """`backend`, or the reference if timm's switches ask for plain operations."""
     if backend is None and (not use_fused_attn() or is_scriptable()):
         return "reference"
     return backend
 
 
 def runs_stock_forward(layers: dict[nn.Module, type[nn.Module] | tuple[type[nn.Module], ...]]) -> bool:
-    """Whether each layer does just what it was built for: of that very class, its forward its own, without hooks.
+    """Whether each layer is of exactly the given class, runs the forward method of that class, and has no hooks.
 
-    Its parameters are plain tensors too, not quantized or sharded ones. A fused path that goes round their forward
-    methods must ask. Asked several times a block, so in one frame.
+    Its parameters must be plain tensors, neither quantized nor sharded. A fused path that bypasses forward methods must
+    check this. Each block calls it several times, so it makes no calls of its own.
     """
     if _has_any_global_hook():
         return False
@@ -44,14 +44,14 @@ def runs_stock_forward(layers: dict[nn.Module, type[nn.Module] | tuple[type[nn.M
         if "forward" in m.__dict__:
             return False
         for p in m._parameters.values():
-            # FakeTensor and FunctionalTensor: what a tracer puts in the place of a plain one.
+            # A tracer puts a FakeTensor or FunctionalTensor in the place of a plain one.
             if type(p) not in PLAIN and not isinstance(p, (FakeTensor, FunctionalTensor)):
                 return False
     return True
 
 
 def dropout_inactive(*drops: nn.Module) -> bool:
-    """Whether dropout layers, or drop paths, let all pass as they stand now; each is one of `DROPS`."""
+    """Whether dropout layers and drop paths, each one of `DROPS`, change nothing in their current state."""
     for drop in drops:
         if drop.training and (drop.drop_prob if isinstance(drop, DropPath) else getattr(drop, "p", 0.0)) != 0:
             return False
@@ -59,32 +59,32 @@ def dropout_inactive(*drops: nn.Module) -> bool:
 
 
 def pointwise(conv: nn.Module, x: torch.Tensor, packed: bool | None = None) -> torch.Tensor:
-    """conv(x) of a 1x1 convolution: (B, C, H, W) to (B, C', H, W).
+    """Runs a 1x1 convolution, conv(x): (B, C, H, W) to (B, C', H, W).
 
-    On a GPU in 16 bit it runs as a product of matrices: cuDNN adds a bias in a pass of its own over the result, cuBLAS
-    inside the product. The result is channels-last. On a CPU it runs by the layout of its weight that oneDNN keeps, if
-    `packed`, the answer of `runs_packed`, says so; None to ask here. Under TorchScript, which passes no modules to
-    functions, callers write conv(x).
+    On a GPU in 16 bit it runs as a matrix product: cuBLAS adds the bias inside the product, cuDNN in another pass over
+    the result. The product is channels-last. On a CPU it uses the weight in oneDNN's layout if `packed` is true.
+    `packed` is the result of `runs_packed`; None calls that here. TorchScript passes no modules to functions, so a
+    scripted caller writes conv(x).
     """
     if packed or (packed is None and "packed" in vars(conv) and runs_packed(x, conv)):
         return onednn.convolution(x, conv.weight, conv.bias, packed=conv.packed)
     if not runs_as_product(conv, x):
         return conv(x)
     B, _, H, W = x.shape
-    # PyTorch adds the bias inside the product for matrices, but not for maps in every version.
+    # Flattened, since not every version of PyTorch adds the bias inside the product of a 4-dimensional tensor.
     y = F.linear(x.permute(0, 2, 3, 1).flatten(0, 2), conv.weight.flatten(1), conv.bias)
     return y.view(B, H, W, conv.weight.shape[0]).permute(0, 3, 1, 2)
 
 
 def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """conv(x), by the layout of its weight that oneDNN keeps if `runs_packed` says so."""
+    """Runs conv(x), with the weight in oneDNN's layout if `runs_packed` allows it."""
     if not runs_packed(x, conv):
         return conv(x)
     return onednn.convolution(x, conv.weight, conv.bias, conv.stride, conv.padding, packed=conv.packed)
 
 
 def runs_packed(x: torch.Tensor, *convs: nn.Module) -> bool:
-    """Whether convolutions of x run by the layouts of their weights that oneDNN keeps after `fuse()`."""
+    """Whether convolutions of x run with their weights in oneDNN's layout, which they keep after `fuse()`."""
     for conv in convs:
         if "packed" not in vars(conv):
             return False
@@ -93,14 +93,14 @@ def runs_packed(x: torch.Tensor, *convs: nn.Module) -> bool:
     weights = [conv.weight for conv in convs]
     if not runs_stock_forward(dict.fromkeys(convs, nn.Conv2d)) or not onednn.usable("", x, weights=weights)[0]:
         return False
-    return x.dim() == 4 and x.shape[1] == weights[0].shape[1]  # else the convolution names what is wrong
+    return x.dim() == 4 and x.shape[1] == weights[0].shape[1]  # else the convolution raises the error
 
 
 def runs_as_product(conv: nn.Module, x: torch.Tensor) -> bool:
-    """Whether `pointwise` goes round the forward of `conv`.
+    """Whether `pointwise` runs a matrix product instead of the forward method of `conv`.
 
-    Not in float32, where PyTorch lets convolutions round to TF32 unless told otherwise, and products only if told to.
-    Not in a trace or an export, which other programs read.
+    In float32 it does not: by default PyTorch rounds convolutions to TF32, but not products. In a trace or an export,
+    which other programs read, it does not either.
     """
     if not (isinstance(x, torch.Tensor) and x.is_cuda) or for_other_programs():
         return False
@@ -110,19 +110,19 @@ def runs_as_product(conv: nn.Module, x: torch.Tensor) -> bool:
 
 
 def is_plain_pointwise(conv: nn.Module) -> bool:
-    """Whether `conv` is a convolution of single pixels and runs its own forward, nothing else."""
+    """Whether `conv` is a plain 1x1 convolution without hooks or a changed forward method."""
     return runs_stock_forward({conv: nn.Conv2d}) and (
         conv.kernel_size, conv.stride, conv.padding, conv.groups,
     ) == POINTWISE  # fmt: skip
 
 
 def for_other_programs() -> bool:
-    """Whether what runs is written down by torch.jit.trace or torch.export."""
+    """Whether torch.jit.trace or torch.export records what runs."""
     return torch.jit.is_tracing() or exporting()
 
 
 def renamed(old: str, new: str) -> Callable:
-    """A method under the name that it had before."""
+    """A method under its deprecated name."""
 
     def method(self, *args, **kwargs):
         message = f"{type(self).__name__}.{old} is deprecated, use {new}"

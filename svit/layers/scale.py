@@ -3,9 +3,9 @@ from torch import nn
 
 
 class LayerScale(nn.Module):
-    """x * gamma, one learned factor a channel: (B, dim, H, W) to the same.
+    """Multiplies each channel by a learned factor, x * gamma: (B, dim, H, W) to the same shape.
 
-    gamma is (1, dim, 1, 1), as published; being no vector, it gets weight decay, as published too.
+    gamma is (1, dim, 1, 1), as in the authors' code. It is no vector, so it gets weight decay, as in their training.
     """
 
     def __init__(self, dim: int, init: float, device=None, dtype=None) -> None:

@@ -1,7 +1,8 @@
 """Key names of the authors' checkpoints (`stvit-{small,base,large}-{224,384}.pth`) and ours.
 
 Only names differ: every tensor keeps its values and its shape. The one-hot kernels `*.unfold.weights` and
-`*.fold.weights`, constants of the authors' code, are dropped on the way here and written on the way back.
+`*.fold.weights` are constants of the authors' code. The conversion to our names drops them, and the conversion back
+adds them.
 """
 
 import re
@@ -9,10 +10,10 @@ from collections.abc import Mapping
 
 import torch
 
-# A key of every model of the authors and of none of ours.
+# A key that every model of the authors has, and none of ours.
 MARK = "patch_embed.proj.0.weight"
 
-# (theirs, ours): how a key begins, and what stands inside it. No key has more than one of either.
+# (theirs, ours): starts of keys, and parts inside of them. A key has at most one of each.
 STARTS = [
     ("patch_embed.proj.", "stem.layers."),
     ("layers.", "stages."),
@@ -36,7 +37,7 @@ ONE_HOT = (".attn.unfold.weights", ".attn.fold.weights")
 
 
 def is_original(state_dict: Mapping[str, torch.Tensor], prefix: str = "") -> bool:
-    """Whether the keys behind `prefix` are the authors'; the order of the keys plays no part."""
+    """Whether the keys that begin with `prefix` are the authors', in any order."""
     return prefix + MARK in state_dict
 
 
@@ -46,7 +47,7 @@ def from_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def to_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our state dict under the authors' names, their one-hot kernels included."""
+    """Our state dict under the authors' names, with their one-hot kernels."""
     out = {_rename(k, 1, 0): v for k, v in state_dict.items()}
     one_hot = torch.eye(9).reshape(9, 1, 3, 3)
     for key in list(out):

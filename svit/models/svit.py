@@ -2,9 +2,9 @@
 
 Paper: Huang et al., "Vision Transformer with Super Token Sampling", CVPR 2023, https://arxiv.org/abs/2211.11167
 
-image -> stem -> 4 stages of blocks (conditional positional encoding, super-token attention, conv-FFN), each but the
-first beginning with a downsampling convolution -> final convolution -> head. A stage's feature map is what it hands to
-the next stage.
+image -> stem -> 4 stages -> final convolution -> head. A stage is a sequence of blocks: conditional positional encoding
+(CPE), super-token attention, conv-FFN. Every stage but the first begins with a downsampling convolution. The output of
+a stage is its feature map.
 """
 
 import copy
@@ -54,7 +54,7 @@ LayerType = str | type[nn.Module]
 
 
 class Block(nn.Module):
-    """Position encoding, super-token attention and conv-FFN, each with a residual: (B, dim, H, W) to the same."""
+    """CPE, super-token attention and conv-FFN, each with a residual: (B, dim, H, W) to the same shape."""
 
     def __init__(
         self,
@@ -126,9 +126,9 @@ class Block(nn.Module):
 
     @torch.jit.ignore
     def choose_attention(self, x: torch.Tensor) -> Plan | None:
-        """What runs the attention with its norm and residual; None where their modules must run, whatever they are."""
+        """Chooses what runs norm, attention and residual. None if a module is changed, so that each must run itself."""
         norm, attn = self.norm1, self.attn
-        # Scale and drop path, which come after the attention, move before the spreading: factors may, others may not.
+        # Layer scale and drop path follow the attention. As factors they may move before the upsampling.
         factors = {self.ls1: (LayerScale, nn.Identity), self.drop_path1: (DropPath, nn.Identity)}
         if not isinstance(x, torch.Tensor) or not runs_stock_forward(
             {norm: LayerNorm2d, attn: SuperTokenAttention, **factors}
@@ -138,7 +138,7 @@ class Block(nn.Module):
 
     @torch.jit.ignore
     def choose_ffn(self, x: torch.Tensor) -> Plan | None:
-        """What runs the conv-FFN with its residual; None where it chooses for itself, or is another module."""
+        """Chooses what runs conv-FFN and residual. None if the conv-FFN must choose for itself or is another module."""
         layers = {self.mlp: ConvFFN, self.ls2: nn.Identity, self.drop_path2: DROPS}
         if not runs_stock_forward(layers):
             return None
@@ -156,24 +156,24 @@ class Block(nn.Module):
             if not isinstance(getattr(self, name), LayerScale):
                 continue
             scale = folding.expect_stock(self, name, LayerScale).gamma.flatten()
-            whole = copy.deepcopy(folding.expect_stock(self, part, kind))
-            folding.expect_stock(self, f"{part}.{drop}", *folding.DROPS)  # a factor goes through dropout
-            setattr(whole, conv, folding.folded_after(self, f"{part}.{conv}", scale))
-            found |= {part: whole, name: nn.Identity()}
+            module = copy.deepcopy(folding.expect_stock(self, part, kind))
+            folding.expect_stock(self, f"{part}.{drop}", *folding.DROPS)  # a factor commutes with dropout
+            setattr(module, conv, folding.folded_after(self, f"{part}.{conv}", scale))
+            found |= {part: module, name: nn.Identity()}
         return found
 
     def fuse(self) -> "Block":
-        """Folds the layer scales, for inference, into the 1x1 convolutions before them (spreading is linear).
+        """Folds the layer scales, for inference, into the 1x1 convolutions before them.
 
         Raises:
-            ValueError: a module on the way is hooked, parametrized, pruned or wrapped; nothing has changed then.
+            ValueError: one of these modules is hooked, parametrized, pruned or wrapped. Nothing has changed then.
         """
         folding.replace(self, self.replacements())
         return self
 
 
 class Stage(nn.Module):
-    """A downsampling convolution (none in the first stage) and blocks; its output is the feature map of the stage."""
+    """A downsampling convolution, but not in the first stage, and blocks. The output is the stage's feature map."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Stage(nn.Module):
 class SViT(nn.Module):
     """Super Token Vision Transformer.
 
-    One value a stage wherever a sequence is taken; where a single value is allowed too, it counts for every stage.
+    A sequence has one value for each stage. Where a single value is allowed too, it holds for all stages.
 
     Args:
         in_chans: channels of the image.
@@ -203,27 +203,28 @@ class SViT(nn.Module):
         embed_dims: channels of each stage.
         depths: blocks of each stage.
         num_heads: attention heads of each stage.
-        stoken_size: height and width in pixels of each stage's cells: an int or a pair a stage. With 1 the stage has
-            plain global attention.
-        n_iter: rounds of association, a single value or one a stage. Without effect where cells are single pixels.
-        differentiable_association: lets the gradient through the association, which the paper cuts.
-        layer_scale_init: start value of the layer scale, None for none; a single value or one a stage (to
-            `timm.create_model` give (None, None, None, None), since it drops keywords that are None).
-        mlp_ratio: hidden channels of the conv-FFN to those of the stage.
-        head_width: channels of the 1x1 convolution before the pool, None or 0 for no such convolution
-            (`timm.create_model` drops keywords that are None: give it 0).
-        stem_stride: pixels of the image to one of the first stage: 1, 2 or 4.
-        output_stride: pixels of the image to one of the last stage, at most: 8, 16 or 32. Downsampling convolutions
-            that would go beyond have stride 1, and the convolutions after them are dilated instead, as in timm's
-            ConvNeXt. Weights are the same; cells keep their size in pixels of the map.
+        stoken_size: height and width of each stage's cells in pixels: an int or a pair for each stage. With 1 the stage
+            has plain global attention.
+        n_iter: rounds of association, a single value or one for each stage. It has no effect if cells are single
+            pixels.
+        differentiable_association: pass gradients through the association too. The paper does not.
+        layer_scale_init: initial value of the layer scale, None for no layer scale; a single value or one for each
+            stage. `timm.create_model` drops keywords that are None: give it (None, None, None, None).
+        mlp_ratio: hidden channels of the conv-FFN, divided by the channels of the stage.
+        head_width: channels of the 1x1 convolution before the pooling, None or 0 for no such convolution.
+            `timm.create_model` drops keywords that are None: give it 0.
+        stem_stride: stride of the first stage's map: 1, 2 or 4.
+        output_stride: the largest stride of a map: 8, 16 or 32. Downsampling convolutions that would exceed it have
+            stride 1, and the convolutions after them are dilated, as in timm's ConvNeXt. Weights do not change. Cells
+            keep their size in pixels of the map.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after the stem, inside the conv-FFN and after the attention's projection.
         attn_drop_rate: dropout of the attention weights.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 in the first.
-        norm_layer: the norm of stem, conv-FFN, downsampling and final convolution (that of the attention is LayerNorm).
-        act_layer: the activation of stem and conv-FFN.
-        backend: of super-token attention, depthwise convolutions and the stem: a name that `svit.ops` knows, None for
-            the best that serves the input.
+        norm_layer: norm of stem, conv-FFN, downsampling and final convolution. The attention has LayerNorm.
+        act_layer: activation of stem and conv-FFN.
+        backend: of super-token attention, depthwise convolutions and stem: None for the best backend that serves the
+            input, or the name of one.
 
     Shape: (B, in_chans, H, W), any H and W of at least 1, to (B, num_classes).
 
@@ -293,7 +294,7 @@ class SViT(nn.Module):
             downsample = nn.Identity()
             if i > 0:
                 stride = 2 if reduction < output_stride else 1
-                # A convolution whose stride is taken sees what it saw; those after it saw every second pixel.
+                # A convolution that loses its stride keeps its dilation. Those after it had every second pixel before.
                 downsample = Downsample(
                     embed_dims[i - 1], dim, norm_layer, backend, stride, dilation if stride == 1 else 1, **dd
                 )
@@ -329,7 +330,7 @@ class SViT(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Sets parameters and buffers to start values; `needs_reset=False` leaves out what layers set themselves."""
+        """Sets parameters and buffers to initial values. `needs_reset=False` skips those that layers set themselves."""
         for module in self.modules():
             if needs_reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -352,7 +353,7 @@ class SViT(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each block in the backward pass instead of keeping its activations."""
+        """Recomputes each block in the backward pass instead of storing its activations."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -362,20 +363,21 @@ class SViT(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier of `num_classes` (0: none), and another pooling if one is named."""
+        """Makes a new classifier of `num_classes` (0: none). `global_pool` changes the pooling too."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
 
     @torch.jit.ignore
     def fuse(self) -> "SViT":
-        """Folds into convolutions, in place and for inference only, what folds exactly; returns the model.
+        """Folds norms and layer scales into convolutions, in place and for inference only. Returns the model.
 
-        That is the BatchNorm of conv-FFN, downsampling and final convolution, and the layer scale. Norms of another
-        class (LayerNorm, BatchNorm with an activation inside) stay, and so does a BatchNorm without running statistics.
+        It folds what folds exactly: the BatchNorms of conv-FFN, downsampling and final convolution, and the layer
+        scales. Norms of another class (LayerNorm, BatchNorm with an activation) stay, and so does a BatchNorm without
+        running statistics.
 
-        On a CPU the convolutions then keep their weights in oneDNN's layout, too, unless the backend is 'reference'.
-        A changed weight is noticed; for a change of single values through `weight.data` call `fuse()` again.
+        On a CPU the convolutions then keep their weights in oneDNN's layout, unless the backend is 'reference'. They
+        notice a changed weight. After a change of single values through `weight.data`, call `fuse()` again.
 
         Raises:
             ValueError: a BatchNorm is in train mode, or a module that folds is hooked, parametrized, pruned, wrapped
@@ -398,15 +400,15 @@ class SViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The final features and the stages' feature maps.
+        """Computes the final features and the stages' feature maps.
 
         Args:
             x: image (B, in_chans, H, W).
-            indices: the last n stages if an int, those named if a list, all if None.
-            norm: without effect, there is no norm between a stage's feature map and its users.
-            stop_early: leaves out the stages after the last one asked for.
-            output_fmt: only 'NCHW'.
-            intermediates_only: return the list of maps alone.
+            indices: which stages: the last n for an int, a list of indices, or None for all.
+            norm: has no effect, as a stage ends without a norm.
+            stop_early: skip the stages after the last requested one.
+            output_fmt: 'NCHW' only.
+            intermediates_only: return the list of maps only.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: expected 'NCHW', got '{output_fmt}'")
@@ -433,9 +435,9 @@ class SViT(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drops what `forward_intermediates(indices=...)` does not need; returns the indices as a list."""
+        """Removes modules that `forward_intermediates(indices=...)` does not need. Returns the indices as a list."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        # The final convolution never feeds a feature map: it goes with the head.
+        # The final convolution feeds no feature map, so it is removed with the head.
         ends_at_tap = prune_norm or prune_head or max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
         if ends_at_tap:
@@ -451,7 +453,7 @@ class SViT(nn.Module):
         return self.final_conv(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Pools features and classifies them; `pre_logits` returns the pooled features."""
+        """Pools features and classifies them. With `pre_logits` it returns the pooled features."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -460,18 +462,18 @@ class SViT(nn.Module):
 
 
 def checkpoint_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Runs a block without keeping its activations; the second run, in backward, leaves BatchNorm's statistics be."""
+    """Runs a block without storing its activations. The second run, in backward, updates no BatchNorm statistics."""
     if _dispatch.transformed():
         return block(x)  # torch.func and forward-mode AD refuse the hooks of a checkpoint
     if torch.compiler.is_compiling():
-        return checkpoint(block, x, use_reentrant=False)  # the compiler recomputes values only, never updates
+        return checkpoint(block, x, use_reentrant=False)  # the compiler recomputes values, not updates
     known = dict(_dispatch.failures)
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), repetition(block, known)))
 
 
 @contextmanager
 def repetition(block: nn.Module, known: dict[tuple, str]) -> Iterator[None]:
-    """A block's second run: the same steps, though a backend may have failed in the first, and no new statistics."""
+    """For a block's second run: it takes the same steps, even if a backend failed since, and updates no statistics."""
     with _dispatch.choosing_by(known), frozen_statistics(block):
         yield
 
@@ -480,7 +482,8 @@ def repetition(block: nn.Module, known: dict[tuple, str]) -> Iterator[None]:
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Normalises with batch statistics as in training, without updating the running ones.
 
-    These stay in the call, which would otherwise keep fewer tensors for backward than the first one did.
+    The running statistics still go into the call. Otherwise it would save fewer tensors for backward than the first
+    one.
     """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
@@ -494,14 +497,14 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def translate_original_keys(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """Load hook: the authors' key names become ours, so that `load_state_dict` takes their files, strictly."""
+    """Load hook: renames the authors' keys to ours, so that a strict `load_state_dict` takes their files."""
     if is_original(state_dict, prefix):
         theirs = {k.removeprefix(prefix): state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
         state_dict.update({prefix + k: v for k, v in from_original(theirs).items()})
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
-    """timm's filter for pretrained weights: takes the authors' key names too."""
+    """timm's filter for pretrained weights. It takes the authors' key names too."""
     state_dict = state_dict.get("model", state_dict)
     return from_original(state_dict) if is_original(state_dict) else state_dict
 
@@ -539,7 +542,7 @@ default_cfgs = generate_default_cfgs(
         "svit_large.in1k_384": _cfg_384(),
         "svit_tiny.untrained": _cfg(license="mit", origin_url=None),
         "svit_nano.untrained": _cfg(license="mit", origin_url=None),
-        # The weights come with the package; docs/cifar10.md says how they were made.
+        # These weights come with the package. docs/cifar10.md says how they were trained.
         "svit_nano_32.cifar10": _cfg(
             license="mit",
             origin_url=None,
@@ -574,7 +577,7 @@ def _create_svit(variant: str, pretrained: bool, **kwargs) -> nn.Module:
 
 
 def _require_weights(variant: str, cfg, overlay: dict | None) -> None:
-    """Raises a RuntimeError that says where the weights are if timm would find none."""
+    """Raises a RuntimeError that says where the weights are, if timm would find none."""
     cfg = resolve_pretrained_cfg(variant, cfg, overlay)
     if cfg.url or cfg.file or cfg.hf_hub_id or cfg.state_dict or cfg.source:
         return
@@ -623,14 +626,14 @@ def svit_large(pretrained: bool = False, **kwargs) -> SViT:
 
 @register_model
 def svit_tiny(pretrained: bool = False, **kwargs) -> SViT:
-    """A smaller SViT in the manner of SViT-S; not in the paper."""
+    """A smaller SViT-S; not in the paper."""
     args = dict(embed_dims=(32, 64, 160, 256), depths=(2, 2, 6, 2), num_heads=(1, 2, 5, 8))
     return _create_svit("svit_tiny", pretrained, **dict(args, **kwargs))
 
 
 @register_model
 def svit_nano(pretrained: bool = False, **kwargs) -> SViT:
-    """At most 3 M parameters; not in the paper."""
+    """An SViT of at most 3 M parameters; not in the paper."""
     args = dict(embed_dims=(24, 48, 96, 160), depths=(1, 2, 4, 2), num_heads=(1, 2, 4, 5), head_width=640)
     return _create_svit("svit_nano", pretrained, **dict(args, **kwargs))
 
@@ -651,7 +654,7 @@ def svit_nano_32(pretrained: bool = False, **kwargs) -> SViT:
 
 @register_model
 def test_svit(pretrained: bool = False, **kwargs) -> SViT:
-    """Every kind of layer, as small as it gets, for tests."""
+    """Every kind of layer at the smallest size, for tests."""
     args = dict(
         embed_dims=(8, 16, 24, 32),
         depths=(1, 1, 1, 1),

@@ -1,9 +1,10 @@
 """Functions without parameters: super-token sampling and upsampling, the residual depthwise convolution, and the two
-halves of a block.
+half-blocks.
 
-One folder an operator, each with README.md (the maths), the public functions and the checks of their arguments,
-reference.py (PyTorch, the oracle), its kernels, registration.py (`torch.ops.svit`) and self_check.py. `_dispatch.py`
-knows the backends and chooses; cuda.py and triton.py say what theirs serve. docs/ops.md explains them.
+Each operator has a folder: README.md holds the maths, __init__.py the public functions and the checks of their
+arguments, reference.py the PyTorch form that the others are tested against. Beside them stand the kernels,
+registration.py (`torch.ops.svit`) and self_check.py. `_dispatch.py` chooses the backend; cuda.py, onednn.py and
+triton.py say what each backend serves. docs/ops.md explains them.
 """
 
 import importlib
@@ -36,7 +37,7 @@ __all__ = [
     "triton",
 ]
 
-# Modules of before the operators had folders.
+# Deprecated modules, and where their contents are now.
 _FORMER = {
     "backends": "_dispatch",
     "functional": "",

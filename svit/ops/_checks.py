@@ -1,4 +1,4 @@
-"""Checks of arguments that the operators share: a ValueError names the argument, what came and what is expected."""
+"""Argument checks that the operators share. A ValueError names the argument, the value it got and what is expected."""
 
 from numbers import Integral
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def checked() -> bool:
-    """Whether to look at shapes: under a compiler or tracer the comparisons would become part of the program."""
+    """Whether to check shapes. A compiler or tracer would make the comparisons part of the program."""
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
@@ -17,7 +17,7 @@ def expect_map(x: Tensor, name: str = "x") -> None:
 
 
 def is_integer(value: object) -> bool:
-    """Whether this is an integer, NumPy's too, and no truth value."""
+    """Whether `value` is a Python or NumPy integer, and not a bool."""
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 

@@ -1,8 +1,8 @@
-"""The one place that knows backends: which there are, which one runs an op, what happens when one fails.
+"""The registry of backends: which exist, which one runs an op, what happens when one fails.
 
-Operators fill the registry (their registration.py); nothing here knows an operator. A backend is an object with
-`usable(op, x, **sizes) -> (bool, reason)`, `OPS`, the names of the ops that it has, a function for each of them, and,
-for the self-check, `fingerprint(device)`.
+Operators fill the registry in their registration.py; this module knows no operator. A backend is an object with
+`usable(op, x, **sizes) -> (bool, reason)`, the names of its ops (`OPS`), a function for each of these ops and, for the
+self-check, `fingerprint(device)`.
 """
 
 import threading
@@ -22,7 +22,7 @@ from . import _self_check
 
 
 class Backend(SimpleNamespace):
-    """What computes ops, one attribute each."""
+    """An implementation of ops, one attribute each."""
 
     def __init__(
         self,
@@ -37,22 +37,22 @@ class Backend(SimpleNamespace):
         vars(self).update(functions)
 
 
-# In the order of preference: the first usable one is taken. The reference, which serves everything, comes after them.
+# In the order of preference: the first usable backend runs. The reference comes last and serves everything.
 BACKENDS: dict[str, Backend] = {}
 REFERENCE = Backend(lambda op, x, **sizes: (True, ""))
 
-# Ops that can be made of the others.
+# Ops that can be made of primitives.
 COMPOSITE_OPS: set[str] = set()
 
-# Those that are never chosen, and why: a name must ask for them.
+# Backends that run only if named, and why.
 OPT_IN = {"cuda": "no GPU has run it yet, a name must ask for it"}
 
-# (backend, op, channels, dtype) -> why it broke in this process: the backend is not chosen again for these.
+# (backend, op, channels, dtype) -> why it failed in this process. The backend is not chosen again for these.
 failures: dict[tuple, str] = {}
 
 
 class Repetition(threading.local):
-    """Of this thread: the failures that choices go by instead, while it repeats a computation."""
+    """Of this thread: the failures that choices depend on while it repeats a computation, in place of `failures`."""
 
     failures: dict[tuple, str] | None = None
 
@@ -61,14 +61,14 @@ repetition = Repetition()
 
 
 def add_backend(name: str, usable: Callable, fingerprint: Callable | None = None) -> Backend:
-    """A new backend, preferred to those that come after it."""
+    """Adds a backend. It is preferred to those that are added later."""
     BACKENDS[name] = Backend(usable, fingerprint)
     return BACKENDS[name]
 
 
 @contextmanager
 def choosing_by(known: dict[tuple, str]) -> Iterator[None]:
-    """Choices as they were when `failures` were `known`: steps that run again for their backward must be the same.
+    """Chooses as if `failures` were `known`, so that a step that runs again for its backward takes the same path.
 
     An op still runs on a backend that has not failed.
     """
@@ -80,14 +80,14 @@ def choosing_by(known: dict[tuple, str]) -> Iterator[None]:
 
 
 def has(name: str, op: str) -> bool:
-    """Whether a backend has an op at all."""
+    """Whether a backend implements an op."""
     return op in getattr(BACKENDS[name], "OPS", (op,))
 
 
 def usable(name: str, op: str, x: torch.Tensor, **sizes) -> tuple[bool, str]:
-    """Whether a backend that nobody asked for serves `op` on the map x (B, H, W, C), and if not, why.
+    """Whether a backend may run `op` on the map x (B, H, W, C) without being named, and if not, why.
 
-    `sizes` are what else the choice depends on, for ops that have such (see the backends' `usable`).
+    `sizes` are the further sizes that the choice depends on (see the backends' `usable`).
     """
     known = failures if torch.compiler.is_compiling() or repetition.failures is None else repetition.failures
     if (key := (name, op, x.shape[-1], x.dtype)) in known:
@@ -97,36 +97,36 @@ def usable(name: str, op: str, x: torch.Tensor, **sizes) -> tuple[bool, str]:
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work, which look into PyTorch's operations only."""
+    """Whether torch.func or forward-mode AD is active. Both know PyTorch's own operations only."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def exporting() -> bool:
-    """Whether torch.export writes down what runs, also on the way to ONNX or AOTInductor."""
-    # Not torch.compiler.is_exporting(), which is true under torch.compile too (PyTorch 2.11).
+    """Whether torch.export records what runs, also on the way to ONNX or AOTInductor."""
+    # torch.compiler.is_exporting() is true under torch.compile too (PyTorch 2.11).
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def has_function_mode() -> bool:
-    """Whether a mode of `__torch_function__` is on, other than that of `torch.device`, which all factories know."""
+    """Whether a mode of `__torch_function__` is on, other than that of `torch.device`, which places new tensors."""
     if torch._C._len_torch_function_stack() == 0:
         return False
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 class Plan(NamedTuple):
-    """What a layer has chosen for one call: nothing below it chooses again."""
+    """A layer's choice for one call. Nothing below the layer chooses again."""
 
-    op: str  # that was chosen for
-    backend: str  # that runs it
-    ops: SimpleNamespace  # functions of ops, to be called: `plan.ops.sample(x, ...)`
-    direct: bool  # whether they go past PyTorch's dispatcher and the checks of the ops
+    op: str  # the op that the choice is about
+    backend: str  # the backend that runs it
+    ops: SimpleNamespace  # the ops as functions: `plan.ops.sample(x, ...)`
+    direct: bool  # whether these bypass PyTorch's dispatcher and the argument checks
 
 
 class Functions(SimpleNamespace):
-    """Functions of ops: through PyTorch's dispatcher, with the checks of the ops, or straight to a backend."""
+    """The ops as functions: through PyTorch's dispatcher and the argument checks, or straight to a backend."""
 
     def __init__(self, backend: str | None, asked: str | None) -> None:
         super().__init__()
@@ -135,25 +135,30 @@ class Functions(SimpleNamespace):
             vars(self)[op] = function if backend is None else partial(execute, backend, op, asked)
 
 
-# (backend, or None for the dispatcher, and the name that was asked for or None) -> the functions, made once.
+# (backend, or None for the dispatcher; requested name or None) -> the functions, made once.
 functions: dict[tuple[str | None, str | None], Functions] = {}
 
 
 def make_functions() -> None:
-    """Those through the dispatcher, once all ops are there: torch.compile cannot make them on its way."""
+    """Makes those through the dispatcher after the ops are registered: torch.compile cannot make them in a trace."""
     functions.update({(None, asked): Functions(None, asked) for asked in (None, *BACKENDS)})
 
 
 def choose(op: str, x: torch.Tensor, backend: str | None = None, strict: bool = True, **sizes) -> str:
-    """Name of the backend that runs `op` on the map x (B, H, W, C): the one asked for, else the first usable one.
+    """Chooses the backend that runs `op` on the map x (B, H, W, C) and returns its name.
 
-    `strict` is whether the one asked for has to serve x; if not, and it does not, the choice goes on.
+    It is the requested backend, else the first usable one. In a trace (torch.jit.trace, torch.fx), under torch.func's
+    transforms and under forward-mode AD it is the reference, whatever is requested. `sizes` are the further sizes that
+    the choice depends on.
 
-    In a trace (torch.jit.trace, torch.fx) and under torch.func's transforms or forward-mode AD it is the reference,
-    whatever was asked for. A backend of composite ops only has no say over primitives: asking for it leaves the choice.
+    Args:
+        op: name of the op.
+        x: the map that the op takes.
+        backend: the requested backend, or None. A backend without `op` leaves the choice open.
+        strict: whether the requested backend has to serve x. If False, another one may run instead.
 
     Raises:
-        ValueError: no such backend, or it does not serve x though it must.
+        ValueError: there is no such backend, or `strict` is set and it does not serve x.
     """
     if "must" in sizes:
         warnings.warn("choose: `must` is deprecated, use `strict`", DeprecationWarning, stacklevel=2)
@@ -169,18 +174,19 @@ def choose_plan(
     strict: bool = True,
     **sizes,
 ) -> Plan:
-    """`choose` for a layer: the backend, and how to call it.
+    """Chooses for a layer: the backend, and how to call it. See `choose`.
 
-    `parameters` are those that kernels will read, each with the shape that it must have to go past the checks.
+    `parameters` are the tensors that kernels will read, each with its expected shape. Only tensors of these shapes
+    bypass the argument checks.
     """
     if backend is not None and backend != "reference" and backend not in BACKENDS:
         names = ", ".join((*BACKENDS, "reference"))
         raise ValueError(f"backend: expected one of {names} or None, got {backend!r}")
-    # A trace is for other programs to read (ONNX, TorchScript, FLOP counters), which know PyTorch's operations only.
+    # Other programs read a trace (ONNX, TorchScript, FLOP counters). They know PyTorch's own operations only.
     if backend == "reference" or not isinstance(x, torch.Tensor) or torch.jit.is_tracing():
         return Plan(op, "reference", REFERENCE, False)
     compiles = torch.compiler.is_compiling()
-    # `transformed`, spelled out like `usable` below: this is asked at each step of a model.
+    # `transformed` and, below, `usable` are inlined: every step of a model calls this.
     if not compiles and (torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0):
         return Plan(op, "reference", REFERENCE, False)
     name = None
@@ -192,7 +198,7 @@ def choose_plan(
             elif strict:
                 raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
         elif op in COMPOSITE_OPS:
-            return Plan(op, "reference", REFERENCE, False)  # made of primitives, which the one that was asked for has
+            return Plan(op, "reference", REFERENCE, False)  # made of primitives, which the requested backend has
     if name is None:
         known = failures if compiles or repetition.failures is None else repetition.failures
         for candidate, kernels in BACKENDS.items():
@@ -203,7 +209,7 @@ def choose_plan(
                 break
         else:
             return Plan(op, "reference", REFERENCE, False)
-    # What no GPU has run yet is always checked.
+    # Opt-in backends always check their arguments.
     direct = name not in OPT_IN and is_unobserved(x, parameters)
     key = (name if direct else None), backend
     if key not in functions:
@@ -212,25 +218,25 @@ def choose_plan(
 
 
 def is_unobserved(x: torch.Tensor, parameters: Sequence[tuple[torch.Tensor, tuple[int, ...]]]) -> bool:
-    """Whether PyTorch runs operations on x one by one and nobody looks at them: no autograd, compiler or mode.
+    """Whether PyTorch runs operations on x one by one and nothing records them: no autograd, compiler or mode.
 
-    What traces and transforms has been asked about before: `choose` gives them the reference.
+    Traces and transforms never get here: `choose` gives them the reference.
     """
     if type(x) is not torch.Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack() or (torch._C._len_torch_function_stack() and has_function_mode()):
         return False
-    for t, shape in parameters:  # what does not fit is for the op to name
+    for t, shape in parameters:  # the op raises the error for one that does not fit
         if t is None or t.shape != shape or t.device != x.device or not t.is_contiguous():
             return False
     return True
 
 
 def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
-    """Runs `op` of the backend that serves x, or of the next one should it fail.
+    """Runs `op` on the backend that serves x. If that fails, the next one runs it.
 
     Raises:
-        ValueError: the backend that was asked for does not serve x, or fails its self-check.
+        ValueError: the requested backend does not serve x, or fails its self-check.
     """
     with choosing_by(failures):
         name = choose(op, x, backend, **sizes)
@@ -245,11 +251,11 @@ def run_reference(op: str, args: tuple):
 
 
 def execute(name: str, op: str, asked: str | None, *args, **sizes):
-    """Runs `op` of backend `name` on contiguous tensors, after its self-check at the first call.
+    """Runs `op` of backend `name` on contiguous tensors. The first call runs the self-check.
 
-    A backend that was chosen, not asked for, may fail: then the next one runs, now and hereafter. The failures meant
-    here are those of the self-check, and of compiling and launching kernels. Lack of memory is not one of them; a
-    caller's error has been found before.
+    `asked` is the requested backend, or None. A backend that nobody requested may fail its self-check, or fail to
+    compile or launch a kernel. Then the next one runs, now and in later calls. Out of memory is no such failure and is
+    raised. The arguments have been checked before.
     """
     backend, rule = BACKENDS[name], _self_check.RULES[op]
     x = args[rule.map]
@@ -279,27 +285,27 @@ def execute(name: str, op: str, asked: str | None, *args, **sizes):
 
 
 def leave_out(name: str, case: _self_check.Case, reason: str) -> None:
-    """Keeps a backend from being chosen again for an op, its channels and dtype, and warns."""
+    """Excludes a backend from later choices for an op, its channels and dtype, and warns."""
     forward, backward = ((name, op, case.channels, case.dtype) for op in (case.op, f"{case.op}_backward"))
     if failures.setdefault(forward, reason) is not reason:
-        return  # another thread was here first
+        return  # another thread has warned
     failures[backward] = reason
     what = f"{case.op} of {case.channels} channels in {case.dtype}"
     warnings.warn(f"svit.ops: the {name} backend is left out for {what} from now on, {reason}", stacklevel=3)
 
 
 def self_check(device: str | torch.device | None = None) -> list[_self_check.Row]:
-    """Runs every fused op on `device` against the reference, forward and backward, at the shapes of SViT-S, B and L.
+    """Compares every fused op on `device` with the reference, forward and backward, at the shapes of SViT-S, B and L.
 
-    Two small padded maps a shape, in float32, bfloat16 and float16. The verdicts are kept, and replace those of an
-    earlier check (see _self_check.py). Nothing is drawn from PyTorch's random state.
+    Each case takes two small padded maps, in float32, bfloat16 and float16. The verdicts are stored and replace those
+    of an earlier check (see _self_check.py). PyTorch's random state does not change.
 
     Args:
-        device: the current GPU if None, or the CPU where there is none, on which only an interpreted backend runs.
+        device: None for the current GPU, or for the CPU if there is none. Only an interpreted backend runs on a CPU.
 
     Returns:
-        rows (op, channels, cell, dtype, backend, ok, error, form, reason), `error` relative to the largest value; none
-        where no fused backend serves the device.
+        rows (op, channels, cell, dtype, backend, ok, error, form, reason). `error` is relative to the largest value.
+        The list is empty if no fused backend serves the device.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -309,7 +315,7 @@ def self_check(device: str | torch.device | None = None) -> list[_self_check.Row
 
 
 def checkable(device: torch.device) -> dict[str, list[_self_check.Case]]:
-    """The published cases of each backend that serves `device`, asked for by name or not."""
+    """The published cases of each backend that serves `device`, opt-in backends included."""
     found = {}
     for name, backend in BACKENDS.items():
         if getattr(backend, "fingerprint", None) is None:
@@ -321,7 +327,7 @@ def checkable(device: torch.device) -> dict[str, list[_self_check.Case]]:
 
 
 def info() -> None:
-    """Prints which backend serves each device and dtype of this machine, and why not the ones before it."""
+    """Prints the backend of each device and dtype of this machine, and why those before it do not serve."""
     from . import cuda, triton  # for what is installed
 
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -331,13 +337,13 @@ def info() -> None:
             print(f"{device}: {torch.cuda.get_device_name(device)}")
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             print(f"{device:8} {str(dtype).removeprefix('torch.'):8} -> {choice('sample', device, dtype)}")
-        print(f"{device:8} half a block in one kernel -> {choice('conv_ffn', device, torch.bfloat16, hidden=256)}")
+        print(f"{device:8} fused half-block -> {choice('conv_ffn', device, torch.bfloat16, hidden=256)}")
         for name in checkable(torch.device(device)):
             print(f"{device:8} self-check of {name}: {_self_check.summary(name, BACKENDS[name], torch.device(device))}")
 
 
 def choice(op: str, device: str, dtype: torch.dtype, **sizes) -> str:
-    """What runs an op on maps of 64 channels, and why not the ones before it."""
+    """The backend of an op on maps of 64 channels, and why those before it do not serve."""
     x = torch.empty(0, 1, 1, 64, device=device, dtype=dtype)
     answers = {name: usable(name, op, x, **sizes) for name in BACKENDS if has(name, op)}
     why = [f"not {name}: {reason}" for name, (serves, reason) in answers.items() if not serves]

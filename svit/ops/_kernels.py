@@ -1,10 +1,10 @@
-"""What the operators' Triton kernels share: how a kernel is launched, and how a map is read.
+"""Helpers that the Triton kernels share: launching a kernel and loading a map.
 
-Maps are contiguous NHWC; sums run in float32; no atomics, so results are the same bit by bit. Offsets of a cell or a
-strip from the start of the map are 64 bit wide; those inside it must fit into 32.
+Maps are contiguous NHWC. Sums run in float32. Kernels use no atomics, so every run gives the same bits. Offsets of a
+cell or strip from the start of the map have 64 bits; offsets inside it fit into 32.
 
-No autotuning, which would stall the first steps of every run: launch parameters follow rules, worked out once for a
-shape and dtype, and what a measurement found better stands in a table beside the kernel.
+Kernels are not autotuned, which would stall the first steps of every run. A rule computes the launch parameters once
+for each shape and dtype. A table beside the kernel overrides the rule where a measurement found better ones.
 """
 
 import torch
@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Triton compiles a kernel anew for a size of 1 and for multiples of 16, unless told not to. What there is to gain from
-# that lies in C, a constant, and a detector sees many sizes.
+# By default Triton compiles a kernel again for a size of 1 and for multiples of 16. Only C would gain from that, and C
+# is a constant. A detector sees many sizes, so Triton must not specialize on these.
 SIZES = ("H", "W", "hh", "ww", "cells")
 
 
 def launch(kernel, programs: int, like: Tensor, *args, **constants) -> None:
-    """Runs a kernel on the device of `like`; nothing if there is nothing to do."""
+    """Runs a kernel on the device of `like`. With 0 programs it runs nothing."""
     if programs:
         with torch.cuda.device_of(like):
             kernel[(programs,)](*args, **constants)

@@ -1,7 +1,7 @@
-"""How an operator becomes an op of `torch.ops.svit`: its schema, and one implementation that has `_dispatch` choose.
+"""Registers an operator in `torch.ops.svit`: its schema, and an implementation that lets `_dispatch` choose a backend.
 
-The ops take and give contiguous NHWC maps. An operator's registration.py has its schemas, the shapes of the results,
-the gradients, and the functions of each backend.
+The ops take and return contiguous NHWC maps. An operator's registration.py has its schemas, the shapes of the results,
+the gradients and the functions of each backend.
 """
 
 from collections.abc import Callable
@@ -22,20 +22,24 @@ def define(
     sizes: Callable[..., dict] = lambda *_: {},
     composite: bool = False,
 ) -> None:
-    """Defines an op whose last argument is `str? backend` and whose first is the map that the choice depends on.
+    """Defines an op. Its first argument is the map that the choice depends on, its last is `str? backend`.
 
-    `check` takes the others and raises a ValueError if they do not fit together; kernels trust their arguments. `sizes`
-    takes them too and gives what else the choice depends on. A `composite` op can be made of the others.
+    Args:
+        schema: of the op, without `backend`.
+        check: takes the arguments but `backend`, and raises a ValueError if they do not fit together. Kernels trust
+            their arguments.
+        sizes: takes the same arguments, and returns what else the choice of a backend depends on.
+        composite: whether the op can be made of primitives.
     """
     name, _, rest = schema.partition("(")
     arguments, _, returns = rest.rpartition(") -> ")
     LIBRARY.define(f"{name}({arguments}, str? backend=None) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def implementation(*args):
-        *args, backend = args if len(args) > arguments.count(",") + 1 else (*args, None)  # a default does not come
+        # PyTorch passes no defaults.
+        *args, backend = args if len(args) > arguments.count(",") + 1 else (*args, None)
         args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
         check(*args)
-        # The first argument has the dtype, device and channels that the choice depends on.
         return _dispatch.run(name, backend, sizes(*args), args[0], *args)
 
     if composite:
@@ -62,12 +66,12 @@ def refuse_gradient(name: str):
 
 
 def flop_formula(op) -> Callable:
-    """Decorator: what an op costs, for PyTorch's FlopCounterMode, which knows its own operations only.
+    """Decorator: the cost of an op for PyTorch's FlopCounterMode, which knows PyTorch's own operations only.
 
-    The products alone, as the reference's operations count, a multiply-accumulate as 2: norms, softmax and sums are
-    left out. (A tool that traces a model, as fvcore does, sees the reference's operations.)
+    A formula counts the products as the counter counts the reference's: a multiply-accumulate is 2 FLOPs, and norms,
+    softmax and sums are 0. (A tool that traces a model, such as fvcore, sees the reference's operations.)
     """
-    if not triton.available:  # no fused op will run, and PyTorch would warn that it misses Triton
+    if not triton.available:  # no fused op will run, and PyTorch would warn that Triton is missing
         return lambda formula: formula
     from torch.utils.flop_counter import register_flop_formula
 

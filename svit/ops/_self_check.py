@@ -1,11 +1,11 @@
-"""The self-check: a fused backend runs one small case against the reference before its first real call.
+"""The self-check: before its first real call, a fused backend runs one small case and is compared with the reference.
 
-`problem` answers for one call of an op, from memory, from the verdicts on disk, or by running the case; `self_check`
-runs every published shape. The operators' self_check.py say what a case runs and compares. A verdict holds for a
-backend's build (`fingerprint`), op, channels, cell and dtype.
+`problem` gives the verdict for one call of an op: from memory, from disk, or by running the case. `self_check` runs
+every published shape. An operator's self_check.py says what a case runs and compares. A verdict holds for a backend's
+build (`fingerprint`), op, channels, cell and dtype.
 
-Verdicts lie in the user's cache folder: `SVIT_CACHE_DIR`, else `$XDG_CACHE_HOME/svit`, else `~/.cache/svit`. Where that
-cannot be written to, each process checks anew. `SVIT_SELF_CHECK=0` turns the check before the first call off.
+Verdicts are stored in the user's cache folder: `SVIT_CACHE_DIR`, else `$XDG_CACHE_HOME/svit`, else `~/.cache/svit`. If
+that folder is not writable, each process checks again. `SVIT_SELF_CHECK=0` turns the check before the first call off.
 """
 
 import functools
@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from svit.files import replacing
+from svit.files import atomic_write
 
 
 class Case(NamedTuple):
-    """What a verdict is about."""
+    """The case that a verdict is about."""
 
     backend: str
-    op: str  # a forward op; its backward op, where it has one, is part of the case
+    op: str  # a forward op; the case includes its backward op, if there is one
     channels: int
     cell: tuple[int, int] | None  # None for ops without cells
     dtype: torch.dtype  # of the map
@@ -54,35 +54,35 @@ class Row(NamedTuple):
     ok: bool
     error: float
     form: str = ""
-    reason: str = ""  # why not ok
+    reason: str = ""  # if not ok
 
 
-# (output, what the kernel computed, what the reference computes in float64), one a tensor
+# For each output tensor: (its name, the kernel's result, the reference's result in float64)
 Comparisons = Iterator[tuple[str, Tensor, Tensor]]
 
-# A wrong kernel is off by far more, rounding by far less: the operands of a product keep 21 bits in float32 (three
-# products of TF32) and 11 or 8 in float16 and bfloat16, and a result has passed through up to four roundings.
+# A wrong kernel exceeds these by far, and rounding stays far below: the operands of a product have 21 bits in float32
+# (three products of TF32) and 11 or 8 in float16 and bfloat16, and a result is rounded up to four times.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-WIDE = ("total", "mass", "dweight", "dbias")  # results that are float32 whatever the map
+FLOAT32_RESULTS = ("total", "mass", "dweight", "dbias")  # whatever the dtype of the map
 
 # Of SViT-S, B and L: channels -> cell and heads of the stages with super tokens.
 PUBLISHED_CELLS = {64: (8, 8), 96: (8, 8), 128: (4, 4), 192: (4, 4)}
 PUBLISHED_HEADS = {64: 1, 96: 2, 128: 2, 192: 3}
 
-# (case without its backend, device) -> "" or why the backend must not be used, of this process
+# (case, device) -> "" or why the backend must not be used, of this process
 verdicts: dict[tuple, str] = {}
 
-CHECKING = threading.RLock()  # threads whose first calls come together wait for one verdict
+CHECKING = threading.RLock()  # threads with simultaneous first calls wait for one verdict
 
-UNFINISHED_CHECKS = 2  # that many processes ended within the check of a case: it crashes
+UNFINISHED_CHECKS = 2  # if so many processes ended during the check of a case, it counts as crashing
 
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# One small case an op, of two images. Maps are padded: neither side is a whole number of cells or strips.
+# Each op has one small case of two images. Maps need padding: no side is a multiple of the cell or of a strip.
 
 
 def numbers(seed: int, *shape: int, scale: float = 1.0, plus: float = 0.0) -> Tensor:
@@ -91,7 +91,7 @@ def numbers(seed: int, *shape: int, scale: float = 1.0, plus: float = 0.0) -> Te
 
 
 class Inputs:
-    """Tensors of a case: as the kernel takes them, and the same in float64 on the CPU."""
+    """Tensors of a case: as the kernel takes them, and in float64 on the CPU."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
@@ -100,7 +100,7 @@ class Inputs:
         return self.both(numbers(seed, *shape, **options), self.case.dtype)
 
     def parameter(self, seed: int, *shape: int, **options) -> tuple[Tensor, Tensor]:
-        """Of float32: under autocast, and where a model is trained, they are wider than the map."""
+        """In float32: under autocast, parameters have more bits than the map."""
         return self.both(numbers(seed, *shape, **options), torch.float32)
 
     def both(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class Inputs:
         return t.to(self.device), t.double()
 
     def grid(self) -> tuple[int, int, int, int]:
-        """H, W, hh, ww: 3 x 3 cells, so that one has all its neighbours, or 2 x 2 if interpreted; the last are cut."""
+        """H, W, hh, ww: 3 x 3 cells, so that one has all neighbours, or 2 x 2 if interpreted. The last are cropped."""
         h, w = self.case.cell
         n = 3 if self.device.type == "cuda" else 2
         return n * h - h // 2, n * w - (w + 1) // 3, n, n
@@ -120,12 +120,12 @@ class Inputs:
 
 
 class Rule(NamedTuple):
-    """What the self-check knows of an op."""
+    """How an op is checked."""
 
-    map: int  # which argument of a call is the map, with its channels and dtype
-    cell: int | None  # which is the cell
-    form: tuple[int, str] | None  # which decides on the form, and its name: used where that is not None or False
-    forward: str  # the op whose case also covers this one: itself, or of a backward op the forward one
+    map: int  # position of the map among the arguments
+    cell: int | None  # position of the cell
+    form: tuple[int, str] | None  # position of the argument that sets the form unless it is None or False; the form
+    forward: str  # the op whose case covers this one: the op itself, or for a backward op the forward op
     compare: Callable[[Any, Inputs], Comparisons] | None  # runs a case of the forward op
     published: tuple[tuple, ...]  # (channels, cell, form) of the published models
     sizes: Callable[[Case], dict]  # what else the choice of a backend depends on
@@ -144,23 +144,23 @@ def add(
     sizes: Callable[[Case], dict] = lambda case: {},
     forward: str | None = None,
 ) -> None:
-    """Has an op checked: an operator's self_check.py says how, see `Rule`."""
+    """Adds the rule by which an op is checked. See `Rule`."""
     RULES[op] = Rule(map, cell, form, forward or op, compare, tuple(published), sizes)
 
 
 def check(case: Case, kernels: Any, device: torch.device | str) -> Row:
-    """Runs a case on `device`. An exception of the backend is a result too; lack of memory is none, and is raised."""
+    """Runs a case on `device`. An exception of the backend is a result; out of memory is raised."""
     largest, reasons = 0.0, []
     tolerance = TOLERANCE[case.dtype]
     with ExitStack() as stack:
-        # Whatever surrounds the first call must neither see nor change the case.
+        # Modes around the first call must neither see nor change the case.
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", torch.device(device).type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         try:
             for name, actual, expected in RULES[case.op].compare(kernels, Inputs(case, torch.device(device))):
-                dtype = torch.float32 if name in WIDE else case.dtype
+                dtype = torch.float32 if name in FLOAT32_RESULTS else case.dtype
                 if actual.shape != expected.shape:
                     reasons.append(f"{name} is {list(actual.shape)} instead of {list(expected.shape)}")
                 elif actual.dtype != dtype:
@@ -195,7 +195,7 @@ def published_cases(backend: str, ops: tuple[str, ...], dtypes: tuple[torch.dtyp
     ]
 
 
-# Verdicts: of this process in `verdicts`, of earlier ones in a file each.
+# Verdicts of this process are in `verdicts`, those of earlier processes in one file each.
 
 
 def enabled() -> bool:
@@ -215,7 +215,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def build() -> bytes:
-    """What the checks themselves are: a verdict of weaker ones does not count."""
+    """A digest of the checks: a verdict of other checks does not count."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for name in sorted({rule.compare.__module__ for rule in RULES.values() if rule.compare is not None}):
         digest.update(Path(sys.modules[name].__file__).read_bytes())
@@ -235,7 +235,7 @@ def verdict_file(case: Case, fingerprint: str) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a file says; nothing if there is none, or it cannot be understood."""
+    """The content of a file, or {} if there is none or it is damaged."""
     with suppress(OSError, ValueError, AttributeError, RecursionError):
         found = json.loads(path.read_text())
         counts = found.get("pid", 0), found.get("begun", 0)
@@ -247,12 +247,12 @@ def read(path: Path) -> dict[str, Any]:
 def write(path: Path, verdict: dict[str, Any]) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
+        with atomic_write(path) as part:
             part.write_text(json.dumps(verdict))
 
 
 def alive(pid: int) -> bool:
-    if sys.platform == "win32":  # where os.kill would end it
+    if sys.platform == "win32":  # os.kill would end the process there
         return True
     try:
         os.kill(pid, 0)
@@ -264,7 +264,7 @@ def alive(pid: int) -> bool:
 
 
 def kept_verdict(path: Path) -> str | None:
-    """ "" or why not, as `verdict` gives it; None if no process has come to one."""
+    """The verdict in a file, as `verdict` returns it, or None if there is none."""
     found = read(path)
     if not found or "pid" in found:
         return None
@@ -272,14 +272,14 @@ def kept_verdict(path: Path) -> str | None:
 
 
 def unfinished(found: dict[str, Any]) -> int:
-    """How many processes of this machine ended within the check."""
+    """How many processes of this machine ended during the check."""
     if "pid" not in found or found.get("host") != socket.gethostname() or alive(int(found["pid"])):
         return 0
     return int(found.get("begun", 1))
 
 
 def verdict(case: Case, kernels: Any, device: torch.device) -> str:
-    """ "" or why the backend must not be used: from disk, else by running the case, which is then kept there."""
+    """ "" or why the backend must not be used: from disk, else by running the case and storing the result."""
     fingerprint = kernels.fingerprint(device)
     path = verdict_file(case, fingerprint)
     if (kept := kept_verdict(path)) is not None:
@@ -287,7 +287,7 @@ def verdict(case: Case, kernels: Any, device: torch.device) -> str:
     begun = unfinished(read(path))
     if begun >= UNFINISHED_CHECKS:
         return f"{begun} processes ended while they checked it; delete {path} to have it checked again"
-    # A kernel may take the whole process with it: the next one finds this.
+    # A kernel may crash the process. The next process finds this note.
     write(path, {"ok": False, "pid": os.getpid(), "host": socket.gethostname(), "begun": begun + 1})
     try:
         result = check(case, kernels, device)
@@ -305,10 +305,10 @@ def store(path: Path, result: Row, fingerprint: str) -> None:
 
 
 def problem(case: Case, kernels: Any, device: torch.device) -> str | None:
-    """ "" where the backend may run the case, a reason where it must not, None where nobody can tell now.
+    """ "" if the backend may run the case, a reason if it must not, None if that cannot be found out now.
 
-    Nothing is run while a stream is captured into a CUDA graph. A case without a verdict then passes on a device where
-    others have been checked.
+    While a stream is captured into a CUDA graph, no case runs. A case without a verdict then passes if other cases have
+    been checked on this device.
     """
     if (known := verdicts.get((case, device))) is not None:
         return known
@@ -332,14 +332,14 @@ def others_are_checked(backend: str, kernels: Any, device: torch.device) -> bool
 
 
 def kept_files(backend: str, kernels: Any, device: torch.device) -> list[Path]:
-    """The verdicts on disk; none if their folder cannot be read."""
+    """The files of verdicts, or none if their folder cannot be read."""
     with suppress(OSError):
         return [*verdict_folder(backend, kernels.fingerprint(device)).glob("*.json")]
     return []
 
 
 def check_and_keep(case: Case, kernels: Any, device: torch.device) -> Row:
-    """Runs a case and replaces what was known of it."""
+    """Runs a case and replaces its earlier verdict."""
     result = check(case, kernels, device)
     fingerprint = kernels.fingerprint(device)
     store(verdict_file(case, fingerprint), result, fingerprint)
@@ -354,7 +354,7 @@ def serves(kernels: Any, case: Case, device: torch.device) -> bool:
 
 
 def summary(backend: str, kernels: Any, device: torch.device) -> str:
-    """How many cases have a verdict on disk, and which are wrong."""
+    """Text: how many cases on disk are right, and which are wrong."""
     found = {path.stem: kept_verdict(path) for path in kept_files(backend, kernels, device)}
     wrong = [f"{name} ({reason})" for name, reason in sorted(found.items()) if reason]
     right = sum(reason == "" for reason in found.values())

@@ -1,7 +1,7 @@
-"""The CUDA backend: compiled kernels for what Triton cannot express (docs/ops.md), if `SVIT_BUILD_CUDA=1` built them.
+"""The CUDA backend: compiled kernels for what Triton cannot express (docs/ops.md). `SVIT_BUILD_CUDA=1` builds them.
 
-It has the two halves of a block as one kernel each, for the sizes of the published models, and no primitives. This is
-the library and what it serves; the operators' folders (attention, conv_ffn) have the calls, csrc/ the sources.
+It runs each half-block as one kernel, for the sizes of the published models, and has no primitives. This module loads
+the library and says what it serves. The operators' folders (attention, conv_ffn) call it; csrc/ holds the sources.
 """
 
 import ctypes
@@ -20,24 +20,24 @@ from . import _dispatch
 
 # Channels -> the cell and the channels of a head, as compiled (csrc/super_token_attention.cu).
 CELLS = {64: ((8, 8), 64), 96: ((8, 8), 48), 128: ((4, 4), 64), 192: ((4, 4), 64)}
-MOST_CELLS = 8  # down and across
+MOST_CELLS = 8  # rows and columns
 
-# The kernels' own schemas, defined beside their calls: results are written into tensors that are handed to them.
+# The kernels' own schemas, defined beside their calls. A kernel writes its results into tensors that the caller makes.
 LIBRARY = Library("svit_cuda", "DEF")
 
 
 @dataclass
 class Compiled:
-    """What to know of the compiled kernels: whether some are for clusters, and a block's bytes of shared memory."""
+    """The compiled kernels: whether some use clusters, and the shared memory of a block in bytes."""
 
     clusters: bool
-    attention: dict[tuple[int, int, int, bool], int]  # by channels, cells down and across, with clusters or without
+    attention: dict[tuple[int, int, int, bool], int]  # by channels, rows and columns of cells, use of clusters
     conv_ffn: dict[int, int]  # by channels
     library: ctypes.CDLL
 
 
 def load(path: Path) -> tuple[Compiled | None, str]:
-    """What the compiled library says of itself, or None, and a line about it."""
+    """The compiled library or None, and a line of text about it."""
     if not path.exists():
         return None, "no cuda kernels: they were not built (SVIT_BUILD_CUDA=1)"
     try:
@@ -45,7 +45,7 @@ def load(path: Path) -> tuple[Compiled | None, str]:
     except OSError as error:  # a build of PyTorch without CUDA
         return None, f"no cuda kernels: {error}"
     library = ctypes.CDLL(path)
-    # A table, since compilers of models cannot look into a library.
+    # A table: torch.compile cannot trace a call into the library.
     grids = itertools.product(range(1, MOST_CELLS + 1), range(1, MOST_CELLS + 1), (False, True))
     attention = {
         (C, rows, columns, clusters): library.svit_attention_bytes(C, *CELLS[C][0], rows, columns, clusters)
@@ -67,7 +67,7 @@ def build() -> str:
 
 
 def fingerprint(device: torch.device) -> str:
-    """What a verdict of the self-check on `device` holds for."""
+    """Identifies the kernels and the device: a verdict of the self-check holds for these."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"cuda kernels {build()}, sm_{major}{minor}"
 
@@ -88,8 +88,8 @@ def usable(
         x: the map.
         cell, num_heads: of the attention.
         hidden: channels between the 1x1 convolutions of the conv-FFN.
-        residual: whether the conv-FFN has one.
-        weights: of the conv-FFN; the op checks them.
+        residual: whether the conv-FFN adds a residual.
+        weights: of the conv-FFN. The op checks them.
     """
     if compiled is None:
         return False, version
@@ -100,7 +100,7 @@ def usable(
     if x.dtype not in (torch.float16, torch.bfloat16):
         return False, f"it computes in float16 and bfloat16, not in {x.dtype}"
     served, reason = fits(op, tuple(x.shape), tuple(cell), num_heads, hidden)
-    # A map may claim to be on a GPU where there is none: a fake tensor, while a model is compiled or exported.
+    # While a model is compiled or exported, x may be a fake tensor on a GPU that does not exist.
     if not served or not torch.cuda.is_available():
         return served, reason
     if torch.cuda.get_device_capability(x.device) < (8, 0):
@@ -123,7 +123,7 @@ def usable(
 
 
 def fits(op: str, shape: tuple[int, ...], cell: tuple[int, int], num_heads: int, hidden: int) -> tuple[bool, str]:
-    """Whether the kernels of `op` were compiled for maps of this shape."""
+    """Whether kernels of `op` were compiled for maps of this shape, and if not, why."""
     _, H, W, C = shape
     if C not in CELLS:
         return False, f"it has kernels for {', '.join(map(str, CELLS))} channels, not for {C}"
@@ -140,21 +140,21 @@ def fits(op: str, shape: tuple[int, ...], cell: tuple[int, int], num_heads: int,
 
 
 def has_clusters(device: torch.device) -> bool:
-    """Whether blocks can reach into each other's shared memory, which lets a map stay there."""
+    """Whether blocks can access each other's shared memory (clusters), which then holds the whole map."""
     return compiled.clusters and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def max_active_clusters(C: int, rows: int, columns: int, device: torch.device | str | int) -> int:
-    """How many clusters of the attention, one an image, a GPU runs at a time; 0 where not one fits, or there are none.
+    """How many clusters of the attention a GPU runs at a time, one for each image. 0 if none fits or there are none.
 
     Args:
         C: channels of the map, one of `CELLS`.
-        rows, columns: cells down and across, at most `MOST_CELLS`; a cluster has a block for each row.
+        rows, columns: of cells, at most `MOST_CELLS`. A cluster has one block for each row.
         device: of the map. Nothing is launched on it.
 
     Raises:
         RuntimeError: the kernels were not built.
-        ValueError: they were, but not for these sizes.
+        ValueError: there are no kernels for these sizes.
     """
     if compiled is None:
         raise RuntimeError(version)
@@ -178,7 +178,7 @@ def ask_max_active_clusters(C: int, rows: int, columns: int, index: int) -> int:
 
 
 def aligned(t: Tensor) -> Tensor:
-    """t at an address that 16 bytes can be read from at once."""
+    """t, or a copy, at an address that is a multiple of 16 bytes."""
     return t.clone() if t.data_ptr() % 16 else t
 
 
@@ -188,7 +188,7 @@ def weight(t: Tensor, x: Tensor) -> Tensor:
 
 
 def parameter(t: Tensor, x: Tensor) -> Tensor:
-    """A vector or taps as a kernel reads them: in the dtype of x or in float32."""
+    """A vector or taps in the dtype of x, else in float32."""
     return aligned(t.contiguous() if t.dtype == x.dtype else t.float().contiguous())
 
 

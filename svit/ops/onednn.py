@@ -1,6 +1,6 @@
 """The oneDNN backend: inference on a CPU.
 
-This is what it serves, and weights in oneDNN's own layout; conv_ffn/onednn.py has the conv-FFN.
+This module says what it serves, and keeps weights in oneDNN's own layout. conv_ffn/onednn.py has the conv-FFN.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from . import _dispatch
 def usable(
     op: str, x: torch.Tensor, hidden: int = 0, residual: bool = True, weights: Sequence[torch.Tensor] = ()
 ) -> tuple[bool, str]:
-    """Whether this backend serves `op` on the map x (B, H, W, C), with these weights if given, and if not, why."""
+    """Whether this backend serves `op` on the map x (B, H, W, C) with these weights, and if not, why."""
     if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False, "x is traced"
     if torch.is_grad_enabled():
         return False, "autograd is on"
-    # `transformed` and `autocast_dtype`, spelled out: this is asked at each step of a model.
+    # `transformed` and `autocast_dtype` are inlined: every step of a model calls this.
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False, "torch.func or forward-mode AD is at work"
     if x.device.type != "cpu":
@@ -46,11 +46,11 @@ BACKEND = _dispatch.add_backend("onednn", usable)
 
 
 class PackedWeight:
-    """Keeps a convolution's weight in the layout that oneDNN has for maps of one shape.
+    """Keeps a convolution's weight in oneDNN's layout for maps of one shape.
 
-    With a plain weight oneDNN makes it at every call, which takes longer than the convolution of a small map. Kept, it
-    is made at the first call, and again when a map of another shape comes (the layout for one shape can take 50 times
-    as long on another) or the weight changes. Copies and files hold no layout.
+    Given a plain weight, oneDNN converts it at every call. For a small map that takes longer than the convolution. This
+    object converts it at the first call, and again if the weight or the shape of the map changes. (The layout for one
+    shape can be 50 times as slow on another.) Copies and files hold no converted weight.
     """
 
     def __init__(self) -> None:
@@ -73,10 +73,20 @@ def convolution(
     residual: torch.Tensor | None = None,
     packed: PackedWeight | None = None,
 ) -> torch.Tensor:
-    """Convolution without groups of a map (B, C, H, W), then exact GELU or plus a residual of its dtype, in one pass.
+    """Convolves a map (B, C, H, W), without groups, and applies the exact GELU or adds a residual in the same pass.
 
-    To (B, C', H', W'), channels-last if x is. `packed` keeps the layout of the weight. A change of the weight that
-    raises no version (`weight.data`) is seen if it meets one of a few values: one of each channel of the output.
+    Args:
+        x: map (B, C, H, W).
+        weight: (C', C, kernel height, kernel width).
+        bias: (C',) or None.
+        stride, padding: of the convolution.
+        gelu: apply the GELU.
+        residual: map (B, C', H', W') to add, in the dtype of x, or None.
+        packed: keeps the weight in oneDNN's layout. It notices a change of the weight by its version. It notices a
+            change through `weight.data` only if one of C' sampled values changes, one for each output channel.
+
+    Returns:
+        map (B, C', H', W'), channels-last if x is.
     """
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     if packed is not None and dense and not weight.is_inference() and x.numel() and weight.numel():
@@ -92,7 +102,7 @@ def convolution(
         else:
             weight = kept[2]
     where = list(padding), list(stride), [1, 1], 1
-    # One channel or one pixel has the strides of any format, and PyTorch does not convert what it takes for another.
+    # With one channel or one pixel the strides fit every memory format, and PyTorch would not convert the residual.
     adds = residual is not None and (residual.shape[1] == 1 or residual.shape[2] * residual.shape[3] == 1)
     if residual is not None and not adds:
         return torch.ops.mkldnn._convolution_pointwise.binary(

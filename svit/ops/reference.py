@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch, from the operators' folders: the oracle of the other backends."""
+"""The reference: every op in plain PyTorch, from the operators' folders. The other backends are tested against it."""
 
 from .attention.reference import attend, attend_backward, super_token_attention
 from .conv_ffn.reference import conv_ffn

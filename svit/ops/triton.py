@@ -1,6 +1,6 @@
-"""The Triton backend: any GPU that Triton serves; with TRITON_INTERPRET=1 in the environment the CPU too, for tests.
+"""The Triton backend: any GPU that Triton serves. For tests, TRITON_INTERPRET=1 in the environment adds the CPU.
 
-This is what it serves; the operators' folders have the kernels and their launches.
+This module says what the backend serves. The operators' folders have the kernels and their launches.
 """
 
 import functools
@@ -23,11 +23,10 @@ except ImportError as error:  # no Triton for macOS, Windows, and PyTorch builds
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Triton's interpreter computes bfloat16 wrongly; the tests mend it, and add the dtype.
+# Triton's interpreter computes bfloat16 wrongly. The tests correct that and add the dtype.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 
-# A program of a super-token op holds all channels of 16 pixels and 16 super tokens: these fill its registers and shared
-# memory.
+# Bytes of a pixel. A program of a super-token op holds 16 pixels and 16 super tokens in registers and shared memory.
 MAX_BYTES = 2048
 ANY_CHANNELS = ("depthwise3x3", "depthwise3x3_backward", "bias_gelu_affine")
 
@@ -45,7 +44,7 @@ def usable(op: str, x: torch.Tensor) -> tuple[bool, str]:
         return False, f"it needs a multiple of 8 channels, not {C}"
     if C * x.element_size() > MAX_BYTES and op not in ANY_CHANNELS:
         return False, f"it serves up to {MAX_BYTES // x.element_size()} channels in {x.dtype}, not {C}"
-    # A map may claim to be on a GPU where there is none: a fake tensor, while a model is compiled or exported.
+    # While a model is compiled or exported, x may be a fake tensor on a GPU that does not exist.
     if INTERPRETED or torch.version.hip is not None or not torch.cuda.is_available():
         return True, ""
     if torch.cuda.get_device_capability(x.device) < (8, 0):
@@ -54,14 +53,14 @@ def usable(op: str, x: torch.Tensor) -> tuple[bool, str]:
 
 
 def implement(module: str, *ops: str) -> None:
-    """Adds `launch_<op>` of an operator's module to this backend, an op each; without Triton their names alone."""
+    """Adds `launch_<op>` of an operator's module to this backend for each op. Without Triton it adds the names only."""
     kernels = importlib.import_module(module) if available else None
     BACKEND.implement(**{op: getattr(kernels, f"launch_{op}", None) for op in ops})
 
 
 @functools.cache
 def build() -> str:
-    """Triton's version and a digest of what is launched: the kernels as they stand in memory, and their launches."""
+    """Triton's version and a digest of the kernels, as they are in memory, and of their launches."""
     digest = hashlib.sha256()
     modules = [vars(importlib.import_module("._kernels", __package__))]
     modules += [getattr(BACKEND, op).__globals__ for op in BACKEND.OPS]
@@ -74,7 +73,7 @@ def build() -> str:
 
 
 def fingerprint(device: torch.device) -> str:
-    """What a verdict of the self-check on `device` holds for."""
+    """Identifies the kernels and the device: a verdict of the self-check holds for these."""
     if device.type != "cuda":
         return f"{build()}, interpreted"
     properties = torch.cuda.get_device_properties(device)

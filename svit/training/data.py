@@ -238,12 +238,12 @@ def print_contents(split: str, dataset: Dataset, file: TextIO | None = None) -> 
         numbers = [number for _, number in getattr(reader, "samples", ())]
     counts = Counter(map(int, numbers))
     names = classes_of(dataset) or []
-    told = f"{split}: {len(names)} classes, {len(dataset)} images" if names else f"{split}: {len(dataset)} images"
+    line = f"{split}: {len(names)} classes, {len(dataset)} images" if names else f"{split}: {len(dataset)} images"
     if names:
-        told += ": " + first([f"{name} {counts[i]}" if counts else name for i, name in enumerate(names)], 20)
+        line += ": " + first([f"{name} {counts[i]}" if counts else name for i, name in enumerate(names)], 20)
     if counts and len(names) > 20:
-        told += f"; {min(counts.values())} to {max(counts.values())} images a class"
-    print(told, file=file, flush=True)
+        line += f"; {min(counts.values())} to {max(counts.values())} images a class"
+    print(line, file=file, flush=True)
     if left_out := getattr(reader, "left_out", None):
         print(f"warning: {split}: left out {listing(left_out)}", file=sys.stderr)
 
@@ -263,10 +263,10 @@ def check_splits(train: Dataset, val: Dataset, num_classes: int | None = None) -
         raise InputError(f"val: its images, those in {b}, are images of the training, which has those in {a}")
     ours, theirs = classes_of(train), classes_of(val)
     if a and ours and len(ours) == 1:
-        told = f"train: one class alone, {ours[0]}, in {a}; expected the folder that holds the class folders"
+        problem = f"train: one class alone, {ours[0]}, in {a}; expected the folder that holds the class folders"
         if num_classes is None:
-            raise InputError(told)
-        print(f"warning: {told}", file=sys.stderr)
+            raise InputError(problem)
+        print(f"warning: {problem}", file=sys.stderr)
     if ours is None or theirs is None or ours == theirs:
         return
     both = f"train has {first(ours, 20)}; val has {first(theirs, 20)}"
@@ -341,12 +341,12 @@ class Images(Dataset):
         return self.dataset.filename(index) if hasattr(self.dataset, "filename") else f"number {index}"
 
 
-class Order:
-    """Batches of keys for `Images`, of one process: an iterable over an epoch, from `start` on.
+class ResumableBatchSampler:
+    """Batches of keys for `Images`, of one process. It iterates over an epoch from batch `start` on.
 
-    The processes take turns in the images of a batch, so that as many images in as many processes are the same images.
-    With repeated augmentation (Hoffer et al., 2020) the copies of an image stand next to each other, and an epoch sees
-    as many images less.
+    The processes take turns in the images of a global batch, so that the batch is the same for any number of processes.
+    With repeated augmentation (Hoffer et al., 2020) the copies of an image are neighbours, and an epoch sees fewer
+    different images.
     """
 
     def __init__(
@@ -412,7 +412,7 @@ class Loader:
         dataset: of `open_dataset`.
         transform: timm's.
         training: in random order, incomplete batches dropped; else in the dataset's order, all images.
-        reopen: makes the dataset anew for each epoch, which a stream needs, since its shuffling has a memory.
+        reopen: makes a new dataset for each epoch. A stream needs this, since its shuffling keeps a state.
         mode: of the images, as `image_mode` finds it.
     """
 
@@ -437,13 +437,13 @@ class Loader:
         self.streams = isinstance(self.dataset, IterableDataset)
         self.pin = torch.cuda.is_available()
         if not self.streams:
-            self.order = Order(
+            self.batch_sampler = ResumableBatchSampler(
                 len(self.dataset), batch_size, rank, world, seed if training else None, repeats, drop_last=training
             )
             images = Images(self.dataset, transform, seed, training, limit, mode)
             self.loader = DataLoader(
                 images,
-                batch_sampler=self.order,
+                batch_sampler=self.batch_sampler,
                 num_workers=workers,
                 collate_fn=collate,
                 pin_memory=self.pin,
@@ -454,14 +454,14 @@ class Loader:
     def __len__(self) -> int:
         """Batches an epoch has."""
         if not self.streams:
-            return len(self.order)
+            return len(self.batch_sampler)
         images = len(self.dataset)  # of this process, as timm counts
         return images // self.batch_size if self.training else -(-images // self.batch_size)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on: images (B, C, H, W) and classes (B,)."""
         if not self.streams:
-            self.order.epoch, self.order.start = epoch, start
+            self.batch_sampler.epoch, self.batch_sampler.start = epoch, start
             return self.readable()
         dataset = self.reopen()
         dataset.set_epoch(epoch)

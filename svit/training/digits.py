@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -35,7 +35,7 @@ def digits() -> dict[str, Image.Image]:
 def write_images(images: dict[str, Image.Image], folder: Path) -> None:
     """Writes images by their paths to a new folder, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(folder) as part:
+    with atomic_write(folder) as part:
         for name, image in images.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             image.save(part / name)

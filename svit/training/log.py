@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from svit.files import replacing
+from svit.files import atomic_write
 
 
 class Log:
@@ -65,5 +65,5 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text.getvalue())

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from svit import processes
 from svit.checkpoints import trained_arguments
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 
 from . import state as states
 from .data import check_classes, seed_all
@@ -41,10 +41,10 @@ class Training:
         start = states.find_start(output, resume)
         if recipe.checkpoint:
             # A part of the recipe from here on, so that whoever reads the new weights knows of it too.
-            told = trained_arguments(recipe.checkpoint)
+            arguments = trained_arguments(recipe.checkpoint)
             if recipe.img_size:
-                told.pop("img_size", None)
-            recipe.model_args = {**told, **recipe.model_args}
+                arguments.pop("img_size", None)
+            recipe.model_args = {**arguments, **recipe.model_args}
 
         self.accelerator = Accelerator(
             cpu=cpu or not torch.accelerator.is_available(),  # else its processes would not know each other
@@ -53,12 +53,12 @@ class Training:
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        images = recipe.batch_size * recipe.grad_accum * self.world
+        global_batch_size = recipe.batch_size * recipe.grad_accum * self.world
         settings = as_dict(recipe)
-        self.state, tensors, saved = states.State(settings, images), None, None
+        self.state, tensors, saved = states.State(settings, global_batch_size), None, None
         self.moves = start is not None and start.resolve() != (output / states.NAME).resolve()
         if start is not None:
-            self.state, tensors = states.read(start, settings, images)
+            self.state, tensors = states.read(start, settings, global_batch_size)
             saved = self.state.epoch, self.state.update
         self.best = states.find_best(start, self.state) if self.moves else None
 
@@ -66,7 +66,7 @@ class Training:
         self.splits = open_splits(recipe, main, self.accelerator.main_process_first)
         self.num_classes = self.splits.num_classes
         try:
-            self.make(images)
+            self.make(global_batch_size)
         except InputError:
             raise
         except (AssertionError, TypeError, ValueError) as error:  # timm's, of what the recipe hands to it
@@ -85,7 +85,7 @@ class Training:
         if tensors is not None:
             self.saver.restore(tensors)
 
-    def make(self, images: int) -> None:
+    def make(self, global_batch_size: int) -> None:
         """What the recipe says, made for this process; an update has so many images in all."""
         r, device = self.recipe, self.accelerator.device
         sharded = r.parallel == "fsdp"
@@ -99,7 +99,7 @@ class Training:
         if self.updates == 0:
             raise InputError(
                 f"batch_size: expected at most the {len(self.train.dataset)} images of the data for one update, "
-                f"got {images} (batch_size x grad_accum x processes)"
+                f"got {global_batch_size} (batch_size x grad_accum x processes)"
             )
         self.mixup = make_mixup(r, self.num_classes)
         self.plain = model.to(device).train()  # without the wrappers that prepare puts around it
@@ -109,7 +109,7 @@ class Training:
         if sharded and self.world > 1:
             # Not by Accelerate, which shards on GPUs alone.
             fully_shard(self.plain, mesh=init_device_mesh(device.type, (self.world,)))
-        optimizer, self.scheduler = make_optimizer(r, self.plain, images, self.updates)
+        optimizer, self.scheduler = make_optimizer(r, self.plain, global_batch_size, self.updates)
         if r.compile:
             self.plain.compile()
         self.optimizer = self.accelerator.prepare(optimizer)
@@ -127,7 +127,7 @@ class Training:
             self.output.mkdir(parents=True, exist_ok=True)
             for part in self.output.glob(".part-*"):  # of a training that was killed while it wrote
                 shutil.rmtree(part)
-            with replacing(self.output / "recipe.yaml") as part:
+            with atomic_write(self.output / "recipe.yaml") as part:
                 part.write_text(OmegaConf.to_yaml(as_dict(self.recipe)))
             if self.state.rows:  # which a kill may have kept from the log
                 write_csv(self.output / "log.csv", self.state.rows)
@@ -172,7 +172,7 @@ class Training:
                 self.tell(log, loss)
             # To ask all processes takes time: so not after each update.
             if self.world == 1 or self.total % max(10 // r.grad_accum, 1) == 0:
-                stopped_by = self.shall_stop()
+                stopped_by = self.stop_signal()
                 if stopped_by:
                     return stopped_by
             if r.save_every and self.total % r.save_every == 0 and state.update < self.updates:
@@ -223,13 +223,13 @@ class Training:
             for module, original in self.drop_paths:
                 module.drop_prob = original * rate / self.recipe.drop_path
 
-    def shall_stop(self) -> signal.Signals | None:
-        """The signal that came to any process, if one did; all of them must ask."""
+    def stop_signal(self) -> signal.Signals | None:
+        """A signal that any process has received, or None. All processes must call it."""
         if self.world == 1:
             return self.signals[0] if self.signals else None
-        came = [float(number in self.signals) for number in processes.STOP_SIGNALS]
-        came = self.accelerator.reduce(torch.tensor(came, device=self.accelerator.device), "sum").tolist()
-        return next((number for number, count in zip(processes.STOP_SIGNALS, came, strict=True) if count), None)
+        received = [float(number in self.signals) for number in processes.STOP_SIGNALS]
+        counts = self.accelerator.reduce(torch.tensor(received, device=self.accelerator.device), "sum").tolist()
+        return next((number for number, count in zip(processes.STOP_SIGNALS, counts, strict=True) if count), None)
 
     def tell(self, log: Log, loss: torch.Tensor) -> None:
         """Logs the loss of an update, of all processes.
@@ -252,7 +252,7 @@ class Training:
         """Evaluates, logs and saves; returns the signal that came before the end of the evaluation, if one did."""
         state = self.state
         found = self.evaluate()
-        stopped_by = self.shall_stop()
+        stopped_by = self.stop_signal()
         if stopped_by:
             return stopped_by
         row = {

@@ -3,6 +3,7 @@
 A recipe may start from another one: `base: NAME_OR_FILE`.
 """
 
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,8 @@ class Recipe:
     grad_accum: int = 1  # steps an update
     opt: str = "adamw"
     opt_args: dict[str, Any] = field(default_factory=dict)
-    lr: float = 1e-3  # at `lr_batch` images an update
-    lr_batch: int | None = None  # scale lr with the images an update has; null: do not
+    lr: float = 1e-3  # at `lr_base_size` images an update
+    lr_base_size: int | None = None  # scale lr with the images of an update; null: do not
     weight_decay: float = 0.05
     layer_decay: float | None = None
     clip_grad: float | None = None  # largest norm of the gradient
@@ -102,7 +103,10 @@ class Recipe:
     log_every: int = 50  # updates
 
 
-# What may differ when a training goes on: it decides where and how fast it runs, not what comes out.
+# Deprecated keys, and those in their place.
+RENAMED = {"lr_batch": "lr_base_size"}
+
+# Keys that may differ when a training resumes: they decide where and how fast it runs, not what comes out.
 FREE = {"data_dir", "val_dir", "download", "workers", "save_every", "log_every"}
 
 CHOICES = {
@@ -133,7 +137,7 @@ def load_recipe(name: str, changes: list[str] = (), data_dir: str | None = None)
         if "=" not in change:
             raise InputError(f"--set: expected KEY=VALUE, got {change!r}")
     try:
-        read = OmegaConf.merge(read_yaml(name), OmegaConf.from_dotlist(list(changes)))
+        read = OmegaConf.merge(read_yaml(name), with_new_keys(OmegaConf.from_dotlist(list(changes)), "--set"))
         if data_dir is not None:
             read["data_dir"] = data_dir.replace("${", "\\${")  # no name of another key
         for key in read:
@@ -158,7 +162,20 @@ def read_yaml(name: str, seen: tuple[Path, ...] = ()) -> DictConfig:
     if not isinstance(read, DictConfig):
         raise InputError(f"{name}: expected keys and values, got a list")
     base = read.pop("base", None)
+    read = with_new_keys(read, name)
     return OmegaConf.merge(read_yaml(base, (*seen, path)), read) if base else read
+
+
+def with_new_keys(read: DictConfig, name: str) -> DictConfig:
+    """`read` with the new names of deprecated keys, each with a warning. `name` says where they stand."""
+    for old, new in RENAMED.items():
+        if old not in read:
+            continue
+        if new in read:
+            raise InputError(f"{name}: {old}: expected {new} alone, whose deprecated name it is, got both")
+        warnings.warn(f"{name}: the key {old} is deprecated, use {new}", FutureWarning, stacklevel=2)
+        read[new] = read.pop(old)
+    return read
 
 
 def where(error: Exception) -> str:
@@ -215,11 +232,11 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps a training of the one recipe from going on with the other, a line for each key.
+    """The differences that keep a training of the one recipe from resuming with the other, a line for each key.
 
-    A key that the old one lacks had its default, being newer than it.
+    A key that `old` lacks is newer than that recipe and has its default.
     """
-    old = {**vars(Recipe()), **old}
+    old = {**vars(Recipe()), **{RENAMED.get(key, key): value for key, value in old.items()}}
     return [
         f"{key}: {old[key]!r}, now {new.get(key)!r}"
         for key in sorted(set(old) | set(new))

@@ -43,7 +43,7 @@ class Saver:
             InputError: the loss, a weight or a moment is not finite; in all processes. Nothing is written then.
         """
         self.state.loss = self.finite_loss()
-        tensors = states.gather(self.model, self.optimizer, self.sharded)
+        tensors = states.full_state_dict(self.model, self.optimizer, self.sharded)
         if self.ema is not None:
             tensors["ema"] = self.ema.module.state_dict()
         if self.accelerator.scaler is not None:
@@ -67,7 +67,7 @@ class Saver:
 
     def restore(self, tensors: dict[str, Any]) -> None:
         """Loads what `states.read` gave beside the state."""
-        states.scatter(self.model, self.optimizer, self.sharded, tensors)
+        states.load_full_state_dict(self.model, self.optimizer, self.sharded, tensors)
         if self.ema is not None:
             self.ema.module.load_state_dict(tensors["ema"])
         if self.accelerator.scaler is not None:

@@ -73,9 +73,9 @@ def open_splits(r: Recipe, main: bool, main_first: Callable[[], AbstractContextM
     num_classes = r.num_classes or (len(classes) if classes else None)
     if num_classes is None:
         raise InputError("num_classes: expected a number, since the data does not tell its classes, got null")
-    told = r.model_args.get("num_classes", num_classes)
-    if told != num_classes:
-        raise InputError(f"model_args.num_classes: expected num_classes, {num_classes}, got {told}")
+    outputs = r.model_args.get("num_classes", num_classes)
+    if outputs != num_classes:
+        raise InputError(f"model_args.num_classes: expected num_classes, {num_classes}, got {outputs}")
     if classes and len(classes) > num_classes:
         raise InputError(f"num_classes: expected the data's {len(classes)}, got {num_classes}")
     return Splits(train_set, val_set, train, val, classes, num_classes)
@@ -141,17 +141,17 @@ def make_mixup(r: Recipe, num_classes: int) -> Mixup | None:
 
 
 def make_optimizer(
-    r: Recipe, model: nn.Module, images: int, updates: int
+    r: Recipe, model: nn.Module, global_batch_size: int, updates: int
 ) -> tuple[torch.optim.Optimizer, Scheduler | None]:
     """The optimizer and the schedule of its rates, at the rates of the first update.
 
     Args:
         r: the recipe.
         model: whose weights it updates.
-        images: of an update, in all processes together.
+        global_batch_size: images of an update, in all processes together.
         updates: of an epoch.
     """
-    lr = r.lr * images / r.lr_batch if r.lr_batch else r.lr
+    lr = r.lr * global_batch_size / r.lr_base_size if r.lr_base_size else r.lr
     optimizer = create_optimizer_v2(
         model, r.opt, lr=lr, weight_decay=r.weight_decay, layer_decay=r.layer_decay, **r.opt_args
     )

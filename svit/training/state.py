@@ -1,4 +1,4 @@
-"""The state of a training: one file that holds all that is needed to go on exactly, and where it may be written."""
+"""The state of a training: one file with all that an exact resume needs, and the rules for the output folder."""
 
 import shutil
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from svit.checkpoints import read_metadata
 from svit.convert import CheckpointError, differences, is_finite, summary
 from svit.errors import InputError
-from svit.files import replacing
+from svit.files import atomic_write
 
 from .data import is_reader_gone
 from .recipe import differences as recipe_differences
@@ -19,19 +19,19 @@ from .recipe import differences as recipe_differences
 NAME = "state.pt"
 BEST = "best.safetensors"
 
-# What a training leaves in its folder, by which the folder is known to be taken.
+# Files of a training: a folder with any of them holds a training.
 LEFT = (NAME, BEST, "log.csv", "last.safetensors")
 
 
 @dataclass
 class State:
-    """Where a training stands, and what of it is no tensor.
+    """The position in a training, and all of its state that is no tensor.
 
-    Random numbers are not among it: they are drawn anew at each step from the recipe's seed and the step.
+    It holds no random states: the random numbers of each step follow from the recipe's seed and the step.
     """
 
     recipe: dict[str, Any]
-    images: int  # an update, in all processes together
+    global_batch_size: int  # images of an update, in all processes together
     epoch: int = 0
     update: int = 0  # updates done in this epoch
     best: float = -1.0  # per cent, top-1
@@ -41,12 +41,12 @@ class State:
 
 
 def find_start(output: Path, resume: str | None) -> Path | None:
-    """The state that a training in the folder `output` goes on from; None if it starts anew.
+    """The state that a training in the folder `output` resumes from, or None for a new training.
 
     Args:
-        output: the folder, which need not be there.
-        resume: None to start anew, "auto" to go on where there is something to go on from, or a file. A file other than
-            the folder's own state is taken into a folder that holds no training.
+        output: the folder, which need not exist.
+        resume: None for a new training, "auto" to resume from the folder's state if there is one, or a file. Another
+            state than the folder's own needs a folder that holds no training.
 
     Raises:
         InputError: the folder holds a training that would be mixed with this one.
@@ -77,7 +77,7 @@ def find_start(output: Path, resume: str | None) -> Path | None:
 
 
 def find_best(path: Path, state: State) -> Path | None:
-    """The best weights of the training that this state in the file `path` is of; None if it has none yet.
+    """The best weights of the training whose state is in the file `path`, or None if it has none yet.
 
     Raises:
         InputError: they are not beside the state, or those that are there are not its own.
@@ -89,7 +89,7 @@ def find_best(path: Path, state: State) -> Path | None:
     if not best.is_file():
         raise InputError(f"resume: {path} has no {BEST} beside it, of top-1 {state.best:.2f}; put it there")
     facts = read_metadata(best)["facts"]
-    # Better ones are those of a state that a kill kept from following.
+    # If a kill stopped the program between the two files, the weights are better than the state says.
     other = recipe_differences(state.recipe, {**state.recipe, **facts.get("recipe", {})})
     if other or facts.get("top1", -1.0) < state.best:
         raise InputError(f"resume: {best} is not of the training of {path}; expected that of top-1 {state.best:.2f}")
@@ -98,7 +98,7 @@ def find_best(path: Path, state: State) -> Path | None:
 
 def copy(source: Path, target: Path) -> None:
     """Copies a file, whole or not at all."""
-    with replacing(target) as part:
+    with atomic_write(target) as part:
         shutil.copyfile(source, part)
 
 
@@ -109,7 +109,7 @@ def write(path: Path, state: State, tensors: dict[str, Any]) -> None:
         OSError: it cannot be written; an older one is left as it was.
     """
     try:
-        with replacing(path) as part:
+        with atomic_write(path) as part:
             torch.save({"state": vars(state), **tensors}, part)
     except RuntimeError as error:  # torch.save reports a full disk so
         if is_reader_gone(error):
@@ -117,7 +117,7 @@ def write(path: Path, state: State, tensors: dict[str, Any]) -> None:
         raise OSError(f"{path}: cannot be written ({error})") from error
 
 
-def read(path: Path, recipe: dict[str, Any], images: int) -> tuple[State, dict[str, Any]]:
+def read(path: Path, recipe: dict[str, Any], global_batch_size: int) -> tuple[State, dict[str, Any]]:
     """Reads a state for a training with this recipe.
 
     Raises:
@@ -128,21 +128,25 @@ def read(path: Path, recipe: dict[str, Any], images: int) -> tuple[State, dict[s
         raise CheckpointError(f"{path}: no such file")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        state = State(**tensors.pop("state"))
+        stored = tensors.pop("state")
+        if "images" in stored:  # the former name
+            stored["global_batch_size"] = stored.pop("images")
+        state = State(**stored)
     except Exception as error:  # a damaged file can raise nearly anything
         raise CheckpointError(f"{path}: cannot be read; it is damaged or no training's state") from error
     found = recipe_differences(state.recipe, recipe)
-    if state.images != images:
-        found.append(f"images an update (batch_size x grad_accum x processes): {state.images}, now {images}")
+    if state.global_batch_size != global_batch_size:
+        sizes = f"{state.global_batch_size}, now {global_batch_size}"
+        found.append(f"images an update (batch_size x grad_accum x processes): {sizes}")
     if found:
         raise InputError(f"resume: {path} is of another training; " + "; ".join(found))
     if not is_finite(tensors):
-        raise CheckpointError(f"{path}: holds weights or moments that are not finite; start anew, with a lower lr")
+        raise CheckpointError(f"{path}: holds weights or moments that are not finite; start again, with a lower lr")
     return state, tensors
 
 
-def gather(model: torch.nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> dict[str, Any]:
-    """State dicts of model and optimizer; of sharded ones in one piece, on the CPU of the first process."""
+def full_state_dict(model: torch.nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> dict[str, Any]:
+    """State dicts of model and optimizer. Sharded ones are collected on the CPU of the first process."""
     if not sharded:
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -150,11 +154,13 @@ def gather(model: torch.nn.Module, optimizer: torch.optim.Optimizer, sharded: bo
     return {"model": weights, "optimizer": moments}
 
 
-def scatter(model: torch.nn.Module, optimizer: torch.optim.Optimizer, sharded: bool, tensors: dict[str, Any]) -> None:
-    """Loads what `gather` gave.
+def load_full_state_dict(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, sharded: bool, tensors: dict[str, Any]
+) -> None:
+    """Loads the result of `full_state_dict`.
 
     Raises:
-        CheckpointError: the model is another.
+        CheckpointError: it is of another model.
     """
     weights, moments = tensors["model"], tensors["optimizer"]
     if not sharded:

@@ -1,4 +1,4 @@
-"""Annotations in COCO's format: what is put right, what is refused, and that all else loads and can be evaluated."""
+"""Annotations in COCO's format: what is corrected, what is refused, and that all else loads and can be evaluated."""
 
 import contextlib
 import copy
@@ -128,9 +128,9 @@ RLE = dict(size=[HEIGHT, WIDTH], counts=[5 * HEIGHT + 5, 10, 38, 10, HEIGHT * WI
         (with_value("bbox", [5, 5, 0, 0]), "bbox", [5, 5, 20, 10], "whose bbox had no size or lay outside.*: 2"),
         (with_value("bbox", [500, 5, 9, 9]), "bbox", [5, 5, 20, 10], "whose bbox had no size or lay outside.*: 2"),
         (with_value("bbox", [-10, 5, 30, 100]), "bbox", [0, 5, 20, 43], "1 boxes that reached beyond .*: 2"),
-        (with_value("id", 0), "id", 5, "whose id was no positive number, numbered anew: 0 is now 5"),
-        (with_value("id", "x"), "id", 5, "numbered anew: 'x' is now 5"),
-        (without("id", 1), "id", 5, "numbered anew: None is now 5"),
+        (with_value("id", 0), "id", 5, "whose id was no positive number, renumbered: 0 is now 5"),
+        (with_value("id", "x"), "id", 5, "renumbered: 'x' is now 5"),
+        (without("id", 1), "id", 5, "renumbered: None is now 5"),
         (with_value("segmentation", POLYGON), "segmentation", [POLYGON], "whose only polygon was not in a list: 2"),
         (
             with_value("segmentation", [[1, 1, 9, 9], POLYGON]),
@@ -143,7 +143,7 @@ RLE = dict(size=[HEIGHT, WIDTH], counts=[5 * HEIGHT + 5, 10, 38, 10, HEIGHT * WI
 def test_put_right(root, change, key, expected, what):
     found = content()
     change(found)
-    with pytest.warns(UserWarning, match=f"a.json was put right, in .*train-a.json; by their ids:\n  .*{what}"):
+    with pytest.warns(UserWarning, match=f"a.json was corrected, in .*train-a.json; by their ids:\n  .*{what}"):
         checked = check(root, found)
     for split in ("train", "val"):
         repaired = put_right(checked, split)

@@ -132,7 +132,7 @@ def test_nothing_is_saved_over_good_checkpoints(tmp_path, by_epoch, poison, mess
     for part in (
         "iteration 4",
         "lower optim_wrapper.optimizer.lr",
-        f"--resume {tmp_path / unit}.pth goes on",
+        f"--resume {tmp_path / unit}.pth continues",
     ):
         assert part in str(error.value)
 

@@ -24,7 +24,7 @@ import image_data
 from svit import processes
 from svit.checkpoints import create_model, read_metadata, save_model
 from svit.cli import command
-from svit.files import replacing
+from svit.files import atomic_write
 from svit.training import loop
 from svit.training import state as states
 from svit.training.evaluation import Accuracy
@@ -417,7 +417,7 @@ def test_drop_path_follows_its_schedule(tmp_path, recipe, monkeypatch):
 
 
 def test_the_largest_rate_scales_with_the_images_of_an_update(tmp_path, recipe):
-    assert run(recipe, tmp_path / "out", "--set", "lr_batch=16", "sched=constant", "epochs=1", "layer_decay=null",
+    assert run(recipe, tmp_path / "out", "--set", "lr_base_size=16", "sched=constant", "epochs=1", "layer_decay=null",
                "warmup_epochs=0") == 0  # fmt: skip
     with open(tmp_path / "out" / "log.csv", newline="") as file:
         assert float(next(csv.DictReader(file))["lr"]) == pytest.approx(0.002 * 8 / 16)
@@ -814,7 +814,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, recipe, monkeypatch):
 
     def interrupted(path, state, tensors):
         if state.update == 8:
-            with replacing(path) as part:
+            with atomic_write(path) as part:
                 part.write_bytes(b"half")
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(60)

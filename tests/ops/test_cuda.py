@@ -200,7 +200,7 @@ def test_it_is_not_chosen_unless_asked_for(stand_in):
 
 def test_info_says_that_it_must_be_asked_for(stand_in, capsys):
     _dispatch.info()
-    assert f"half a block in one kernel -> reference, not cuda: {_dispatch.OPT_IN['cuda']}" in capsys.readouterr().out
+    assert f"fused half-block -> reference, not cuda: {_dispatch.OPT_IN['cuda']}" in capsys.readouterr().out
 
 
 def test_attention_is_the_composition(stand_in):
@@ -287,7 +287,7 @@ def test_nothing_is_kept_without_gradients(stand_in):
     assert [t.numel() for t in kept] == [0, 0, 0]
     leaf = arguments[0].requires_grad_()
     y = torch.ops.svit.super_token_attention(leaf, *arguments[1:], scale, 1, False, "cuda")[0]
-    with pytest.raises(RuntimeError, match="keeps nothing for a backward"):
+    with pytest.raises(RuntimeError, match="saves no tensors for a backward"):
         y.sum().backward()
 
 

@@ -20,7 +20,7 @@ from svit.images import MODES
 from svit.training.data import (
     MOVES,
     Loader,
-    Order,
+    ResumableBatchSampler,
     check_splits,
     classes_of,
     collate,
@@ -64,7 +64,7 @@ def train(root):
 
 
 def test_order_takes_each_image_once_an_epoch_and_another_order_in_the_next():
-    order = Order(20, 6, rank=0, world=1, seed=0)
+    order = ResumableBatchSampler(20, 6, rank=0, world=1, seed=0)
     first = [key for batch in order for key in batch]
     assert len(order) == 3
     assert [place for _, place, _ in first] == list(range(18))
@@ -79,18 +79,20 @@ def test_order_takes_each_image_once_an_epoch_and_another_order_in_the_next():
 
 def test_processes_share_the_images_of_a_batch():
     """Two processes of 4 images an update see what one of 8 sees."""
-    one = list(Order(50, 8, rank=0, world=1, seed=5))
-    two = [list(Order(50, 4, rank=rank, world=2, seed=5)) for rank in (0, 1)]
+    one = list(ResumableBatchSampler(50, 8, rank=0, world=1, seed=5))
+    two = [list(ResumableBatchSampler(50, 4, rank=rank, world=2, seed=5)) for rank in (0, 1)]
     assert [sorted(a + b) for a, b in zip(*two, strict=True)] == [sorted(batch) for batch in one]
 
 
 def test_evaluation_sees_every_image_once_in_any_number_of_processes():
-    seen = [k for rank in range(3) for batch in Order(20, 4, rank, 3, None, drop_last=False) for k in batch]
+    seen = [
+        k for rank in range(3) for batch in ResumableBatchSampler(20, 4, rank, 3, None, drop_last=False) for k in batch
+    ]
     assert sorted(index for _, _, index in seen) == list(range(20))
 
 
 def test_repeated_augmentation_repeats_images_within_an_epoch_of_the_same_length():
-    batches = list(Order(30, 6, rank=0, world=1, seed=0, repeats=3))
+    batches = list(ResumableBatchSampler(30, 6, rank=0, world=1, seed=0, repeats=3))
     assert len(batches) == 5
     for batch in batches:
         a, b = batch[0][2], batch[3][2]

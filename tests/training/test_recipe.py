@@ -34,6 +34,19 @@ def test_changes_go_before_the_file_also_within_a_key(recipe):
     assert read.drop_path_schedule == {2: 0.3}
 
 
+@pytest.mark.parametrize(("text", "changes"), [("lr_batch: 16", []), ("", ["lr_batch=16"])])
+def test_a_deprecated_key_is_taken(recipe, text, changes):
+    with pytest.warns(FutureWarning, match="the key lr_batch is deprecated, use lr_base_size"):
+        assert load_recipe(recipe(text), changes).lr_base_size == 16
+    assert differences({"lr_batch": 16}, {**vars(Recipe()), "lr_base_size": 16}) == []
+    assert differences({"lr_batch": 8}, {**vars(Recipe()), "lr_base_size": 16}) == ["lr_base_size: 8, now 16"]
+
+
+def test_a_deprecated_key_beside_the_new_one(recipe):
+    with pytest.raises(InputError, match="lr_batch: expected lr_base_size alone"):
+        load_recipe(recipe("lr_batch: 16\nlr_base_size: 8"))
+
+
 @pytest.mark.parametrize("data_dir", ["2024_01", "yes", "a #1: [b]", "${lr}", "x=y"])
 def test_a_data_dir_of_its_own_is_taken_as_it_is(recipe, data_dir):
     assert load_recipe(recipe(), ["data_dir=other"], data_dir).data_dir == data_dir

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-from svit.files import replacing
+from svit.files import atomic_write
 
 from .items import Item
 from .machine import IDENTITY
@@ -178,7 +178,7 @@ class Report:
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for suffix, text in ((".json", json.dumps(self.data)), (".md", self.markdown())):
-            with replacing(Path(f"{self.path}{suffix}")) as part:
+            with atomic_write(Path(f"{self.path}{suffix}")) as part:
                 part.write_text(text + "\n", encoding="utf-8")
 
     def markdown(self) -> str:

@@ -1,5 +1,6 @@
-"""The attention half of a block: x + scale * attention(norm(x)). A composite of `sample` and `spread`, which the CUDA
-library has as one kernel. README.md has the maths.
+"""The attention half of a block: x + scale * attention(norm(x)). README.md has the maths.
+
+It is a composite of `sample` and `spread`. The CUDA library runs it as one kernel.
 """
 
 from functools import partial
@@ -29,20 +30,22 @@ def super_token_attention(
     scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """x + scale * attention(norm(x)): the first half of a block, with one round of association (paper: section 3.2).
+    """Computes x + scale * attention(norm(x)), the attention half of a block, with one round of association (paper:
+    section 3.2).
 
-    Where no backend has it as one kernel it is made of `sample` and `spread`.
+    A backend that has it runs it as one kernel. Otherwise it runs as `sample` and `spread`.
 
     Args:
         x: map (B, H, W, C).
         cell: height and width of a cell in pixels.
         norm_weight, norm_bias: (C,), of the layer norm.
         eps: of that norm.
-        qkv_weight, qkv_bias: (3C, C) and (3C,); outputs come head by head, in each the queries, keys, values.
+        qkv_weight, qkv_bias: (3C, C) and (3C,). Outputs are in the order of the heads: queries, keys and values of
+            each.
         proj_weight, proj_bias: (C, C) and (C,).
         num_heads: a divisor of C.
-        scale: (B, C), factors of the result before it is added (layer scale, drop path), or None.
-        backend: see above.
+        scale: (B, C), factors of the attention's result (layer scale, drop path), or None.
+        backend: None for the best backend that serves the input, or the name of one that must serve it.
 
     Returns:
         map (B, H, W, C), in the dtype of x.

@@ -1,4 +1,4 @@
-"""What the attention half is made of. The reference, the fused primitives and the layers are ways through this."""
+"""The composition of the attention half. The reference, the primitives of a backend and the layers call it."""
 
 from collections.abc import Callable
 
@@ -18,20 +18,20 @@ def attention_half(
     sample: Callable[..., tuple[Tensor, ...]],
     spread: Callable[..., Tensor],
 ) -> tuple[Tensor, ...]:
-    """residual + scale(attention(norm(x))): sampling, attention among the super tokens, upsampling.
+    """Computes residual + scale(attention(norm(x))): sampling, attention among the super tokens, upsampling.
 
     Args:
         x: map (B, H, W, C).
         cell, n_iter: of the sampling.
-        norm_weight, norm_bias, eps: of the layer norm, which is part of the sampling; None for no norm.
-        attend: from super tokens (B, hh, ww, C) to the same.
-        scale: multiplies super tokens by factors a channel and an image, or None. Upsampling is linear, so this is
-            the same as to multiply its result.
+        norm_weight, norm_bias, eps: of the layer norm, which is part of the sampling. None for no norm.
+        attend: from super tokens (B, hh, ww, C) to the same shape.
+        scale: multiplies super tokens by a factor for each channel and image, or None. Upsampling is linear, so the
+            result is the same as if the map were multiplied.
         residual: map to add, or None.
-        sample, spread: a backend's.
+        sample, spread: a backend's functions.
 
     Returns:
-        map (B, H, W, C), and what `sample` gave: super tokens, association and, of some, the mass.
+        map (B, H, W, C), and the results of `sample`: super tokens, association and, with some backends, the mass.
     """
     sampled = sample(x, cell, n_iter, norm_weight, norm_bias, eps)
     tokens = attend(sampled[0])

@@ -1,4 +1,4 @@
-"""The attention half of a block in plain PyTorch: the oracle of every other backend. Letters as in super_token."""
+"""The attention half of a block in plain PyTorch. Other backends are tested against it. Letters as in super_token."""
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,9 @@ def attend(
     proj_bias: torch.Tensor,
     num_heads: int,
 ) -> torch.Tensor:
-    """Self-attention among all super tokens of an image: (B, hh, ww, C) to the same. qkv comes head by head.
+    """Self-attention among all super tokens of an image: (B, hh, ww, C) to the same shape. qkv is ordered by heads.
 
-    Differentiable any number of times, forward and backward.
+    It is differentiable any number of times, forward and backward.
     """
     B, hh, ww, C = s.shape
     qkv = F.linear(s.flatten(1, 2), qkv_weight.to(s.dtype), qkv_bias.to(s.dtype))
@@ -44,9 +44,9 @@ def attend_backward(
     scale: torch.Tensor | None,
     num_heads: int,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of `attend(s, ...) * scale`: of s, the four parameters and scale (B, C), float32 at least.
+    """Gradients of `attend(s, ...) * scale`: of s, the four parameters and scale (B, C), in float32 at least.
 
-    Written out, since it runs inside of a backward, where compilers follow no other backward.
+    It runs inside a backward, where compilers cannot differentiate, so the formulas are written out.
     """
     B, hh, ww, C = s.shape
     d = C // num_heads
@@ -82,7 +82,7 @@ def super_token_attention(
     num_heads: int,
     save_for_backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x + scale * attention(norm(x)), and s, q and mass of the sampling (empty without `save_for_backward`)."""
+    """x + scale * attention(norm(x)), and s, q and mass of the sampling. They are empty without `save_for_backward`."""
     y, s, q, mass = attention_half(
         x, cell, 1, norm_weight, norm_bias, eps,
         attend=lambda s: attend(s, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads),

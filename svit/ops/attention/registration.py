@@ -1,6 +1,6 @@
 """The attention half as an op of `torch.ops.svit`: schema, shapes of the results, gradient, FLOPs, implementations.
 
-y = x + scale * attention(norm(x)), and what its backward wants if `keep`.
+y = x + scale * attention(norm(x)). With `keep`, the op also returns the tensors that its backward needs.
 """
 
 from math import prod
@@ -48,10 +48,10 @@ def attention_context(ctx, inputs, output):
 
 
 def attention_gradients(ctx, grad, *_):
-    """Of the primitives that it is a composite of: spreading, attention among the super tokens, sampling."""
+    """The gradients of its primitives in reverse: upsampling, attention among the super tokens, sampling."""
     if not ctx.keep:
-        raise RuntimeError("svit::super_token_attention keeps nothing for a backward with keep=False")
-    # s is a constant here, so a second derivative would silently lack a part.
+        raise RuntimeError("svit::super_token_attention saves no tensors for a backward with keep=False")
+    # s is a constant here, so a second derivative would silently lack a term.
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (grad, *ctx.saved_tensors)):
         refuse_second_derivative("super_token_attention")(ctx, grad)
     x, s, q, mass, norm_weight, *parameters, scale = ctx.saved_tensors
@@ -73,7 +73,7 @@ def attention_flops(x, cell, norm_weight, norm_bias, eps, qkv, qkv_bias, proj, p
     B, H, W, C = x
     hh, ww = grid(H, W, cell)
     tokens = hh * ww
-    sampling = 3 * 2 * B * tokens * 9 * cell[0] * cell[1] * C  # associating, aggregating, spreading
+    sampling = 3 * 2 * B * tokens * 9 * cell[0] * cell[1] * C  # association, aggregation, upsampling
     return sampling + 2 * B * tokens * (prod(qkv) + prod(proj) + 2 * tokens * C)
 
 

@@ -1,4 +1,4 @@
-"""What the self-check compares of the attention half."""
+"""The self-check's case of the attention half."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,6 @@
-"""The conv-FFN half of a block, for inference: residual + conv-FFN(x). A composite of `depthwise3x3` and products,
-which the CUDA library has as one kernel and oneDNN in tiles. README.md has the maths.
+"""The conv-FFN half of a block, for inference: residual + conv-FFN(x). README.md has the maths.
+
+It is a composite of `depthwise3x3` and matrix products. The CUDA library runs it as one kernel, oneDNN in tiles.
 """
 
 from functools import partial
@@ -25,17 +26,18 @@ def conv_ffn(
     bias2: Tensor,
     backend: str | None = None,
 ) -> Tensor:
-    """residual + conv-FFN of x, the second half of a block: 1x1 conv, GELU, u + depthwise conv of u, 1x1 conv.
+    """Computes residual + conv-FFN(x), the second half of a block: 1x1 conv, GELU, u + depthwise conv of u, 1x1 conv.
 
-    Where no backend has it in one piece, and where gradients are wanted, it is made of `depthwise3x3` and products.
+    A backend that has it runs it fused. Otherwise, and if a tensor requires grad, it runs as `depthwise3x3` and matrix
+    products.
 
     Args:
-        x: map (B, H, W, C), normalised (BatchNorm is folded into `weight1`, or was applied).
+        x: map (B, H, W, C), after the BatchNorm unless that is folded into `weight1`.
         residual: map to add, same shape and dtype.
         weight1, bias1: (hidden, C) and (hidden,).
         depthwise_weight, depthwise_bias: (hidden, 1, 3, 3) and (hidden,).
         weight2, bias2: (C, hidden) and (C,).
-        backend: see above.
+        backend: None for the best backend that serves the input, or the name of one that must serve it.
 
     Returns:
         map (B, H, W, C), in the dtype of x.

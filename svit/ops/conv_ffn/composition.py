@@ -1,4 +1,4 @@
-"""What the conv-FFN half is made of. The reference, the fused primitives and the layers are ways through this."""
+"""The composition of the conv-FFN half. The reference, the primitives of a backend and oneDNN's tiles call it."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,13 @@ def conv_ffn_half(
     depthwise_of_gelu: Callable[[Tensor], Tensor],
     project: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """residual + project(depthwise_of_gelu(expand(x))).
+    """Computes residual + project(depthwise_of_gelu(expand(x))).
 
     Args:
         x: map, normalised.
         residual: map to add, or None.
         expand: the 1x1 convolution to the hidden channels.
-        depthwise_of_gelu: u + depthwise convolution of u, with u the GELU of its argument.
+        depthwise_of_gelu: computes u + depthwise convolution of u, where u is the GELU of its argument.
         project: the 1x1 convolution back.
     """
     y = project(depthwise_of_gelu(expand(x)))

@@ -1,8 +1,8 @@
 """The conv-FFN for inference on a CPU, through oneDNN.
 
-Its hidden map is four times its input. In one piece it goes through memory six times and, being fresh memory at each
-step, costs as many page faults; in tiles of rows it stays in the cache. The GELU runs inside the first convolution, the
-residual inside the second.
+Its hidden map is four times as large as its input. As a whole it passes through memory six times, each time in newly
+allocated memory with its page faults. In tiles of rows it stays in the cache. The first convolution applies the GELU,
+the second one adds the residual.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from .composition import conv_ffn_half
 # Elements of the hidden map in one tile: 8 MiB in float32, 4 in bfloat16, the best sizes tried (docs/performance.md).
 TILE = 2**21
 
-# Pixels of a tile below which a plain weight costs oneDNN more to reorder than the passes cost that it saves.
+# Below this number of pixels in a tile, oneDNN takes longer to reorder a plain weight than it saves.
 FEW = 256
 
 
@@ -36,9 +36,18 @@ def conv_ffn(
 ) -> torch.Tensor:
     """1x1 conv, exact GELU, u + depthwise 3x3 conv of u, 1x1 conv, plus the residual if there is one.
 
-    x and residual (B, C, H, W); weights (4C, C, 1, 1), (4C, 1, 3, 3), (C, 4C, 1, 1) for a ratio of 4, biases to match;
-    to (B, C, H, W), channels-last, in the dtype of the residual if there is one. Not differentiable. `packed` keeps
-    the layouts of `weight1` and `weight2` from call to call.
+    It is not differentiable.
+
+    Args:
+        x: map (B, C, H, W).
+        weight1, bias1: (hidden, C, 1, 1) and (hidden,).
+        depthwise_weight, depthwise_bias: (hidden, 1, 3, 3) and (hidden,).
+        weight2, bias2: (C, hidden, 1, 1) and (C,).
+        residual: map (B, C, H, W) to add, or None.
+        packed: keep `weight1` and `weight2` in oneDNN's layout from call to call, or None.
+
+    Returns:
+        map (B, C, H, W), channels-last, in the dtype of the residual, or of x (under autocast: autocast's) without one.
     """
     dtype = autocast_dtype(x)
     x = x.to(dtype, memory_format=torch.channels_last)
@@ -52,7 +61,7 @@ def conv_ffn(
         packed = None, None
     weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
     taps = depthwise_weight.to(dtype)
-    if dtype == torch.float32:  # the centre tap takes the sum in; in 16 bit it would lose digits to the 1
+    if dtype == torch.float32:  # the centre tap includes the residual; in 16 bit 1 + t would lose digits of t
         taps = taps + F.pad(taps.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
     depthwise = partial(F.conv2d, weight=taps, bias=depthwise_bias, padding=1, groups=hidden)
     expand = partial(convolution, weight=weight1, bias=bias1, gelu=True, packed=packed[0])
@@ -70,7 +79,7 @@ def conv_ffn(
     )  # fmt: skip
     for image in range(0, B, images):
         for row in range(0, H, rows):
-            first = max(row - 1, 0)  # the depthwise convolution looks one row beyond the tile, on both sides
+            first = max(row - 1, 0)  # the depthwise convolution reads one row beyond the tile, on both sides
             tile = x[image : image + images, :, first : row + rows + 1]
             inside = slice(None), slice(None), slice(row - first, row - first + rows)
             here = slice(image, image + images), slice(None), slice(row, row + rows)
@@ -87,7 +96,7 @@ def project_rows(project: Callable, rows: tuple[slice, ...], residual: torch.Ten
 def product(
     weight: torch.Tensor, bias: torch.Tensor, gelu: bool, x: torch.Tensor, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The same as `convolution` as a product of matrices, for a plain weight and few pixels; channels-last."""
+    """Computes what `convolution` does as a matrix product, for a plain weight and few pixels; channels-last."""
     y = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     y = F.gelu(y) if gelu else y
     return y if residual is None else residual + y
@@ -96,7 +105,7 @@ def product(
 def run_conv_ffn(
     x: torch.Tensor, residual: torch.Tensor | None, weight1, bias1, depthwise_weight, depthwise_bias, weight2, bias2
 ) -> torch.Tensor:
-    """The op: maps (B, H, W, C), weights of the 1x1 convolutions as matrices; their `packed`, if a layer set that."""
+    """The op: maps (B, H, W, C), weights of the 1x1 convolutions as matrices. A layer may set their `packed`."""
     packed = getattr(weight1, "packed", None), getattr(weight2, "packed", None)
     y = conv_ffn(
         x.permute(0, 3, 1, 2), weight1[:, :, None, None], bias1, depthwise_weight, depthwise_bias,

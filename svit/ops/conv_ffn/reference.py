@@ -1,4 +1,4 @@
-"""The conv-FFN half of a block in plain PyTorch: the oracle of every other backend."""
+"""The conv-FFN half of a block in plain PyTorch. Other backends are tested against it."""
 
 from collections.abc import Callable
 

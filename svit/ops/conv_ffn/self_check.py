@@ -1,4 +1,4 @@
-"""What the self-check compares of the conv-FFN half."""
+"""The self-check's case of the conv-FFN half."""
 
 from typing import Any
 

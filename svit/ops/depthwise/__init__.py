@@ -1,7 +1,7 @@
-"""The residual depthwise 3x3 convolution, and what follows a convolution of the stem. README.md has the maths.
+"""The residual depthwise 3x3 convolution, and the stem's bias, GELU and BatchNorm in one pass. README.md has the maths.
 
-Letters of the shapes: B batch, H x W pixels, C channels. `backend` is None for the best one that serves the input
-(svit.ops.info() tells which), or a name, which must serve it.
+Letters of the shapes: B batch, H x W pixels, C channels. `backend` is None for the best backend that serves the input
+(`svit.ops.info()` prints it), or the name of one that must serve it.
 """
 
 import torch
@@ -14,9 +14,9 @@ from . import reference
 
 
 def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, backend: str | None = None) -> Tensor:
-    """u + depthwise 3x3 convolution of u, zero-padded, with u = x, or u = GELU(x) if `gelu`.
+    """Adds to u its depthwise 3x3 convolution, zero-padded, with u = x, or u = GELU(x) if `gelu`.
 
-    The GELU is exact; a fused backend computes it in 16 bit to 2.6e-5, and then rounds.
+    The GELU is exact. In 16 bit a fused backend computes it with an error of at most 2.6e-5 before rounding.
 
     Args:
         x: map (B, H, W, C).
@@ -36,17 +36,17 @@ def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, ba
     else:
         if checked():
             check_depthwise(x, weight, bias, gelu)
-        # Autocast has no say: the sum is a residual's, and keeps the dtype of x on every backend.
+        # The result is a residual stream's, so it keeps the dtype of x on every backend, also under autocast.
         if choose("depthwise3x3", x, backend) == "reference":
             return reference.depthwise3x3(x, weight, bias, gelu)
         return torch.ops.svit.depthwise3x3(x, weight, bias, gelu, backend)
 
 
 def bias_gelu_affine(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, backend: str | None = None) -> Tensor:
-    """GELU(x + bias) * scale + shift, channel by channel: what follows a convolution of the stem at inference.
+    """Computes GELU(x + bias) * scale + shift for each channel: what follows a convolution of the stem at inference.
 
-    The bias is the convolution's, scale and shift are the BatchNorm's: weight / sqrt(var + eps) and
-    bias - mean * scale. A fused backend does it in one pass; where gradients are wanted, the reference runs.
+    The bias is the convolution's. Scale and shift are the BatchNorm's: weight / sqrt(var + eps) and
+    bias - mean * scale. A fused backend runs it in one pass. If a tensor requires grad, the reference runs.
 
     Args:
         x: map (B, H, W, C), the result of a convolution without its bias.
@@ -54,7 +54,7 @@ def bias_gelu_affine(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, back
         backend: see above.
 
     Returns:
-        map (B, H, W, C), in the dtype of x; computed in float32 at least.
+        map (B, H, W, C), in the dtype of x. The computation runs in float32 at least.
 
     Raises:
         ValueError: an argument of another shape or device, or a backend that does not serve them.

@@ -1,4 +1,4 @@
-"""The residual depthwise convolution and the stem's epilogue in plain PyTorch: the oracle of every other backend."""
+"""The residual depthwise convolution and the stem's epilogue in plain PyTorch. Other backends are tested against it."""
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,10 @@ def depthwise3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu
     x, weight, bias = x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype)
     if gelu:
         x = F.gelu(x)
-    if computes_in_16_bit(x) or torch.jit.is_tracing():  # a trace would not know that kernel's shape
+    if computes_in_16_bit(x) or torch.jit.is_tracing():  # a trace would lose the shape of that kernel
         y = x + F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
     else:
-        # The centre tap takes the residual in, which saves a pass; in 16 bit it would lose digits to the 1.
+        # The centre tap includes the residual, which saves a pass. In 16 bit a tap of 1 + t would lose digits of t.
         identity = F.pad(weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
         y = F.conv2d(x, weight + identity, bias, padding=1, groups=x.shape[1])
     return y.permute(0, 2, 3, 1)
@@ -22,7 +22,7 @@ def depthwise3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu
 def depthwise3x3_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gelu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and bias; the last two float32 at least."""
+    """Gradients of x, weight and bias. The last two have float32 at least."""
     g, x = (widen(t.permute(0, 3, 1, 2)) for t in (grad, x))
     weight = weight.to(x.dtype)
     u = F.gelu(x) if gelu else x
@@ -37,7 +37,7 @@ def depthwise3x3_backward(
 
 
 def bias_gelu_affine(x: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """GELU(x + bias) * scale + shift, float32 at least, to the dtype of x."""
+    """GELU(x + bias) * scale + shift, computed in float32 at least, in the dtype of x."""
     u = widen(x)
     u = F.gelu(u + bias.to(u.dtype))
     return (u * scale.to(u.dtype) + shift.to(u.dtype)).to(x.dtype)

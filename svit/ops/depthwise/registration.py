@@ -48,7 +48,7 @@ register_autograd("svit::depthwise3x3", depthwise_gradients, setup_context=depth
 
 register_autograd("svit::depthwise3x3_backward", refuse_second_derivative("depthwise3x3"))
 
-# What follows a convolution of the stem, at inference: its bias, GELU, and BatchNorm as scale and shift.
+# The stem's epilogue at inference: a convolution's bias, GELU, and BatchNorm as scale and shift.
 
 
 define(

@@ -1,4 +1,4 @@
-"""What the self-check compares of the depthwise ops."""
+"""The self-check's cases of the depthwise ops."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ PUBLISHED_STEMS = (32, 48, 64, 96)
 
 def check_depthwise3x3(kernels: Any, given: Inputs) -> Comparisons:
     C, gelu = given.case.channels, given.case.form == "gelu"
-    # More than one strip of rows and of columns on a GPU; an interpreter takes seconds for that.
+    # On a GPU the map has several strips of rows and columns. An interpreter would take seconds for that.
     shape = (2, 15, 17, C) if given.device.type == "cuda" else (1, 5, 7, C)
     x, x64 = given.map(1, *shape)
     weight, weight64 = given.parameter(7, C, 1, 3, 3)

@@ -1,7 +1,7 @@
-"""The Triton kernels of the residual depthwise convolution and of the stem's epilogue, and their launches, one an op.
+"""The Triton kernels of the residual depthwise convolution and of the stem's epilogue, and a launch for each op.
 
-A program of the convolution owns a strip of the map, some columns wide and some channels deep, and walks down its rows.
-Each row is read once, and its GELU computed once, for the three rows of results that need it.
+A program of the convolution owns a strip of the map, a few columns and channels, and walks down its rows. It reads each
+row once, and computes its GELU once, for the three rows of results that need it.
 """
 
 import functools
@@ -14,21 +14,21 @@ from torch import Tensor
 from svit.ops import _kernels
 from svit.ops._kernels import SIZES, load_map
 
-# Settings of a depthwise kernel that a measurement found better than the rule of `strip_constants`:
-# (kernel, C, bytes of an element) -> (columns, warps, rows) of a strip, on maps that have as many.
+# Settings that override the rule of `strip_constants`, because they are measured to be faster:
+# (kernel, C, bytes of an element) -> (columns, warps, rows) of a strip, on maps that are large enough.
 STRIP_SETTINGS: dict[tuple[str, int, int], tuple[int, int, int]] = {}
 
-# Columns and warps of a strip, where the map and its channels are wide enough: 168 registers a thread leave room for 12
-# warps a multiprocessor. Rows, at least and at most: more of them mean fewer rows read twice, more results for each
-# load of the taps (or, in their gradient, for each sum over the strip), and fewer programs.
-# Several warps of `depthwise` would exchange columns through shared memory with Triton 3.8.
+# Columns and warps of a strip, if the map has as many columns and channels. With 168 registers a thread, a
+# multiprocessor holds 12 warps. Rows of a strip, least and most: with more rows, fewer rows are read twice, each load
+# of the taps (or, in their gradient, each sum over the strip) serves more results, and there are fewer programs. With
+# several warps, `depthwise` would exchange columns through shared memory in Triton 3.8.
 COLUMNS, STRIP_WARPS = 16, {"depthwise": 1, "depthwise_taps": 4}
 ROWS = {"depthwise": (4, 28), "depthwise_taps": (16, 128)}
 
-# At most. Left to itself, NVIDIA's assembler stops at 168, where some versions spill one.
+# The most registers of a thread. NVIDIA's assembler stops at 168 by default, and some versions then spill one.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 192}
 
-# Warps of all programs: more than a large GPU holds. Strips get shorter when they would be fewer.
+# The least number of warps of all programs, more than a large GPU holds. Strips get shorter to reach it.
 LAUNCHED_WARPS = 2560
 
 # Bytes and channels of a program's tile in `bias_gelu_affine`: four times 16 bytes for each of 128 threads.
@@ -39,8 +39,8 @@ PIXEL_TILE, PIXEL_CHANNELS = 4 * 128 * 16, 128
 def upper_tail(v):
     """1 - Phi(|v|), Phi the normal distribution, to 1e-7 (Abramowitz and Stegun 7.1.26), and exp(-v^2 / 2).
 
-    A GELU of 24 instructions a value instead of 33 with erf (sm_90), in a kernel whose arithmetic takes about as long
-    as its memory; the derivative needs the exponential anyway.
+    With it a GELU takes 24 instructions for a value instead of 33 with erf (sm_90), in a kernel whose arithmetic takes
+    about as long as its memory. The derivative needs the exponential anyway.
     """
     t = 1.0 / (1.0 + 0.23164189 * tl.abs(v))
     e = tl.exp(-0.5 * v * v)
@@ -52,11 +52,11 @@ def upper_tail(v):
 def cheap_cdf(v):
     """Phi(v) as the sigmoid of an odd polynomial in v, and v^2, at most 64.
 
-    v Phi(v) is right to 2.6e-5: less than half a unit in the last place of bfloat16 where |v Phi(v)| >= 2^-7, of
-    float16 where it is >= 2^-4, and of both for all v >= 0. What it gets wrong is the tail below -1.5. Ten instructions
-    a value instead of 24. The derivative of this very function differs from the exact one by 1.1e-4 at most.
+    v Phi(v) has an error of at most 2.6e-5, the largest in the tail below -1.5. That is less than half a unit in the
+    last place of bfloat16 if |v Phi(v)| >= 2^-7, of float16 if it is >= 2^-4, and of both for all v >= 0. It takes ten
+    instructions for a value instead of 24. Its derivative differs from the exact one by 1.1e-4 at most.
     """
-    square = tl.minimum(v * v, 64.0)  # the sigmoid is 0 or 1 from there on, where the polynomial would turn round
+    square = tl.minimum(v * v, 64.0)  # beyond it the sigmoid is 0 or 1, and the polynomial would change its sign
     e = tl.exp2(v * (-2.3011214 + square * (-0.10677572 + square * 0.0010142631)))
     root = tl.rsqrt(1.0 + e)  # a division takes seven instructions
     return root * root, square
@@ -64,7 +64,7 @@ def cheap_cdf(v):
 
 @triton.jit
 def gelu_of(v, EXACT: tl.constexpr):
-    """GELU, v Phi(v): exact, or as right as 16 bit can tell."""
+    """GELU, v Phi(v): exact, or to the precision of 16 bit."""
     if EXACT:
         tail, _ = upper_tail(v)
         return tl.maximum(v, 0.0) - tl.abs(v) * tail
@@ -94,14 +94,14 @@ def strip_of(strip, H, W, rows, width):
 
 @triton.jit
 def load_row(x, row, exists, columns, c, W, C: tl.constexpr):
-    """Pixels (columns, C) of the row that begins at pixel `row` of the map, if it exists; 0 outside the map."""
+    """Pixels (columns, C) of the row that begins at pixel `row` of the map, 0 outside the map or if not `exists`."""
     return load_map(x, row, columns, exists & (columns >= 0) & (columns < W), c, C)
 
 
 @triton.jit
 def load_pair(x, row, exists, even, c, W, C: tl.constexpr):
-    """Pixels (pairs, groups, V) of the row that begins at pixel `row` of the map, if it exists, in the columns `even`
-    and in those to their right; 0 outside the map."""
+    """Pixels (pairs, groups, V) of the row that begins at pixel `row` of the map, in the columns `even` and in those to
+    their right. 0 outside the map or if not `exists`."""
     at = x + row * C + even[:, None, None] * C + c[None]
     left, right = exists & (even >= 0) & (even < W), exists & (even + 1 >= 0) & (even + 1 < W)
     channels = (c < C)[None]
@@ -111,7 +111,7 @@ def load_pair(x, row, exists, even, c, W, C: tl.constexpr):
 
 @triton.jit
 def load_taps(weight, bias, c, k, C: tl.constexpr, BACKWARD: tl.constexpr):
-    """Taps k (k, groups, V), float32: the 9 and then the bias, or the 9 from the last to the first and then 0."""
+    """Taps k (k, groups, V), float32: the 9 and then the bias; with BACKWARD the 9 in reverse and then 0."""
     k, channels = k[:, None, None], (c < C)[None]
     at = weight + c[None] * 9 + (8 - k if BACKWARD else k)
     taps = tl.load(at, mask=(k < 9) & channels, other=0.0).to(tl.float32)
@@ -122,7 +122,7 @@ def load_taps(weight, bias, c, k, C: tl.constexpr, BACKWARD: tl.constexpr):
 
 @triton.jit
 def tap(t0, t1, t2, zero, k: tl.constexpr):
-    """Tap k for all pixels, from tables that hold as many taps each as there are pairs of columns, at least 4."""
+    """Tap k for all pixels. Each table holds as many taps as there are pairs of columns, at least 4."""
     ROWS: tl.constexpr = zero.shape[0]
     if k < ROWS:
         return tl.gather(t0, zero + k, 0)
@@ -138,23 +138,25 @@ def depthwise(
     C: tl.constexpr, GELU: tl.constexpr, BACKWARD: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = u + convolution of u + bias, u = x or GELU(x), in strips of BLOCK_W - 2 columns and one more on each side, or
-    of all columns where BLOCK_W are more.
+    """y = u + convolution of u + bias, with u = x or GELU(x).
 
-    BACKWARD turns the taps round and has no bias: y is then the gradient that comes in as x; SLOPE multiplies it with
-    the derivative of the GELU at `hidden`.
+    A strip has BLOCK_W - 2 columns and reads one more on each side. A map of fewer than BLOCK_W columns is one strip.
 
-    A thread has 16 bytes of channels in two neighbouring columns, and a warp all columns of a strip. So the columns
-    left of the even ones are the odd ones of the thread beside it, and one shuffle a value shifts a row both ways. The
-    tensors are (pairs of columns, groups of channels, V channels) with V filling 16 bytes, as Triton then shuffles
-    (`tl.gather`) in the layout that it loads and stores in, without a barrier.
+    BACKWARD reverses the taps and has no bias: from the gradient x of the result it computes that of u. SLOPE
+        multiplies
+    this with the derivative of the GELU at `hidden`.
+
+    A thread has 16 bytes of channels in two neighbouring columns, and a warp has all columns of a strip. So the columns
+    left of the even ones are the odd ones of the next thread, and one shuffle of a value shifts a row both ways.
+    Tensors are (pairs of columns, groups of channels, V channels), and V channels fill 16 bytes. Then Triton shuffles
+    (`tl.gather`) in the layout of its loads and stores, without a barrier.
     """
     EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     V: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     PAIRS: tl.constexpr = BLOCK_W // 2
     SHAPE: tl.constexpr = (PAIRS, BLOCK_C // V, V)
 
-    # Channels vary fastest from program to program, so that neighbours read the same lines at the same time.
+    # Channels vary fastest from program to program, so that neighbouring programs read the same cache lines.
     program = tl.program_id(0)
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = program % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C // V)[:, None] * V + tl.arange(0, V)[None, :]
@@ -162,17 +164,17 @@ def depthwise(
     width = BLOCK_W - 2 * halo
     b, first, left = strip_of(program // blocks_c, H, W, rows, width)
     right, end = tl.minimum(left + width, W), tl.minimum(first + rows, H)
-    last = tl.minimum(end, H - 1)  # of the rows that are read
+    last = tl.minimum(end, H - 1)  # row that is read
 
     pair = tl.arange(0, PAIRS)
     even = left - halo + 2 * pair
     store_even, store_odd = (even >= left) & (even < right), (even + 1 >= left) & (even + 1 < right)
-    # Round the strip's ends: what comes in there is a zero outside the map, or goes to a column of the halo.
+    # Wraps at the strip's ends: the value is a zero outside the map, or goes to a column of the halo.
     before = tl.broadcast_to(((pair + PAIRS - 1) % PAIRS)[:, None, None], SHAPE)
     after = tl.broadcast_to(((pair + 1) % PAIRS)[:, None, None], SHAPE)
 
-    # Shuffles bring the taps too, PAIRS of them from one load. A plain load has a layout of its own, and its taps would
-    # take twice the registers: once for what is multiplied with shuffled values, once for the rest.
+    # Taps are shuffled too, PAIRS of them from one load. A plain load has another layout, and its taps would take twice
+    # the registers: one copy for products with shuffled values, one for the others.
     zero, channels = tl.zeros(SHAPE, tl.int32), (c < C)[None]
     t0 = load_taps(weight, bias, c, pair, C, BACKWARD)
     t1 = load_taps(weight, bias, c, pair + PAIRS, C, BACKWARD)
@@ -180,27 +182,27 @@ def depthwise(
     w0, w1, w2 = tap(t0, t1, t2, zero, 0), tap(t0, t1, t2, zero, 1), tap(t0, t1, t2, zero, 2)
     w3, w4, w5 = tap(t0, t1, t2, zero, 3), tap(t0, t1, t2, zero, 4), tap(t0, t1, t2, zero, 5)
     w6, w7, w8 = tap(t0, t1, t2, zero, 6), tap(t0, t1, t2, zero, 7), tap(t0, t1, t2, zero, 8)
-    w4 += 1.0  # the residual; in float32 it costs no digits
+    w4 += 1.0  # the residual; in float32 the tap keeps its digits
     start = tl.zeros(SHAPE, tl.float32) if BACKWARD else tap(t0, t1, t2, zero, 9)
 
-    # What the rows r - 1 and r have got so far.
+    # Sums of the rows r - 1 and r so far.
     above_even, above_odd, here_even, here_odd = start, start, start, start
     r = tl.maximum(first - 1, 0)
     row = (b.to(tl.int64) * H + r) * W
     next_even, next_odd = load_pair(x, row, r < H, even, c, W, C)
     while r <= end:
         in_even, in_odd = next_even.to(tl.float32), next_odd.to(tl.float32)
-        # The next row is on its way while this one is computed.
+        # The next row loads while this one is computed.
         next_even, next_odd = load_pair(x, row + W, r < last, even, c, W, C)
         if SLOPE:
             hidden_even, hidden_odd = load_pair(hidden, row - W, r > first, even, c, W, C)
         if GELU:
             in_even, in_odd = gelu_of(in_even, EXACT), gelu_of(in_odd, EXACT)
         in_left, in_right = tl.gather(in_odd, before, 0), tl.gather(in_even, after, 0)
-        # Sums begin with what was shuffled, and so stay in its layout.
+        # Sums begin with a shuffled value and so keep its layout.
         above_even = above_even + in_left * w6 + in_even * w7 + in_odd * w8
         above_odd = above_odd + in_right * w8 + in_odd * w7 + in_even * w6
-        # Row r - 1 has now seen all of its three rows.
+        # Row r - 1 is complete: all three rows are in.
         if SLOPE:
             above_even *= gelu_slope(hidden_even.to(tl.float32), EXACT)
             above_odd *= gelu_slope(hidden_odd.to(tl.float32), EXACT)
@@ -222,7 +224,7 @@ def depthwise_taps(
 ):  # fmt: skip
     """partial (strips, 10, C), float32: the strip's part of the gradients of the 9 taps and the bias.
 
-    The images are one map here, `height` = B H rows high: a strip may hold several.
+    All images are one map of `height` = B H rows, so a strip may hold several.
     """
     EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     program = tl.program_id(0)
@@ -247,13 +249,13 @@ def depthwise_taps(
         below, left = next_below.to(tl.float32), next_left.to(tl.float32)
         mid, right = next_mid.to(tl.float32), next_right.to(tl.float32)
         row += W
-        more = r + 1 < end  # rows, which come while this one is computed
+        more = r + 1 < end  # the next row loads while this one is computed
         next_below = load_row(x, row + W, more & (r + 2 < height), n, c, W, C)
         next_left, next_mid = load_row(grad, row, more, n - 1, c, W, C), load_row(grad, row, more, n, c, W, C)
         next_right = load_row(grad, row, more, n + 1, c, W, C)
         if GELU:
             below = gelu_of(below, EXACT)
-        # A gradient belongs to inputs of its own row and of those above and below, if they are of the same image.
+        # A gradient meets inputs of its own row and of the rows above and below it in the same image.
         ends = y + 1 == H
         d0 += above * right
         d1 += above * mid
@@ -306,7 +308,7 @@ def strip_launch(kernel: str, x: Tensor) -> tuple[int, int, int, dict[str, int]]
     B, H, W, C = x.shape
     setting = STRIP_SETTINGS.get((kernel, C, x.element_size()))
     if kernel == "depthwise_taps":
-        B, H = min(B, 1), B * H  # for which the images are one map
+        B, H = min(B, 1), B * H  # all images are one map
     return strip_constants(kernel, B, H, W, C, x.element_size(), setting)
 
 
@@ -314,8 +316,8 @@ def strip_launch(kernel: str, x: Tensor) -> tuple[int, int, int, dict[str, int]]
 def strip_constants(
     kernel: str, B: int, H: int, W: int, C: int, itemsize: int, setting: tuple[int, int, int] | None
 ) -> tuple[int, int, int, dict[str, int]]:
-    # A thread has 16 bytes of channels, in two columns if the kernel shifts them; it then needs no more columns on each
-    # side if the strip is wider than the map.
+    # A thread has 16 bytes of channels, in two columns if the kernel shifts them. Such a kernel reads a column more on
+    # each side, unless the strip is wider than the map.
     pairs = kernel == "depthwise"
     columns, warps, rows = setting or (COLUMNS, STRIP_WARPS[kernel], None)
     columns = min(columns, max(8, triton.next_power_of_2(W + pairs)))
@@ -327,7 +329,7 @@ def strip_constants(
     least, most = ROWS[kernel]
     rows = rows or min(max(H * tiles * warps // LAUNCHED_WARPS, least), most)
     strips = max(-(-H // rows), 1)
-    rows = -(-H // strips)  # about the same for all
+    rows = -(-H // strips)  # strips of about the same height
     constants = dict(C=C, BLOCK_W=columns, BLOCK_C=lane * warps, num_warps=warps, **REGISTERS)
     return B * strips * -(-W // width), tiles * strips, rows, constants
 

@@ -1,11 +1,13 @@
-"""Super-token sampling and upsampling (paper: section 3.2): associate, aggregate, spread, and sample, which is the
-first two in rounds. README.md has the maths.
+"""Super-token sampling and upsampling (paper: section 3.2). README.md has the maths.
+
+`sample` runs rounds of `associate` and `aggregate`: from a map to super tokens. `spread` is the upsampling: from super
+tokens to a map.
 
 Letters of the shapes: B batch, H x W pixels, C channels, hh x ww cells of P pixels with one super token each, 9 the
 3 x 3 super tokens around a pixel's own cell, row-major from the top left.
 
-`backend` is None for the best one that serves the input (svit.ops.info() tells which), or a name, which must serve it.
-Whatever the backend: softmax, mass and sums run in float32 at least, and q is a constant to autograd.
+`backend` is None for the best backend that serves the input (`svit.ops.info()` prints it), or the name of one that must
+serve it. On every backend softmax, mass and sums run in float32 at least, and q is a constant to autograd.
 """
 
 import torch
@@ -17,14 +19,14 @@ from svit.ops._numerics import to_autocast_dtype
 
 from . import reference
 
-# TorchScript knows no other backend than the reference: each function begins with its part.
+# TorchScript can only run the reference, so a function that it compiles begins with that case.
 
 
 def associate(x: Tensor, s: Tensor, cell: tuple[int, int], backend: str | None = None) -> Tensor:
-    """Soft association of each pixel with the 9 super tokens around its cell (paper: section 3.2). No gradient.
+    """Softly associates each pixel with the 9 super tokens around its cell (paper: section 3.2). No gradient.
 
-    q = softmax over the 9 of `<pixel, super token> / sqrt(C)`. A super token outside the grid is a zero vector: its
-    logit is 0 and it takes its share.
+    q is the softmax of `<pixel, super token> / sqrt(C)` over the 9. A super token outside the grid is a zero vector:
+    its logit is 0, and its share of the pixel is lost.
 
     Args:
         x: map (B, H, W, C); zero-padded on the right and the bottom to whole cells.
@@ -48,9 +50,9 @@ def associate(x: Tensor, s: Tensor, cell: tuple[int, int], backend: str | None =
 
 
 def aggregate(x: Tensor, q: Tensor, cell: tuple[int, int], backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Per super token the q-weighted sum of the pixels of its 9 cells, and the mass, which is the sum of the weights.
+    """Sums the pixels of the 9 cells around each super token, weighted by q. The mass is the sum of the weights.
 
-    Linear in x and the adjoint of `spread`.
+    It is linear in x and the adjoint of `spread`.
 
     Args:
         x: map (B, H, W, C).
@@ -63,8 +65,8 @@ def aggregate(x: Tensor, q: Tensor, cell: tuple[int, int], backend: str | None =
         total / (mass + 1e-12).
 
     Raises:
-        ValueError: an argument of another shape, dtype or device, a q that requires grad (the reference, asked
-            by name, differentiates by it), or a backend that does not serve them.
+        ValueError: an argument of another shape, dtype or device, a q that requires grad (only
+            `backend="reference"` differentiates by q), or a backend that does not serve them.
     """
     expect_cell(cell)
     expect_constant(q, backend)
@@ -84,9 +86,9 @@ def spread(
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Each pixel gets the q-weighted sum of its 9 super tokens; one outside the grid adds zero.
+    """Upsamples super tokens to pixels: each pixel gets the sum of its 9 super tokens, weighted by q.
 
-    Linear in s and the adjoint of `aggregate`.
+    A super token outside the grid adds zero. The function is linear in s and the adjoint of `aggregate`.
 
     Args:
         s: super tokens (B, hh, ww, C).
@@ -97,7 +99,7 @@ def spread(
         backend: see above.
 
     Returns:
-        map (B, H, W, C), in the dtype of the residual if there is one, else of s.
+        map (B, H, W, C), in the dtype of the residual, or of s without one.
 
     Raises:
         ValueError: an argument of another shape or device, a q that requires grad (see `aggregate`), or a backend that
@@ -130,21 +132,23 @@ def sample(
     differentiable: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Super-token sampling (paper: section 3.2): cell means, then `n_iter` times `associate` and `aggregate`.
+    """Samples super tokens from a map (paper: section 3.2): cell means, then `n_iter` rounds of `associate` and
+    `aggregate`.
 
     Args:
         x: map (B, H, W, C).
         cell: height and width of a cell in pixels.
         n_iter: rounds of association, at least 1.
-        weight: (C,), or None. With it x is layer-normed over its channels first; the padding is zero after the norm.
-        bias: (C,), or None where `weight` is.
+        weight: (C,) of a layer norm over the channels that is applied to x first, or None for no norm. The padding is
+            zero after the norm.
+        bias: (C,) of that norm, or None without one.
         eps: of that norm.
-        differentiable: lets the gradient through the association too, which only the reference does.
+        differentiable: pass gradients through the association too. Only the reference does.
         backend: see above.
 
     Returns:
-        super tokens (B, hh, ww, C) and association q (B, hh, ww, 9, P), in the dtype of x; under autocast a fused
-        backend gives them in its dtype.
+        super tokens (B, hh, ww, C) and association q (B, hh, ww, 9, P), in the dtype of x. Under autocast a fused
+        backend returns them in autocast's dtype.
 
     Raises:
         ValueError: an argument of another shape, dtype or device, or a backend that does not serve them.

@@ -1,8 +1,8 @@
-"""Sampling and upsampling for graphs that other programs read (ONNX, torch.export): the reference's numbers in a
-quarter of its nodes. Letters as in reference.py.
+"""Sampling and upsampling for exported graphs (ONNX, torch.export): the reference's results with a quarter of its
+nodes. Letters as in reference.py.
 
-A neighbour is a tap of a depthwise 3 x 3 convolution of the super tokens, zero-padded as the grid is, and the sum over
-neighbours is the transposed convolution. Super tokens are held as maps (B, C, hh, ww).
+A depthwise 3 x 3 convolution of the super tokens, zero-padded, picks the neighbours. The transposed convolution sums
+over them. Super tokens are maps (B, C, hh, ww) here.
 """
 
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from .reference import layer_norm
 
 
 def is_whole(length: int, cell: int) -> bool:
-    """Whether cells cover `length` pixels without padding, as far as the graph is told: not for a dynamic size."""
+    """Whether cells are known to cover `length` pixels without padding. For a dynamic size they are not."""
     return isinstance(length, int) and length % cell == 0
 
 
@@ -35,7 +35,7 @@ def from_cells(x: torch.Tensor, cell: tuple[int, int], size: tuple[int, int]) ->
     """Cells (B, hh, ww, C, P) to a map, cropped to `size`: (B, C, H, W)."""
     h, w = cell
     B, hh, ww, C, _ = x.shape
-    # The rows of a cell stay together: runtimes copy them in one piece.
+    # A cell's row stays contiguous, so that runtimes copy it at once.
     x = x.reshape(B, hh, ww, C, h, w).permute(0, 3, 1, 4, 2, 5).reshape(B, C, hh * h, ww * w)
     if not (is_whole(size[0], h) and is_whole(size[1], w)):
         x = F.pad(x, (0, size[1] - ww * w, 0, size[0] - hh * h))
@@ -43,7 +43,7 @@ def from_cells(x: torch.Tensor, cell: tuple[int, int], size: tuple[int, int]) ->
 
 
 def taps(s: torch.Tensor, channels: int) -> torch.Tensor:
-    """For each channel 9 kernels, which pick one neighbour each: (9 * channels, 1, 3, 3), of the dtype of s."""
+    """Kernels (9 * channels, 1, 3, 3) in the dtype of s: 9 for each channel, and each picks one neighbour."""
     return torch.eye(9, dtype=s.dtype, device=s.device).reshape(9, 1, 3, 3).repeat(channels, 1, 1, 1)
 
 
@@ -69,9 +69,9 @@ def associate(cells: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
 def aggregate(cells: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Super tokens (B, C, hh, ww)."""
     B, hh, ww, _, C = cells.shape
-    pixels = F.pad(widen(cells), (0, 1), value=1.0)  # whose sum is the mass
+    pixels = F.pad(widen(cells), (0, 1), value=1.0)  # a channel of ones, whose weighted sum is the mass
     total = torch.matmul(widen(q), pixels).permute(0, 4, 3, 1, 2).reshape(B, (C + 1) * 9, hh, ww)
-    tiny = F.pad(total.new_full((1,), 1e-12), (C, 0))  # as a bias: optimizers drop what is added by itself
+    tiny = F.pad(total.new_full((1,), 1e-12), (C, 0))  # a bias: graph optimizers remove such an addition
     total, mass = sum_neighbours(total, tiny).split((C, 1), dim=1)
     return (total / mass).to(cells.dtype)
 

@@ -1,5 +1,5 @@
-"""Super-token sampling and upsampling in plain PyTorch: any device, any floating dtype, any cell. The oracle of every
-other backend.
+"""Super-token sampling and upsampling in plain PyTorch, on any device, in any floating dtype, with any cell. The other
+backends are tested against it.
 
 Shapes are named by these letters (README.md has the maths):
 
@@ -7,8 +7,8 @@ Shapes are named by these letters (README.md has the maths):
     P  pixels a cell    hh, ww  cells of the grid, each with one super token
     9  the 3 x 3 super tokens around a pixel's own cell, row-major from the top left
 
-Nothing here branches on a shape, so that every function can be scripted, traced and exported with dynamic sizes; these
-are taken in ways that keep symbolic sizes simple (`narrow`, which gives the length it is told, not slices).
+No function branches on a shape, so that all can be scripted, traced and exported with dynamic sizes. `narrow` in place
+of slices keeps symbolic sizes simple.
 """
 
 import torch
@@ -31,7 +31,7 @@ def from_cells(x: torch.Tensor, cell: tuple[int, int], size: tuple[int, int]) ->
     h, w = cell
     B, hh, ww, P, C = x.shape
     x = x.reshape(B, hh, ww, h, w, C).transpose(2, 3).reshape(B, hh * h, ww * w, C)
-    # Not a view, which is contiguous only if nothing is cropped: a compiled or exported model would hold to one case.
+    # A view is contiguous only if nothing is cropped, and a compiled or exported model would fix one of the two cases.
     return F.pad(x, (0, 0, 0, size[1] - ww * w, 0, size[0] - hh * h))
 
 
@@ -39,15 +39,15 @@ def neighbours(s: torch.Tensor) -> torch.Tensor:
     """The 3 x 3 super tokens around each cell, zero outside the grid: (B, hh, ww, C) -> (B, hh, ww, 9, C)."""
     B, hh, ww, C = s.shape
     s = F.pad(s, (0, 0, 1, 1, 1, 1))
-    # Without a loop, in which TorchScript forgets what wants a gradient.
+    # No loop: in a loop TorchScript loses track of what requires grad.
     rows = torch.stack((s.narrow(1, 0, hh), s.narrow(1, 1, hh), s.narrow(1, 2, hh)), dim=3)
     return torch.stack((rows.narrow(2, 0, ww), rows.narrow(2, 1, ww), rows.narrow(2, 2, ww)), dim=4).flatten(3, 4)
 
 
 def sum_neighbours(s: torch.Tensor) -> torch.Tensor:
-    """Adjoint of `neighbours`: what 9 cells hold for one super token, summed: (B, hh, ww, 9, C) -> (B, hh, ww, C)."""
-    # Super token (y, x) is neighbour k of the cell at (y + 1 - k // 3, x + 1 - k % 3): each share moves by one cell, in
-    # at one border and out at the other. Padding alone does it, whose backward needs no map of zeros for each step.
+    """Adjoint of `neighbours`, the sum of 9 cells' shares of a super token: (B, hh, ww, 9, C) -> (B, hh, ww, C)."""
+    # Super token (y, x) is neighbour k of the cell at (y + 1 - k // 3, x + 1 - k % 3). So each share moves by one cell.
+    # Padding does that, with a negative width where the share leaves the grid. Its backward makes no map of zeros.
     shares = [F.pad(share, (0, 0, k % 3 - 1, 1 - k % 3, k // 3 - 1, 1 - k // 3)) for k, share in enumerate(s.unbind(3))]
     return torch.stack(shares).sum(0)
 
@@ -55,7 +55,7 @@ def sum_neighbours(s: torch.Tensor) -> torch.Tensor:
 def associate_cells(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """q (B, hh, ww, 9, P) from cells (B, hh, ww, P, C) and super tokens (B, hh, ww, C).
 
-    A neighbour outside the grid is a zero vector: its logit is 0 and it takes its share.
+    A neighbour outside the grid is a zero vector: its logit is 0, and its share of the pixel is lost.
     """
     logits = torch.matmul(neighbours(s * x.shape[-1] ** -0.5), x.transpose(-1, -2))
     return widen(logits).softmax(3).to(x.dtype)
@@ -72,7 +72,7 @@ def weighted_mean(total: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """Over the channels; parameters may be wider than x, and are where autocast chose the dtype of x."""
+    """Normalises over the channels. Under autocast the parameters have more bits than x."""
     bias = None if bias is None else widen(bias)
     return F.layer_norm(widen(x), [x.shape[-1]], widen(weight), bias, eps).to(x.dtype)
 
@@ -110,7 +110,7 @@ def sample(
     if weight is not None:
         x = layer_norm(x, weight, bias, eps)
     cells = to_cells(x, cell)
-    # q is a constant to autograd (model and paper): s then depends on x through the last weighted mean alone.
+    # q is a constant to autograd, as in the paper: s depends on x through the last weighted mean alone.
     pixels = cells if differentiable else cells.detach()
     s = widen(pixels).mean(3)
     q = associate_cells(pixels, s.to(x.dtype))

@@ -10,7 +10,7 @@ from svit.ops._registration import define, flop_formula, grid, ops, refuse_secon
 
 from . import check_aggregate, check_associate, check_sample, check_sample_backward, check_spread, reference, self_check  # noqa: F401
 
-# Association: no gradient.
+# The association has no gradient.
 
 
 define("associate(Tensor x, Tensor s, int[] cell) -> Tensor", check_associate)
@@ -24,7 +24,7 @@ def _(x, s, cell, backend=None):
 
 register_autograd("svit::associate", lambda ctx, grad: (None,) * 4)
 
-# Aggregation and spreading: each the other's adjoint. q is a constant.
+# Aggregation and upsampling: each is the adjoint of the other. q is a constant.
 
 
 define("aggregate(Tensor x, Tensor q, int[] cell) -> (Tensor, Tensor)", check_aggregate)
@@ -128,7 +128,7 @@ register_autograd("svit::sample_backward", refuse_second_derivative("sample"))
 
 
 def products(q: tuple[int, ...], C: int) -> int:
-    """Of associating, aggregating or spreading: each one product between 9 super tokens and a cell's pixels."""
+    """FLOPs of one association, aggregation or upsampling: a product of 9 super tokens and a cell's pixels."""
     return 2 * prod(q) * C
 
 

@@ -1,4 +1,4 @@
-"""What the self-check compares of the super-token ops."""
+"""The self-check's cases of the super-token ops."""
 
 from typing import Any
 

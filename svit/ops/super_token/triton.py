@@ -1,11 +1,11 @@
-"""The Triton kernels of super-token sampling and upsampling, and their launches, one an op.
+"""The Triton kernels of super-token sampling and upsampling, and a launch for each op.
 
 A program owns one cell. It reads the cell's pixels (P, C) and the 9 super tokens around it, padded to 16 for the tensor
-cores, and keeps q as (16, P), its softmax running over the 9. What it has for the 9 super tokens it writes as partial
-sums, which `fold` gathers.
+cores. It holds q as (16, P), with the softmax over the 9. It writes its shares of the 9 super tokens as partial sums,
+and `fold` adds those up.
 
-Products of float32 run on the tensor cores too, as three of TF32 ("tf32x3": 21 bits of the operands, where plain TF32
-keeps 10); AMD's GPUs have no such mode.
+Products of float32 run on the tensor cores too, as three of TF32 ("tf32x3"): 21 bits of the operands instead of 10.
+AMD's GPUs have no such mode.
 """
 
 import functools
@@ -20,19 +20,19 @@ from svit.ops._kernels import SIZES, load_map
 
 PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
-# Settings of a super-token kernel in place of those of `cell_settings`, where a measurement found them better or
-# registers spilled: (kernel, C, h, w, bytes of an element) -> (pixels at a time, warps) of a program, which has a cell.
+# Settings that override `cell_settings`, because they are measured to be faster or avoid spills:
+# (kernel, C, h, w, bytes of an element) -> (pixels at a time, warps) of a program.
 SETTINGS: dict[tuple[str, int, int, int, int], tuple[int, int]] = {
     ("associate_aggregate", 192, 4, 4, 2): (16, 1),
     ("spread", 96, 8, 8, 2): (16, 2),
 }
 
-# Bytes of a map that a program of a super-token kernel works on at a time, at most; and for each of its warps. Few
-# warps share the work that each of them repeats (addresses, sums over a warp) and wait for each other less.
+# The most bytes of a map that a program works on at a time, and the bytes for each of its warps. With few warps, less
+# work is repeated in each (addresses, sums over a warp), and they wait for each other less.
 CELL_TILE, WARP_TILE = 2**14, 2**12
 
-# Kernels with a product that has the pixels as rows. From 64 rows and 4 warps on, compilers may make of it the
-# asynchronous instructions of the tensor cores (wgmma of sm_90, tcgen05 of sm_100), which some assemblers get wrong.
+# Kernels with a product whose rows are pixels. From 64 rows and 4 warps on, a compiler may use the asynchronous
+# instructions of the tensor cores (wgmma on sm_90, tcgen05 on sm_100), which some assemblers translate wrongly.
 PIXELS_AS_ROWS = ("spread", "norm_sample_backward")
 
 
@@ -43,7 +43,7 @@ def cell_of(program, hh, ww):
         hh.to(tl.uint32),
         ww.to(tl.uint32),
         program.to(tl.uint32),
-    )  # a division of signed numbers is longer
+    )  # a signed division takes more instructions
     row = program // ww
     b = row // hh
     return b.to(tl.int32), (row - b * hh).to(tl.int32), (program - row * ww).to(tl.int32)
@@ -51,7 +51,7 @@ def cell_of(program, hh, ww):
 
 @triton.jit
 def pixels_of(b, i, j, p, H, W, CELL_H: tl.constexpr, CELL_W: tl.constexpr):
-    """First pixel of cell (i, j), offsets of its pixels p from it, and which of them lie inside the map."""
+    """First pixel of cell (i, j), offsets of its pixels p from that one, and which of them lie inside the map."""
     y, x = p // CELL_W, p % CELL_W
     first = (b.to(tl.int64) * H + i * CELL_H) * W + j * CELL_W
     inside = (p < CELL_H * CELL_W) & (i * CELL_H + y < H) & (j * CELL_W + x < W)
@@ -60,7 +60,7 @@ def pixels_of(b, i, j, p, H, W, CELL_H: tl.constexpr, CELL_W: tl.constexpr):
 
 @triton.jit
 def center(v, c, C: tl.constexpr, eps):
-    """Pixels (P, C), float32, less their mean over the channels, and 1 / standard deviation."""
+    """Pixels (P, C) minus their mean over the channels, float32, and 1 / standard deviation."""
     mean = tl.sum(v, 1) * (1.0 / C)
     v = tl.where((c < C)[None, :], v - mean[:, None], 0.0)
     return v, tl.rsqrt(tl.sum(v * v, 1) * (1.0 / C) + eps)
@@ -68,7 +68,7 @@ def center(v, c, C: tl.constexpr, eps):
 
 @triton.jit
 def load_pixels(x, weight, bias, eps, first, offset, inside, c, C: tl.constexpr, NORM: tl.constexpr):
-    """Pixels (P, C), float32, layer-normed if asked; 0 outside the map, after the norm."""
+    """Pixels (P, C), float32, after the layer norm if NORM; 0 outside the map."""
     v = load_map(x, first, offset, inside, c, C).to(tl.float32)
     if NORM:
         v, rstd = center(v, c, C, eps)
@@ -81,7 +81,7 @@ def load_pixels(x, weight, bias, eps, first, offset, inside, c, C: tl.constexpr,
 
 @triton.jit
 def neighbour(k, i, j, hh, ww):
-    """Super token k of the 9 around cell (i, j): its place relative to the cell's own, and whether there is one."""
+    """Offset of super token k of the 9 around cell (i, j) from the cell's own, and whether it exists."""
     y, x = i + k // 3 - 1, j + k % 3 - 1
     inside = (k < 9) & (y >= 0) & (y < hh) & (x >= 0) & (x < ww)
     return (k // 3 - 1) * ww + k % 3 - 1, inside
@@ -89,7 +89,7 @@ def neighbour(k, i, j, hh, ww):
 
 @triton.jit
 def load_neighbours(s, cell, k, i, j, hh, ww, c, C: tl.constexpr):
-    """The super tokens (16, C) around a cell, 0 where there is none."""
+    """The super tokens (16, C) around a cell, 0 outside the grid."""
     offset, inside = neighbour(k, i, j, hh, ww)
     at = s + cell.to(tl.int64) * C + offset[:, None] * C + c[None, :]
     return tl.load(at, mask=inside[:, None] & (c < C)[None, :], other=0.0)
@@ -121,7 +121,7 @@ def cell_mean(
             v *= tl.where(inside, rstd, 0.0)[:, None]
         total += tl.sum(v, 0)
     total *= 1.0 / P
-    if NORM:  # of the sum, not of each pixel; the padding has no bias
+    if NORM:  # scale and bias apply to the sum; the padding has no bias
         pixels = tl.minimum(H - i * CELL_H, CELL_H) * tl.minimum(W - j * CELL_W, CELL_W)
         w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
         t = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
@@ -135,7 +135,8 @@ def associate_aggregate(
     C: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr, NORM: tl.constexpr,
     ASSOCIATE: tl.constexpr, AGGREGATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """q (B, hh, ww, 9, P), computed from s or read; partial sums (B, hh, ww, 9, C) and masses (B, hh, ww, 9) of it."""
+    """q (B, hh, ww, 9, P), which ASSOCIATE computes from s; with AGGREGATE partial sums (B, hh, ww, 9, C) and masses
+    (B, hh, ww, 9)."""
     P: tl.constexpr = CELL_H * CELL_W
     cell = tl.program_id(0)
     b, i, j = cell_of(cell, hh, ww)
@@ -175,7 +176,7 @@ def fold(
     partial, partial_mass, s, mass, cells, hh, ww,
     C: tl.constexpr, MEAN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Per super token the sum of what its 9 cells hold for it, and the mass; the sum divided by the mass if MEAN."""
+    """For each super token the sum of its 9 cells' partial sums, divided by the mass if MEAN, and the mass."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
     i, j = t // ww % hh, t % ww
@@ -197,7 +198,7 @@ def fold(
 
 @triton.jit
 def spread_cell(near, q, cell, k, p, P: tl.constexpr, factor, MEAN: tl.constexpr):
-    """Pixels p (P, C), float32: the q-weighted sums of 9 super tokens; their weights times factor (16) if MEAN."""
+    """Pixels p (P, C), float32: the sums of 9 super tokens weighted by q, or by q times factor (16) if MEAN."""
     at, exists = shares(q, cell, k, p, P)
     share = tl.load(at, mask=exists, other=0.0)
     if MEAN:
@@ -209,7 +210,8 @@ def spread_cell(near, q, cell, k, p, P: tl.constexpr, factor, MEAN: tl.constexpr
 def inverse_mass(mass, cell, k, i, j, hh, ww):
     """1 / mass (16) of the super tokens around a cell.
 
-    It multiplies shares, which are part of the mass: the result is at most 1, that of super tokens may overflow.
+    It multiplies the shares in q: each is a part of the mass, so the result is at most 1. Super tokens times it might
+    overflow.
     """
     offset, inside = neighbour(k, i, j, hh, ww)
     return 1.0 / (tl.load(mass + cell.to(tl.int64) + offset, mask=inside, other=1.0) + 1e-12)
@@ -221,7 +223,7 @@ def spread(
     C: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr, MEAN: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y (B, H, W, C): per pixel the q-weighted sum of its 9 super tokens, plus the residual if there is one."""
+    """y (B, H, W, C): for each pixel the sum of its 9 super tokens weighted by q, plus the residual if RESIDUAL."""
     cell = tl.program_id(0)
     b, i, j = cell_of(cell, hh, ww)
     c = tl.arange(0, BLOCK_C)
@@ -243,7 +245,7 @@ def norm_sample_backward(
     grad, x, q, mass, weight, dx, dnorm, eps, H, W, hh, ww,
     C: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx: the gradient of the super tokens spread over the pixels and taken back through the layer norm.
+    """dx: the gradient of the super tokens, upsampled to the pixels, and then through the layer norm.
 
     dnorm (B, hh, ww, 2, C), float32: the cell's part of the gradients of the norm's weight and bias.
     """
@@ -260,9 +262,9 @@ def norm_sample_backward(
         p = start + tl.arange(0, BLOCK_P)
         first, offset, inside = pixels_of(b, i, j, p, H, W, CELL_H, CELL_W)
         g = spread_cell(near, q, cell, k, p, CELL_H * CELL_W, factor, True)
-        g = tl.where(inside[:, None], g, 0.0)  # the padding is a constant zero, not the norm of anything
+        g = tl.where(inside[:, None], g, 0.0)  # the padding is zero after the norm, so it has no gradient
         v, rstd = center(load_map(x, first, offset, inside, c, C).to(tl.float32), c, C, eps)
-        v *= tl.where(inside, rstd, 0.0)[:, None]  # with eps = 0 the norm of zeros is not a number
+        v *= tl.where(inside, rstd, 0.0)[:, None]  # with eps = 0 the norm of zeros is NaN
         dweight += tl.sum(g * v, 0)
         dbias += tl.sum(g, 0)
         g *= w[None, :]
@@ -289,7 +291,7 @@ def cell_constants(
     block_p, warps = setting or cell_settings(kernel, block_c, h * w, itemsize)
     if kernel in PIXELS_AS_ROWS and block_p >= 64 and warps >= 4:
         raise ValueError(f"SETTINGS: expected fewer than 64 pixels or 4 warps for {kernel}, got {block_p} and {warps}")
-    # One stage: a loop over a large cell's pixels, if prefetched, would want more shared memory than some GPUs have.
+    # One stage: to prefetch a large cell's pixels takes more shared memory than some GPUs have.
     return dict(C=C, CELL_H=h, CELL_W=w, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps, num_stages=1)
 
 
@@ -300,7 +302,7 @@ def cell_settings(kernel: str, block_c: int, P: int, itemsize: int) -> tuple[int
         block_p = 16
     warps = block_p * block_c * itemsize // WARP_TILE
     if kernel == "norm_sample_backward" or (kernel == "associate_aggregate" and itemsize == 4):
-        warps *= 2  # a gradient beside the pixels, or products of three parts: as many registers again
+        warps *= 2  # a gradient beside the pixels, or products of three parts, take twice the registers
     return block_p, min(max(warps, 1), 8)
 
 
@@ -321,7 +323,7 @@ def launch_associate(x: Tensor, s: Tensor, cell: list[int]) -> Tensor:
 
 
 def prepare_fold(partial: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, dict[str, int]]:
-    """Super tokens and mass, to be written by `fold`; its programs and constants."""
+    """Empty super tokens and mass for `fold` to write, and its number of programs and constants."""
     B, hh, ww, _, C = partial.shape
     constants = fold_constants(C, dtype.itemsize)
     s, mass = partial.new_empty(B, hh, ww, C, dtype=dtype), partial.new_empty(B, hh, ww)
@@ -398,7 +400,7 @@ def launch_sample_backward(
 def launch_spread(
     s: Tensor, q: Tensor, cell: list[int], size: list[int], residual: Tensor | None, mass: Tensor | None = None
 ) -> Tensor:
-    """With `mass` the shares are divided by that of their super tokens."""
+    """With `mass`, the shares in q are divided by the mass of their super tokens."""
     B, hh, ww, C = s.shape
     H, W = size
     y = s.new_empty(B, H, W, C, dtype=s.dtype if residual is None else residual.dtype)
