@@ -1,4 +1,4 @@
-"""The command `svit`: which commands there are, how one starts, and how its errors are told.
+"""The command `svit`: which commands there are, how one starts, and how it prints its errors.
 
 A module of this package is a command: `parser()` is its command line, `main(argv)` does the work and returns the exit
 status. This module imports none of them before it is asked for, so that `svit --help` answers at once.

@@ -164,7 +164,7 @@ def open_model(args: argparse.Namespace, **preprocessing: Any) -> tuple[nn.Modul
 
     Args:
         args: what a parser with `add_model_arguments`, `add_img_size` and `add_device` gave.
-        preprocessing: what of it shall be other than the model's; None counts as nothing.
+        preprocessing: values that differ from the model's; None counts as nothing.
 
     Raises:
         InputError: as `svit.checkpoints.create_model`; or the device cannot be used.

@@ -175,9 +175,9 @@ def signature(program: ExportedProgram) -> str:
 
 def metadata(model: nn.Module, shape: tuple[int, ...]) -> dict[str, str]:
     """What a user of the file needs to know, each value as JSON: the classes and timm's preprocessing."""
-    told = {**resolve_model_data_config(model), "input_size": shape[1:]}
-    told.update(architecture=model.pretrained_cfg["architecture"], class_names=class_names(model))
-    return {key: json.dumps(value) for key, value in told.items()}
+    values = {**resolve_model_data_config(model), "input_size": shape[1:]}
+    values.update(architecture=model.pretrained_cfg["architecture"], class_names=class_names(model))
+    return {key: json.dumps(value) for key, value in values.items()}
 
 
 def check_onnx() -> None:
@@ -188,12 +188,12 @@ def check_onnx() -> None:
             raise InputError(f"--format onnx: needs {error.name}; {install('export')}") from error
 
 
-def write_onnx(program: ExportedProgram, path: Path, told: dict[str, str]) -> None:
+def write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     names = dict(input_names=["image"], output_names=["logits"], dynamic_shapes=(dynamic_axes(program),))
     example, _ = program.example_inputs  # goes with the names of the axes, and no further
     onnx_program = torch.onnx.export(program, example, dynamo=True, verbose=False, **names)
     fold_weights(onnx_program.model)
-    onnx_program.model.metadata_props.update(told)
+    onnx_program.model.metadata_props.update(metadata)
     onnx_program.save(path)
     drop_shapes(path)
     if len(list(path.parent.iterdir())) > 1:
@@ -226,8 +226,8 @@ def load_onnx(path: Path) -> Run:
     return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
 
 
-def write_torch(program: ExportedProgram, path: Path, told: dict[str, str]) -> None:
-    torch.export.save(program, path, extra_files=told)
+def write_torch(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    torch.export.save(program, path, extra_files=metadata)
 
 
 def load_torch(path: Path) -> Run:
@@ -241,8 +241,8 @@ def check_compiler() -> None:
         raise InputError("--format aoti: needs a C++ compiler, such as g++, or one that CXX names") from error
 
 
-def write_aoti(program: ExportedProgram, path: Path, told: dict[str, str]) -> None:
-    configs = {"aot_inductor.metadata": told}
+def write_aoti(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    configs = {"aot_inductor.metadata": metadata}
     torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
 
 
@@ -295,10 +295,10 @@ def compare(model: nn.Module, run: Run, shape: tuple[int, ...]) -> None:
         expected, actual = model(x), run(x)
     largest = expected.abs().max().item()
     difference = (actual - expected).abs().max().item()
-    told = f"{show(shape)}: max difference from PyTorch {difference:.1e}, largest output {largest:.2g}"
+    result = f"{show(shape)}: max difference from PyTorch {difference:.1e}, largest output {largest:.2g}"
     if not difference <= TOLERANCE * largest:  # NaN is an error too
-        raise InputError(f"the file is wrong, and is not kept; {told}")
-    print(told)
+        raise InputError(f"the file is wrong, and is not kept; {result}")
+    print(result)
 
 
 def show(shape: Iterable[int]) -> str:

@@ -128,15 +128,15 @@ def find_newest(config: Config) -> str | None:
     name alone counts. Where that was not written whole, the newest file that was counts.
     """
     folder, pointer = Path(config.work_dir), Path(config.work_dir, "last_checkpoint")
-    told = pointer.read_text().strip() if pointer.is_file() else ""
-    if "://" in told:
-        return told
+    stored = pointer.read_text().strip() if pointer.is_file() else ""
+    if "://" in stored:
+        return stored
     hook = (config.get("default_hooks") or {}).get("checkpoint")
     out = hook.get("out_dir") if isinstance(hook, dict) else None
     if out and Path(out) != folder:
         folder = Path(out, folder.name)
-    if told:
-        return str(folder / Path(told).name)
+    if stored:
+        return str(folder / Path(stored).name)
     numbers = {path: re.fullmatch(r"(?:epoch|iter)_(\d+)", path.stem) for path in folder.glob("*.pth")}
     whole = [path for path, number in numbers.items() if number and zipfile.is_zipfile(path)]
     return str(max(whole, key=lambda path: int(numbers[path][1]))) if whole else None

@@ -236,8 +236,8 @@ def write_files(
 ) -> None:
     """Weights and configuration as timm writes them, and the model card."""
     architecture = model.pretrained_cfg["architecture"].partition(".")[0]  # without the tag of timm's weights
-    told = dict(architecture=architecture, license=license, tag=None)
-    config: dict[str, Any] = dict(pretrained_cfg=told)
+    pretrained_cfg = dict(architecture=architecture, license=license, tag=None)
+    config: dict[str, Any] = dict(pretrained_cfg=pretrained_cfg)
     names = model.pretrained_cfg.get("label_names")
     if names and len(names) == model.num_classes:
         config["label_names"] = list(names)

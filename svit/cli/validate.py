@@ -130,12 +130,12 @@ def names_of_classes(model: nn.Module, found: list[str] | None) -> list[str]:
     Raises:
         InputError: it has others.
     """
-    told = model.pretrained_cfg.get("label_names")
-    if found and told and list(told) != found:
-        raise InputError(f"data_dir: its classes are {found[:10]}, expected the checkpoint's {list(told)[:10]}")
-    if found and not told and len(found) != model.num_classes:
+    stored = model.pretrained_cfg.get("label_names")
+    if found and stored and list(stored) != found:
+        raise InputError(f"data_dir: its classes are {found[:10]}, expected the checkpoint's {list(stored)[:10]}")
+    if found and not stored and len(found) != model.num_classes:
         raise InputError(f"data_dir: {len(found)} classes, expected the model's {model.num_classes}")
-    return found if found and not told else class_names(model)
+    return found if found and not stored else class_names(model)
 
 
 def print_result(result: dict, per_class: bool) -> None:
