@@ -35,8 +35,8 @@ class CheckpointError(ValueError):
 
 
 def convert(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     model: str | None = None,
     num_classes: int = 1000,
     ema: bool = False,

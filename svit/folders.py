@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from svit.images import EXTENSIONS
 
@@ -54,13 +54,13 @@ def is_clutter(name: str) -> bool:
     return name.startswith(".") or name.lower() in CLUTTER
 
 
-def natural_key(name: str) -> tuple:
+def natural_key(name: str) -> tuple[Any, ...]:
     """Sorts names with numbers by value, upper and lower case together, as timm does, and never two names alike."""
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
-def walk(folder: str | Path, left_out: Counter[str] | None = None) -> Iterator[os.DirEntry]:
+def walk(folder: str | Path, left_out: Counter[str] | None = None) -> Iterator[os.DirEntry[str]]:
     """All files in a folder and below it, in no order; hidden files and those of systems are left out.
 
     Symbolic links to folders are followed, except one to a folder that holds the link itself: that is a loop.
@@ -188,7 +188,7 @@ def find_classes(folder: str | Path) -> ClassFolders:
     return ClassFolders(classes, numbered, left_out)
 
 
-def classes_of_files(files: list, names: list[str]) -> tuple[list[str], list[tuple], int]:
+def classes_of_files(files: list[Any], names: list[str]) -> tuple[list[str], list[tuple[Any, ...]], int]:
     """Classes from the first part of names such as "cat/2020/x.jpg".
 
     Args:

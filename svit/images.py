@@ -34,7 +34,7 @@ class UnreadableImageError(ValueError):
     """A file is no image, or a damaged one; the message says why, and names the file where that has a path."""
 
 
-def read_image(file: str | PathLike | BinaryIO | Image.Image, mode: str = "RGB") -> Image.Image:
+def read_image(file: str | PathLike[str] | BinaryIO | Image.Image, mode: str = "RGB") -> Image.Image:
     """An image as a person sees it: turned by its EXIF orientation, in 8 bits a channel.
 
     Integers of other types are divided by the largest of these, those of 32 bits by 65535 if none is larger. Floats

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 __all__ = ["HANDLES", "UNCOUNTED", "Count", "analysis", "count"]
 
-Handle = Callable[[list, list], int]
+Handle = Callable[[list[Any], list[Any]], int]
 
 
-def matmul_macs(inputs: list, outputs: list) -> int:
+def matmul_macs(inputs: list[Any], outputs: list[Any]) -> int:
     """a @ b with operands of any rank; fvcore's own takes vectors for an error and misses the broadcasting of a."""
     return prod(outputs[0].type().sizes()) * inputs[0].type().sizes()[-1]
 
 
-def attention_macs(inputs: list, outputs: list) -> int:
+def attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
     """q k^T and attn v, q (..., L, d), k (..., S, d), v (..., S, e): L * S * (d + e) a head. A mask saves nothing."""
     q, k = (value.type().sizes() for value in inputs[:2])
     *rows, e = outputs[0].type().sizes()
     return prod(rows) * k[-2] * (q[-1] + e)
 
 
-def nothing(inputs: list, outputs: list) -> int:
+def nothing(inputs: list[Any], outputs: list[Any]) -> int:
     return 0
 
 

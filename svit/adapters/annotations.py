@@ -31,7 +31,7 @@ class Findings:
     """What was found how often, and where first: one line a kind."""
 
     def __init__(self) -> None:
-        self.kinds: dict[str, list] = {}
+        self.kinds: dict[str, list[Any]] = {}
 
     def add(self, kind: str, name: Any) -> None:
         self.kinds.setdefault(kind, []).append(name)
@@ -56,11 +56,13 @@ class AnnotationFiles:
 
     def __init__(self, split: str, folder: str | None) -> None:
         self.split, self.folder = split, folder
-        self.contents: dict[Path, dict] = {}
+        self.contents: dict[Path, dict[str, Any]] = {}
         self.fixed: dict[Path, Findings] = {}
-        self.users: list[tuple[Path, dict]] = []
+        self.users: list[tuple[Path, dict[str, Any]]] = []
 
-    def check(self, user: dict, file: Path, where: str, classes_where: str, classes: Sequence[str], *args: Any) -> dict:
+    def check(
+        self, user: dict[str, Any], file: Path, where: str, classes_where: str, classes: Sequence[str], *args: Any
+    ) -> dict[str, Any]:
         """Reads and checks a file for a part of the config that has it as `ann_file`; returns its content.
 
         Args:
@@ -94,7 +96,7 @@ class AnnotationFiles:
             warnings.warn(f"{file} was put right, in {target}; by their ids:{fixed}", stacklevel=2)
 
 
-def read_annotations(file: Path, where: str) -> dict:
+def read_annotations(file: Path, where: str) -> dict[str, Any]:
     """The content of a JSON file in COCO's format; `annotations` may be missing, as in the test-dev split.
 
     Raises:
@@ -118,7 +120,7 @@ def read_annotations(file: Path, where: str) -> dict:
 
 
 def check_annotations(
-    content: dict,
+    content: dict[str, Any],
     file: Path,
     where: str,
     classes: Sequence[str],
@@ -174,7 +176,7 @@ def check_annotations(
     return fixed, left_out
 
 
-def known(key: Any, table: dict) -> bool:
+def known(key: Any, table: dict[str, Any]) -> bool:
     return isinstance(key, (int, str, float)) and key in table
 
 
@@ -186,7 +188,7 @@ def is_length(value: Any) -> bool:
     return is_number(value) and value == int(value) and 0 < value < 2**31
 
 
-def check_images(images: list[dict], size_of, wrong: Findings, fixed: Findings) -> dict[Any, tuple[int, int]]:
+def check_images(images: list[dict[str, Any]], size_of, wrong: Findings, fixed: Findings) -> dict[Any, tuple[int, int]]:
     """Width and height of each image by its id."""
     sizes = {}
     for position, image in enumerate(images):
@@ -211,7 +213,7 @@ def check_images(images: list[dict], size_of, wrong: Findings, fixed: Findings) 
     return sizes
 
 
-def check_categories(categories: list[dict], classes: Sequence[str], wrong: Findings) -> dict[Any, bool]:
+def check_categories(categories: list[dict[str, Any]], classes: Sequence[str], wrong: Findings) -> dict[Any, bool]:
     """Whether each category, by its id, is one of the config's classes."""
     names = {}
     for position, category in enumerate(categories):
@@ -227,14 +229,14 @@ def check_categories(categories: list[dict], classes: Sequence[str], wrong: Find
     return {key: name in wanted for key, name in names.items()}
 
 
-def check_kinds(ids: dict, what: str, wrong: Findings) -> None:
+def check_kinds(ids: dict[str, Any], what: str, wrong: Findings) -> None:
     """The evaluation sorts the ids, which it cannot where some are numbers and others text."""
     texts = [repr(key) for key in ids if isinstance(key, str)]
     if 0 < len(texts) < len(ids):
         wrong.kinds[f"{what} whose ids are text where others are numbers"] = texts
 
 
-def number_annotations(annotations: list[dict], wrong: Findings, fixed: Findings) -> None:
+def number_annotations(annotations: list[dict[str, Any]], wrong: Findings, fixed: Findings) -> None:
     ids = {entry["id"] for entry in annotations if type(entry.get("id")) is int}
     following, seen = max(ids, default=0), set()
     for entry in annotations:
@@ -249,13 +251,13 @@ def number_annotations(annotations: list[dict], wrong: Findings, fixed: Findings
 
 
 def check_object(
-    entry: dict,
+    entry: dict[str, Any],
     size: tuple[int, int],
     needs_mask: bool,
     wrong: Findings,
     fixed: Findings,
     left_out: Findings,
-    beyond: list,
+    beyond: list[Any],
 ) -> None:
     """One annotation: its mask, box and area."""
     key, (width, height) = entry["id"], size
@@ -310,7 +312,7 @@ def check_object(
         wrong.add("objects whose iscrowd is neither 0 nor 1", key)
 
 
-def check_mask(entry: dict, width: int, height: int, fixed: Findings) -> str | None:
+def check_mask(entry: dict[str, Any], width: int, height: int, fixed: Findings) -> str | None:
     """What is wrong with a segmentation that is not empty: 'short' for less than three points, None for nothing."""
     segmentation = entry["segmentation"]
     if isinstance(segmentation, dict):
@@ -371,7 +373,7 @@ def uncompressed(counts: str) -> list[int]:
     return numbers.tolist()
 
 
-def rle_of(segmentation: list | dict, width: int, height: int) -> dict:
+def rle_of(segmentation: list[Any] | dict[str, Any], width: int, height: int) -> dict[str, Any]:
     if isinstance(segmentation, list):
         return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     if isinstance(segmentation["counts"], list):
@@ -379,7 +381,7 @@ def rle_of(segmentation: list | dict, width: int, height: int) -> dict:
     return segmentation
 
 
-def box_of(segmentation: list | dict, width: int, height: int) -> list[float]:
+def box_of(segmentation: list[Any] | dict[str, Any], width: int, height: int) -> list[float]:
     """The box [x, y, width, height] of a mask inside of its image."""
     if isinstance(segmentation, dict):
         return coco_mask.toBbox(rle_of(segmentation, width, height)).tolist()
@@ -388,11 +390,13 @@ def box_of(segmentation: list | dict, width: int, height: int) -> list[float]:
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
-def area_of(segmentation: list | dict, width: int, height: int) -> float:
+def area_of(segmentation: list[Any] | dict[str, Any], width: int, height: int) -> float:
     return float(coco_mask.area(rle_of(segmentation, width, height)))
 
 
-def check_classes(content: dict, file: Path, where: str, classes: Sequence[str], in_order: bool = True) -> None:
+def check_classes(
+    content: dict[str, Any], file: Path, where: str, classes: Sequence[str], in_order: bool = True
+) -> None:
     """Whether the config's classes are categories of the file, and stand in its order.
 
     Raises:
@@ -411,7 +415,9 @@ def check_classes(content: dict, file: Path, where: str, classes: Sequence[str],
         )
 
 
-def check_filter(content: dict, file: Path, where: str, classes: Sequence[str], filter_cfg: dict) -> None:
+def check_filter(
+    content: dict[str, Any], file: Path, where: str, classes: Sequence[str], filter_cfg: dict[str, Any]
+) -> None:
     """Counts what `filter_cfg` of a CocoDataset leaves of a training's images; warns of those left out by their size.
 
     Raises:

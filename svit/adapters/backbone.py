@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -78,9 +79,9 @@ class TimmBackbone(BaseModule):
         drop_path_rate: float | None = None,
         stoken_size: Sequence[int | tuple[int, int]] | None = None,
         convert_weights: bool = True,
-        model_args: dict | None = None,
+        model_args: dict[str, Any] | None = None,
         pretrained: str | None = None,
-        init_cfg: dict | None = None,
+        init_cfg: dict[str, Any] | None = None,
     ) -> None:
         if pretrained is not None:
             if init_cfg is not None:
@@ -202,7 +203,7 @@ class TimmBackbone(BaseModule):
         print_log(f"{self.arch}: loaded {len(state_dict)} tensors from {checkpoint}", "current", logging.INFO)
 
 
-def create_model(arch: str, in_channels: int, options: dict) -> nn.Module:
+def create_model(arch: str, in_channels: int, options: dict[str, Any]) -> nn.Module:
     """The model of timm, checked to have feature maps."""
     if not timm.is_model(arch):
         raise ValueError(f"arch: no model {arch!r} in timm{did_you_mean(arch, timm.list_models())}")

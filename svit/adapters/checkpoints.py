@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def refuse_foreign_objects() -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
-def method_of_history(owner: object, name: str) -> Callable:
+def method_of_history(owner: object, name: str) -> Callable[..., Any]:
     """`getattr` for the statistics of HistoryBuffer and nothing else."""
     if owner is not HistoryBuffer or name not in HistoryBuffer._statistics_methods:
         raise UnpicklingError(f"expected a statistic of HistoryBuffer, got {name!r} of {owner!r}")

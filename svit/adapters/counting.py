@@ -1,6 +1,7 @@
 """Multiply-accumulates of whole detectors and segmentors."""
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from mmengine.analysis import complexity_analysis
@@ -47,7 +48,9 @@ class ImageToHeads(nn.Module):
         self.rpn_outputs = self.model.rpn_head(maps)
         return [InstanceData(bboxes=maps[0].new_tensor([[0.0, 0.0, 64.0, 64.0]]).repeat(PROPOSALS, 1))]
 
-    def cascade(self, maps: tuple[torch.Tensor, ...], proposals: list[InstanceData], samples: list) -> tuple:
+    def cascade(
+        self, maps: tuple[torch.Tensor, ...], proposals: list[InstanceData], samples: list[Any]
+    ) -> tuple[Any, ...]:
         """In place of a cascade's `forward`, which passes every region to the mask heads."""
         from mmdet.structures.bbox import bbox2roi
 

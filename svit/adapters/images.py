@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
                 sideways = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
         return cls(image.size, image.size[::-1] if sideways else image.size)
 
-    def flaw(self, turned: bool, expected: tuple, what: str) -> str | None:
+    def flaw(self, turned: bool, expected: tuple[Any, ...], what: str) -> str | None:
         """That an image is loaded in another size than expected, and what to do about it; None if it is not."""
         loaded = self.upright if turned else self.stored
         if tuple(expected) == loaded:
@@ -112,7 +112,7 @@ class CheckMask:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
 
-    def __call__(self, results: dict) -> dict:
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
         labels = results["gt_seg_map"]
         if ((labels >= self.num_classes) & (labels != 255) & (labels != self.ignore_index)).any():
             values = np.unique(labels).astype(int)
@@ -201,7 +201,7 @@ class Checked:
             self.bad[str(file)] = problem
         return sizes
 
-    def image_flaw(self, image: Image.Image, info: dict) -> str | None:
+    def image_flaw(self, image: Image.Image, info: dict[str, Any]) -> str | None:
         """What is wrong with an image by its header, and where it shall be decoded, for the config's loader."""
         if self.by_opencv and image.format not in READ_BY_OPENCV:
             if image.format == "TIFF" and image.mode in ("I", "F") and not self.unchanged:
@@ -236,7 +236,7 @@ def is_turned(color_type: str, backend: str | None) -> bool:
     return backend in ("cv2", "pillow", None) and color_type in ("color", "grayscale")
 
 
-def in_pixels(size: tuple) -> str:
+def in_pixels(size: tuple[Any, ...]) -> str:
     return " x ".join(map(str, size))
 
 
@@ -251,6 +251,6 @@ def problem_with(file: Any) -> str | None:
         return DAMAGED
 
 
-def first(names: Iterable, limit: int = 5) -> str:
+def first(names: Iterable[Any], limit: int = 5) -> str:
     names = list(map(str, names))
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")

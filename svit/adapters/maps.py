@@ -54,7 +54,7 @@ def check_maps(model: Config, backbone: TimmBackbone) -> None:
             check_decode_head(head, where, maps)
 
 
-def build(part: dict, where: str, *devices: str) -> nn.Module:
+def build(part: dict[str, Any], where: str, *devices: str) -> nn.Module:
     """A part of the model, on the first of the devices that works."""
     errors = []
     for device in devices:
@@ -147,7 +147,7 @@ def modules(part: Any) -> list[nn.Module]:
     return list(part) if isinstance(part, nn.ModuleList) else [part] if isinstance(part, nn.Module) else []
 
 
-def check_decode_head(head: dict, where: str, maps: Maps) -> None:
+def check_decode_head(head: dict[str, Any], where: str, maps: Maps) -> None:
     """A head of a segmentor, which names the maps that it takes."""
     channels, indices = head.get("in_channels"), head.get("in_index", -1)
     one = isinstance(channels, int)

@@ -1,6 +1,7 @@
 """Checks shared by the layers. They stand in functions of their own so that torch.fx takes each as one step."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ def positive_int(value: int, name: str) -> int:
     return int(value)
 
 
-def plain_ints(values: Iterable[object]) -> list:
+def plain_ints(values: Iterable[object]) -> list[Any]:
     """`values`, NumPy's integers among them as int, the only one that TorchScript takes."""
     return [int(v) if is_integer(v) else v for v in values]
 

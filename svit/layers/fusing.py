@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ def for_other_programs() -> bool:
     return torch.jit.is_tracing() or exporting()
 
 
-def renamed(old: str, new: str) -> Callable:
+def renamed(old: str, new: str) -> Callable[..., Any]:
     """A method under the name that it had before."""
 
     def method(self, *args, **kwargs):

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -342,7 +343,7 @@ class SViT(nn.Module):
         return set()
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups from the stem to the head, for layer-wise learning-rate decay."""
         fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return dict(
@@ -470,7 +471,7 @@ def checkpoint_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def repetition(block: nn.Module, known: dict[tuple, str]) -> Iterator[None]:
+def repetition(block: nn.Module, known: dict[tuple[Any, ...], str]) -> Iterator[None]:
     """A block's second run: the same steps, though a backend may have failed in the first, and no new statistics."""
     with _dispatch.choosing_by(known), frozen_statistics(block):
         yield
@@ -493,20 +494,20 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
 
 
-def translate_original_keys(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+def translate_original_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_) -> None:
     """Load hook: the authors' key names become ours, so that `load_state_dict` takes their files, strictly."""
     if is_original(state_dict, prefix):
         theirs = {k.removeprefix(prefix): state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
         state_dict.update({prefix + k: v for k, v in from_original(theirs).items()})
 
 
-def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """timm's filter for pretrained weights: takes the authors' key names too."""
     state_dict = state_dict.get("model", state_dict)
     return from_original(state_dict) if is_original(state_dict) else state_dict
 
 
-def _cfg(**kwargs) -> dict:
+def _cfg(**kwargs) -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -573,7 +574,7 @@ def _create_svit(variant: str, pretrained: bool, **kwargs) -> nn.Module:
     )
 
 
-def _require_weights(variant: str, cfg, overlay: dict | None) -> None:
+def _require_weights(variant: str, cfg, overlay: dict[str, Any] | None) -> None:
     """Raises a RuntimeError that says where the weights are if timm would find none."""
     cfg = resolve_pretrained_cfg(variant, cfg, overlay)
     if cfg.url or cfg.file or cfg.hf_hub_id or cfg.state_dict or cfg.source:

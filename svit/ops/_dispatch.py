@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -31,7 +31,7 @@ class Backend(SimpleNamespace):
     ) -> None:
         super().__init__(usable=usable, fingerprint=fingerprint, OPS=())
 
-    def implement(self, **functions: Callable) -> None:
+    def implement(self, **functions: Callable[..., Any]) -> None:
         """Adds ops, each with its function."""
         self.OPS += tuple(functions)
         vars(self).update(functions)
@@ -48,26 +48,26 @@ COMPOSITE_OPS: set[str] = set()
 OPT_IN = {"cuda": "no GPU has run it yet, a name must ask for it"}
 
 # (backend, op, channels, dtype) -> why it broke in this process: the backend is not chosen again for these.
-failures: dict[tuple, str] = {}
+failures: dict[tuple[Any, ...], str] = {}
 
 
 class Repetition(threading.local):
     """Of this thread: the failures that choices go by instead, while it repeats a computation."""
 
-    failures: dict[tuple, str] | None = None
+    failures: dict[tuple[Any, ...], str] | None = None
 
 
 repetition = Repetition()
 
 
-def add_backend(name: str, usable: Callable, fingerprint: Callable | None = None) -> Backend:
+def add_backend(name: str, usable: Callable[..., Any], fingerprint: Callable[..., Any] | None = None) -> Backend:
     """A new backend, preferred to those that come after it."""
     BACKENDS[name] = Backend(usable, fingerprint)
     return BACKENDS[name]
 
 
 @contextmanager
-def choosing_by(known: dict[tuple, str]) -> Iterator[None]:
+def choosing_by(known: dict[tuple[Any, ...], str]) -> Iterator[None]:
     """Choices as they were when `failures` were `known`: steps that run again for their backward must be the same.
 
     An op still runs on a backend that has not failed.
@@ -226,7 +226,7 @@ def is_unobserved(x: torch.Tensor, parameters: Sequence[tuple[torch.Tensor, tupl
     return True
 
 
-def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
+def run(op: str, backend: str | None, sizes: dict[str, Any], x: torch.Tensor, *args):
     """Runs `op` of the backend that serves x, or of the next one should it fail.
 
     Raises:
@@ -239,7 +239,7 @@ def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
     return execute(name, op, backend, *args, **sizes)
 
 
-def run_reference(op: str, args: tuple):
+def run_reference(op: str, args: tuple[Any, ...]):
     results = getattr(REFERENCE, op)(*args)
     return results.contiguous() if torch.is_tensor(results) else tuple(t.contiguous() for t in results)
 

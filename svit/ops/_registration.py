@@ -5,6 +5,7 @@ the gradients, and the functions of each backend.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ ops = torch.ops.svit
 def define(
     schema: str,
     check: Callable[..., None] = lambda *_: None,
-    sizes: Callable[..., dict] = lambda *_: {},
+    sizes: Callable[..., dict[str, Any]] = lambda *_: {},
     composite: bool = False,
 ) -> None:
     """Defines an op whose last argument is `str? backend` and whose first is the map that the choice depends on.
@@ -61,7 +62,7 @@ def refuse_gradient(name: str):
     return backward
 
 
-def flop_formula(op) -> Callable:
+def flop_formula(op) -> Callable[..., Any]:
     """Decorator: what an op costs, for PyTorch's FlopCounterMode, which knows its own operations only.
 
     The products alone, as the reference's operations count, a multiply-accumulate as 2: norms, softmax and sums are

@@ -71,7 +71,7 @@ PUBLISHED_CELLS = {64: (8, 8), 96: (8, 8), 128: (4, 4), 192: (4, 4)}
 PUBLISHED_HEADS = {64: 1, 96: 2, 128: 2, 192: 3}
 
 # (case without its backend, device) -> "" or why the backend must not be used, of this process
-verdicts: dict[tuple, str] = {}
+verdicts: dict[tuple[Any, ...], str] = {}
 
 CHECKING = threading.RLock()  # threads whose first calls come together wait for one verdict
 
@@ -127,8 +127,8 @@ class Rule(NamedTuple):
     form: tuple[int, str] | None  # which decides on the form, and its name: used where that is not None or False
     forward: str  # the op whose case also covers this one: itself, or of a backward op the forward one
     compare: Callable[[Any, Inputs], Comparisons] | None  # runs a case of the forward op
-    published: tuple[tuple, ...]  # (channels, cell, form) of the published models
-    sizes: Callable[[Case], dict]  # what else the choice of a backend depends on
+    published: tuple[tuple[Any, ...], ...]  # (channels, cell, form) of the published models
+    sizes: Callable[[Case], dict[str, Any]]  # what else the choice of a backend depends on
 
 
 RULES: dict[str, Rule] = {}
@@ -140,8 +140,8 @@ def add(
     cell: int | None = None,
     form: tuple[int, str] | None = None,
     compare: Callable[[Any, Inputs], Comparisons] | None = None,
-    published: Iterable[tuple] = (),
-    sizes: Callable[[Case], dict] = lambda case: {},
+    published: Iterable[tuple[Any, ...]] = (),
+    sizes: Callable[[Case], dict[str, Any]] = lambda case: {},
     forward: str | None = None,
 ) -> None:
     """Has an op checked: an operator's self_check.py says how, see `Rule`."""

@@ -4,6 +4,7 @@ This is what it serves, and weights in oneDNN's own layout; conv_ffn/onednn.py h
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -54,12 +55,12 @@ class PackedWeight:
     """
 
     def __init__(self) -> None:
-        self.kept: tuple[tuple, torch.Tensor, torch.Tensor] | None = None  # key, some values, the layout
+        self.kept: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor] | None = None  # key, some values, the layout
 
-    def __deepcopy__(self, memo: dict) -> "PackedWeight":
+    def __deepcopy__(self, memo: dict[str, Any]) -> "PackedWeight":
         return PackedWeight()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return PackedWeight, ()
 
 

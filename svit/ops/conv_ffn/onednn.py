@@ -7,6 +7,7 @@ residual inside the second.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ def conv_ffn(
     return out
 
 
-def project_rows(project: Callable, rows: tuple[slice, ...], residual: torch.Tensor | None, u: torch.Tensor):
+def project_rows(project: Callable[..., Any], rows: tuple[slice, ...], residual: torch.Tensor | None, u: torch.Tensor):
     return project(u[rows], residual=residual)
 
 

@@ -51,7 +51,7 @@ def check_sample(kernels: Any, given: Inputs) -> Comparisons:
     yield from zip(("dx", "dweight", "dbias"), gradients, expected, strict=True)
 
 
-def published(*forms: str) -> list[tuple]:
+def published(*forms: str) -> list[tuple[Any, ...]]:
     return [(C, cell, form) for C, cell in PUBLISHED_CELLS.items() for form in forms]
 
 
