@@ -24,7 +24,7 @@ def positive_int(value: int, name: str) -> int:
     return int(value)
 
 
-def plain_ints(values: Iterable[object]) -> list[Any]:
+def plain_ints(values: Iterable[Any]) -> list[Any]:
     """`values`, NumPy's integers among them as int, the only one that TorchScript takes."""
     return [int(v) if is_integer(v) else v for v in values]
 

@@ -31,7 +31,7 @@ class Backend(SimpleNamespace):
     ) -> None:
         super().__init__(usable=usable, fingerprint=fingerprint, OPS=())
 
-    def implement(self, **functions: Callable[..., Any]) -> None:
+    def implement(self, **functions: Callable[..., Any] | None) -> None:
         """Adds ops, each with its function."""
         self.OPS += tuple(functions)
         vars(self).update(functions)
@@ -48,26 +48,29 @@ COMPOSITE_OPS: set[str] = set()
 OPT_IN = {"cuda": "no GPU has run it yet, a name must ask for it"}
 
 # (backend, op, channels, dtype) -> why it broke in this process: the backend is not chosen again for these.
-failures: dict[tuple[Any, ...], str] = {}
+Failures = dict[tuple[str, str, int, torch.dtype], str]
+failures: Failures = {}
 
 
 class Repetition(threading.local):
     """Of this thread: the failures that choices go by instead, while it repeats a computation."""
 
-    failures: dict[tuple[Any, ...], str] | None = None
+    failures: Failures | None = None
 
 
 repetition = Repetition()
 
 
-def add_backend(name: str, usable: Callable[..., Any], fingerprint: Callable[..., Any] | None = None) -> Backend:
+def add_backend(
+    name: str, usable: Callable[..., tuple[bool, str]], fingerprint: Callable[[torch.device], str] | None = None
+) -> Backend:
     """A new backend, preferred to those that come after it."""
     BACKENDS[name] = Backend(usable, fingerprint)
     return BACKENDS[name]
 
 
 @contextmanager
-def choosing_by(known: dict[tuple[Any, ...], str]) -> Iterator[None]:
+def choosing_by(known: Failures) -> Iterator[None]:
     """Choices as they were when `failures` were `known`: steps that run again for their backward must be the same.
 
     An op still runs on a backend that has not failed.
@@ -84,7 +87,7 @@ def has(name: str, op: str) -> bool:
     return op in getattr(BACKENDS[name], "OPS", (op,))
 
 
-def usable(name: str, op: str, x: torch.Tensor, **sizes) -> tuple[bool, str]:
+def usable(name: str, op: str, x: torch.Tensor, **sizes: Any) -> tuple[bool, str]:
     """Whether a backend that nobody asked for serves `op` on the map x (B, H, W, C), and if not, why.
 
     `sizes` are what else the choice depends on, for ops that have such (see the backends' `usable`).
@@ -144,7 +147,7 @@ def make_functions() -> None:
     functions.update({(None, asked): Functions(None, asked) for asked in (None, *BACKENDS)})
 
 
-def choose(op: str, x: torch.Tensor, backend: str | None = None, strict: bool = True, **sizes) -> str:
+def choose(op: str, x: torch.Tensor, backend: str | None = None, strict: bool = True, **sizes: Any) -> str:
     """Name of the backend that runs `op` on the map x (B, H, W, C): the one asked for, else the first usable one.
 
     `strict` is whether the one asked for has to serve x; if not, and it does not, the choice goes on.
@@ -167,7 +170,7 @@ def choose_plan(
     backend: str | None = None,
     parameters: Sequence[tuple[torch.Tensor, tuple[int, ...]]] = (),
     strict: bool = True,
-    **sizes,
+    **sizes: Any,
 ) -> Plan:
     """`choose` for a layer: the backend, and how to call it.
 
@@ -226,7 +229,7 @@ def is_unobserved(x: torch.Tensor, parameters: Sequence[tuple[torch.Tensor, tupl
     return True
 
 
-def run(op: str, backend: str | None, sizes: dict[str, Any], x: torch.Tensor, *args):
+def run(op: str, backend: str | None, sizes: dict[str, Any], x: torch.Tensor, *args: Any) -> Any:
     """Runs `op` of the backend that serves x, or of the next one should it fail.
 
     Raises:
@@ -239,12 +242,12 @@ def run(op: str, backend: str | None, sizes: dict[str, Any], x: torch.Tensor, *a
     return execute(name, op, backend, *args, **sizes)
 
 
-def run_reference(op: str, args: tuple[Any, ...]):
+def run_reference(op: str, args: tuple[Any, ...]) -> Any:
     results = getattr(REFERENCE, op)(*args)
     return results.contiguous() if torch.is_tensor(results) else tuple(t.contiguous() for t in results)
 
 
-def execute(name: str, op: str, asked: str | None, *args, **sizes):
+def execute(name: str, op: str, asked: str | None, *args: Any, **sizes: Any) -> Any:
     """Runs `op` of backend `name` on contiguous tensors, after its self-check at the first call.
 
     A backend that was chosen, not asked for, may fail: then the next one runs, now and hereafter. The failures meant
@@ -336,7 +339,7 @@ def info() -> None:
             print(f"{device:8} self-check of {name}: {_self_check.summary(name, BACKENDS[name], torch.device(device))}")
 
 
-def choice(op: str, device: str, dtype: torch.dtype, **sizes) -> str:
+def choice(op: str, device: str, dtype: torch.dtype, **sizes: Any) -> str:
     """What runs an op on maps of 64 channels, and why not the ones before it."""
     x = torch.empty(0, 1, 1, 64, device=device, dtype=dtype)
     answers = {name: usable(name, op, x, **sizes) for name in BACKENDS if has(name, op)}

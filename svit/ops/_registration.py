@@ -5,7 +5,7 @@ the gradients, and the functions of each backend.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,12 +32,12 @@ def define(
     arguments, _, returns = rest.rpartition(") -> ")
     LIBRARY.define(f"{name}({arguments}, str? backend=None) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
 
-    def implementation(*args):
-        *args, backend = args if len(args) > arguments.count(",") + 1 else (*args, None)  # a default does not come
-        args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
-        check(*args)
+    def implementation(*args: Any) -> Any:
+        *inputs, backend = args if len(args) > arguments.count(",") + 1 else (*args, None)  # a default does not come
+        inputs = [a.contiguous() if isinstance(a, Tensor) else a for a in inputs]
+        check(*inputs)
         # The first argument has the dtype, device and channels that the choice depends on.
-        return _dispatch.run(name, backend, sizes(*args), args[0], *args)
+        return _dispatch.run(name, backend, sizes(*inputs), inputs[0], *inputs)
 
     if composite:
         _dispatch.COMPOSITE_OPS.add(name)
@@ -48,21 +48,21 @@ def grid(H: int, W: int, cell: list[int]) -> tuple[int, int]:
     return (H + cell[0] - 1) // cell[0], (W + cell[1] - 1) // cell[1]
 
 
-def refuse_second_derivative(name: str):
-    def backward(ctx, *grads):
+def refuse_second_derivative(name: str) -> Callable[..., NoReturn]:
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(f"svit::{name} has no second derivative; use backend='reference' for double backward")
 
     return backward
 
 
-def refuse_gradient(name: str):
-    def backward(ctx, *grads):
+def refuse_gradient(name: str) -> Callable[..., NoReturn]:
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(f"svit::{name} is for inference and has no gradient")
 
     return backward
 
 
-def flop_formula(op) -> Callable[..., Any]:
+def flop_formula(op: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Decorator: what an op costs, for PyTorch's FlopCounterMode, which knows its own operations only.
 
     The products alone, as the reference's operations count, a multiply-accumulate as 2: norms, softmax and sums are

@@ -10,6 +10,7 @@ cannot be written to, each process checks anew. `SVIT_SELF_CHECK=0` turns the ch
 
 import functools
 import hashlib
+import inspect
 import json
 import os
 import socket
@@ -70,8 +71,8 @@ WIDE = ("total", "mass", "dweight", "dbias")  # results that are float32 whateve
 PUBLISHED_CELLS = {64: (8, 8), 96: (8, 8), 128: (4, 4), 192: (4, 4)}
 PUBLISHED_HEADS = {64: 1, 96: 2, 128: 2, 192: 3}
 
-# (case without its backend, device) -> "" or why the backend must not be used, of this process
-verdicts: dict[tuple[Any, ...], str] = {}
+# (case, device) -> "" or why the backend must not be used, of this process
+verdicts: dict[tuple[Case, torch.device], str] = {}
 
 CHECKING = threading.RLock()  # threads whose first calls come together wait for one verdict
 
@@ -96,10 +97,10 @@ class Inputs:
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
 
-    def map(self, seed: int, *shape: int, **options) -> tuple[Tensor, Tensor]:
+    def map(self, seed: int, *shape: int, **options: float) -> tuple[Tensor, Tensor]:
         return self.both(numbers(seed, *shape, **options), self.case.dtype)
 
-    def parameter(self, seed: int, *shape: int, **options) -> tuple[Tensor, Tensor]:
+    def parameter(self, seed: int, *shape: int, **options: float) -> tuple[Tensor, Tensor]:
         """Of float32: under autocast, and where a model is trained, they are wider than the map."""
         return self.both(numbers(seed, *shape, **options), torch.float32)
 
@@ -107,15 +108,20 @@ class Inputs:
         t = t.to(dtype)
         return t.to(self.device), t.double()
 
+    @property
+    def cell(self) -> tuple[int, int]:
+        assert self.case.cell is not None, f"{self.case.op} has no cells"
+        return self.case.cell
+
     def grid(self) -> tuple[int, int, int, int]:
         """H, W, hh, ww: 3 x 3 cells, so that one has all its neighbours, or 2 x 2 if interpreted; the last are cut."""
-        h, w = self.case.cell
+        h, w = self.cell
         n = 3 if self.device.type == "cuda" else 2
         return n * h - h // 2, n * w - (w + 1) // 3, n, n
 
     def association(self) -> tuple[Tensor, Tensor]:
         _, _, hh, ww = self.grid()
-        h, w = self.case.cell
+        h, w = self.cell
         return self.both(numbers(3, 2, hh, ww, 9, h * w).softmax(3), self.case.dtype)
 
 
@@ -159,7 +165,9 @@ def check(case: Case, kernels: Any, device: torch.device | str) -> Row:
         for kind in {"cpu", torch.device(device).type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         try:
-            for name, actual, expected in RULES[case.op].compare(kernels, Inputs(case, torch.device(device))):
+            compare = RULES[case.op].compare
+            assert compare is not None, f"{case.op} is no forward op"
+            for name, actual, expected in compare(kernels, Inputs(case, torch.device(device))):
                 dtype = torch.float32 if name in WIDE else case.dtype
                 if actual.shape != expected.shape:
                     reasons.append(f"{name} is {list(actual.shape)} instead of {list(expected.shape)}")
@@ -218,7 +226,7 @@ def build() -> bytes:
     """What the checks themselves are: a verdict of weaker ones does not count."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for name in sorted({rule.compare.__module__ for rule in RULES.values() if rule.compare is not None}):
-        digest.update(Path(sys.modules[name].__file__).read_bytes())
+        digest.update(Path(inspect.getfile(sys.modules[name])).read_bytes())
     return digest.digest()
 
 

@@ -44,7 +44,7 @@ def load(path: Path) -> tuple[Compiled | None, str]:
         torch.ops.load_library(path)
     except OSError as error:  # a build of PyTorch without CUDA
         return None, f"no cuda kernels: {error}"
-    library = ctypes.CDLL(path)
+    library = ctypes.CDLL(str(path))
     # A table, since compilers of models cannot look into a library.
     grids = itertools.product(range(1, MOST_CELLS + 1), range(1, MOST_CELLS + 1), (False, True))
     attention = {
@@ -108,7 +108,8 @@ def usable(
     if torch.compiler.is_compiling():  # sizes may be symbols
         return True, ""
     _, H, W, C = x.shape
-    limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    # The stub of PyTorch lacks this one.
+    limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     if op == "conv_ffn":
         wanted, why = compiled.conv_ffn[C], ""
     else:
@@ -122,7 +123,7 @@ def usable(
     return True, ""
 
 
-def fits(op: str, shape: tuple[int, ...], cell: tuple[int, int], num_heads: int, hidden: int) -> tuple[bool, str]:
+def fits(op: str, shape: tuple[int, ...], cell: tuple[int, ...], num_heads: int, hidden: int) -> tuple[bool, str]:
     """Whether the kernels of `op` were compiled for maps of this shape."""
     _, H, W, C = shape
     if C not in CELLS:
@@ -141,7 +142,7 @@ def fits(op: str, shape: tuple[int, ...], cell: tuple[int, int], num_heads: int,
 
 def has_clusters(device: torch.device) -> bool:
     """Whether blocks can reach into each other's shared memory, which lets a map stay there."""
-    return compiled.clusters and torch.cuda.get_device_capability(device) >= (9, 0)
+    return compiled is not None and compiled.clusters and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def max_active_clusters(C: int, rows: int, columns: int, device: torch.device | str | int) -> int:
@@ -173,6 +174,7 @@ def max_active_clusters(C: int, rows: int, columns: int, device: torch.device | 
 
 @functools.cache
 def ask_max_active_clusters(C: int, rows: int, columns: int, index: int) -> int:
+    assert compiled is not None  # else nobody asks
     with torch.cuda.device(index):
         return compiled.library.svit_attention_max_active_clusters(C, *CELLS[C][0], rows, columns, index)
 

@@ -2,6 +2,7 @@
 library has as one kernel. README.md has the maths.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -53,8 +54,7 @@ def super_token_attention(
     parameters = qkv_weight, qkv_bias, proj_weight, proj_bias
     if checked():
         check_attention(x, cell, norm_weight, norm_bias, eps, *parameters, scale, num_heads)
-    sizes = {"cell": cell, "num_heads": num_heads}
-    if choose("super_token_attention", x, backend, **sizes) == "reference":
+    if choose("super_token_attention", x, backend, cell=cell, num_heads=num_heads) == "reference":
         return attention_half(
             x, cell, 1, norm_weight, norm_bias, eps,
             attend=lambda s: reference.attend(s, *parameters, num_heads),
@@ -67,14 +67,24 @@ def super_token_attention(
     return op(x, cell, norm_weight, norm_bias, eps, *parameters, scale, num_heads, save_for_backward, backend)[0]
 
 
-def expect_linear(weight, bias, name, outputs: int, inputs: int, x) -> None:
+def expect_linear(weight: Tensor, bias: Tensor, name: str, outputs: int, inputs: int, x: Tensor) -> None:
     expect(weight, f"{name}_weight", (outputs, inputs), x)
     expect(bias, f"{name}_bias", (outputs,), x)
 
 
 def check_attention(
-    x, cell, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, scale, num_heads
-):
+    x: Tensor,
+    cell: Sequence[int],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    scale: Tensor | None,
+    num_heads: int,
+) -> None:
     expect_map(x)
     expect_cell(cell)
     C = x.shape[3]

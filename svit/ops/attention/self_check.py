@@ -11,7 +11,7 @@ from . import reference
 
 
 def check_super_token_attention(kernels: Any, given: Inputs) -> Comparisons:
-    C, (h, w) = given.case.channels, given.case.cell
+    C, (h, w) = given.case.channels, given.cell
     x, x64 = given.map(1, 2, 3 * h, 2 * w, C)
     parameters = [
         given.parameter(4, C, scale=0.2, plus=1),

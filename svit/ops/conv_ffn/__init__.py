@@ -52,7 +52,16 @@ def conv_ffn(
     return torch.ops.svit.conv_ffn(*tensors, backend)
 
 
-def check_conv_ffn(x, residual, weight1, bias1, depthwise_weight, depthwise_bias, weight2, bias2):
+def check_conv_ffn(
+    x: Tensor,
+    residual: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+) -> None:
     expect_map(x)
     expect(residual, "residual", x.shape, x, x.dtype)
     C, hidden = x.shape[3], weight1.shape[0]

@@ -9,6 +9,7 @@ keeps 10); AMD's GPUs have no such mode.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -396,7 +397,7 @@ def launch_sample_backward(
 
 
 def launch_spread(
-    s: Tensor, q: Tensor, cell: list[int], size: list[int], residual: Tensor | None, mass: Tensor | None = None
+    s: Tensor, q: Tensor, cell: list[int], size: Sequence[int], residual: Tensor | None, mass: Tensor | None = None
 ) -> Tensor:
     """With `mass` the shares are divided by that of their super tokens."""
     B, hh, ww, C = s.shape
