@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
@@ -261,8 +262,7 @@ class SViT(nn.Module):
         num_stages = len(embed_dims)
         if layer_scale_init is None or isinstance(layer_scale_init, (int, float)):
             layer_scale_init = (layer_scale_init,) * num_stages
-        if not isinstance(n_iter, Sequence):
-            n_iter = (n_iter,) * num_stages
+        n_iter = cast(Sequence[int], (n_iter,) * num_stages if isinstance(n_iter, Integral) else n_iter)
         per_stage = {
             "depths": depths,
             "num_heads": num_heads,
