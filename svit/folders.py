@@ -74,7 +74,7 @@ def walk(folder: str | Path, left_out: Counter[str] | None = None) -> Iterator[o
     """
     left_out = Counter() if left_out is None else left_out
     # A folder's path, where it really is, and from which folders links led there.
-    stack = [(os.fspath(folder), os.path.realpath(folder), ())]
+    stack: list[tuple[str, str, tuple[str, ...]]] = [(os.fspath(folder), os.path.realpath(folder), ())]
     while stack:
         path, real, origins = stack.pop()
         try:
@@ -119,7 +119,8 @@ def scan(folder: str | Path) -> Scan:
     Raises:
         FolderError: a folder cannot be read.
     """
-    images, left_out = [], Counter()
+    images: list[str] = []
+    left_out: Counter[str] = Counter()
     for entry in walk(folder, left_out):
         end = suffix(entry.name)
         broken = entry.is_symlink() and not os.path.exists(entry.path)
@@ -145,7 +146,7 @@ def find_images(paths: Iterable[Path], warn: Callable[[str], None] | None = None
         FolderError: a path does not exist, or a folder cannot be read or holds no image.
     """
     warn = warn or (lambda line: print(f"warning: {line}", file=sys.stderr))
-    found = []
+    found: list[Path] = []
     for path in paths:
         if os.path.isdir(path):
             images, left_out = scan(path)
@@ -188,7 +189,7 @@ def find_classes(folder: str | Path) -> ClassFolders:
     return ClassFolders(classes, numbered, left_out)
 
 
-def classes_of_files(files: list[Any], names: list[str]) -> tuple[list[str], list[tuple[Any, ...]], int]:
+def classes_of_files(files: list[Any], names: list[str]) -> tuple[list[str], list[tuple[Any, int]], int]:
     """Classes from the first part of names such as "cat/2020/x.jpg".
 
     Args:
@@ -199,7 +200,7 @@ def classes_of_files(files: list[Any], names: list[str]) -> tuple[list[str], lis
         The classes in natural order, each of the `files` with its class's number, and how many had no class.
     """
     labels = [name.partition(os.sep)[0] if os.sep in name else None for name in names]
-    classes = sorted(set(labels) - {None}, key=natural_key)
+    classes = sorted({label for label in labels if label is not None}, key=natural_key)
     numbers = {name: number for number, name in enumerate(classes)}
     numbered = [(file, numbers[label]) for file, label in zip(files, labels, strict=True) if label is not None]
     return classes, numbered, len(files) - len(numbered)

@@ -55,8 +55,9 @@ def read_image(file: str | PathLike[str] | BinaryIO | Image.Image, mode: str = "
             return _converted(image, mode)
     except Exception as error:  # of a damaged file, Pillow's decoders raise nearly anything
         reason = _reason(error)
-        named = isinstance(file, str | PathLike)
-        raise UnreadableImageError(f"{fspath(file)}: cannot be read ({reason})" if named else reason) from error
+        if isinstance(file, str | PathLike):
+            reason = f"{fspath(file)}: cannot be read ({reason})"
+        raise UnreadableImageError(reason) from error
 
 
 def mode_of(in_chans: int) -> str:
@@ -127,7 +128,7 @@ def _samples(image: Image.Image, tags: Mapping[int, Any]) -> np.ndarray:
         return values
     bits, kind = tags[BITS][0], tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0]
     values = values.astype(f"{KINDS[kind]}{-(-bits // 8)}")
-    if image.mode in ("I", "F") and tags.prefix == b"MM" and tags.get(COMPRESSION, 1) != 1:
+    if image.mode in ("I", "F") and getattr(tags, "prefix", None) == b"MM" and tags.get(COMPRESSION, 1) != 1:
         values = values.byteswap()  # libtiff, which decompresses, has turned the bytes before Pillow did
     return values << 4 | values >> 8 if bits == 12 else values
 

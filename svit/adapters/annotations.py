@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -154,7 +154,7 @@ def check_annotations(
     used = check_categories(content["categories"], classes, wrong)
     annotations = content.get("annotations", [])
     number_annotations(annotations, wrong, fixed)
-    beyond = []
+    beyond: list[Any] = []
     for entry in annotations:
         if entry.get("image_id") is None or not known(entry["image_id"], sizes):
             wrong.add("annotations whose image_id is none of the images'", entry["id"])
@@ -176,19 +176,21 @@ def check_annotations(
     return fixed, left_out
 
 
-def known(key: Any, table: dict[str, Any]) -> bool:
+def known(key: Any, table: dict[Any, Any]) -> bool:
     return isinstance(key, (int, str, float)) and key in table
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and abs(value) < 1e15  # JSON has integers that are too large for a float
 
 
-def is_length(value: Any) -> bool:
+def is_length(value: Any) -> TypeGuard[float]:
     return is_number(value) and value == int(value) and 0 < value < 2**31
 
 
-def check_images(images: list[dict[str, Any]], size_of, wrong: Findings, fixed: Findings) -> dict[Any, tuple[int, int]]:
+def check_images(
+    images: list[dict[str, Any]], size_of: Callable[[str], tuple[int, int] | None], wrong: Findings, fixed: Findings
+) -> dict[Any, tuple[int, int]]:
     """Width and height of each image by its id."""
     sizes = {}
     for position, image in enumerate(images):
@@ -229,7 +231,7 @@ def check_categories(categories: list[dict[str, Any]], classes: Sequence[str], w
     return {key: name in wanted for key, name in names.items()}
 
 
-def check_kinds(ids: dict[str, Any], what: str, wrong: Findings) -> None:
+def check_kinds(ids: dict[Any, Any], what: str, wrong: Findings) -> None:
     """The evaluation sorts the ids, which it cannot where some are numbers and others text."""
     texts = [repr(key) for key in ids if isinstance(key, str)]
     if 0 < len(texts) < len(ids):

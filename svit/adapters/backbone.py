@@ -203,8 +203,8 @@ class TimmBackbone(BaseModule):
         print_log(f"{self.arch}: loaded {len(state_dict)} tensors from {checkpoint}", "current", logging.INFO)
 
 
-def create_model(arch: str, in_channels: int, options: dict[str, Any]) -> nn.Module:
-    """The model of timm, checked to have feature maps."""
+def create_model(arch: str, in_channels: int, options: dict[str, Any]) -> Any:
+    """The model of timm, checked to have feature maps: a module with methods that no class of timm's declares."""
     if not timm.is_model(arch):
         raise ValueError(f"arch: no model {arch!r} in timm{did_you_mean(arch, timm.list_models())}")
     try:
@@ -218,7 +218,7 @@ def create_model(arch: str, in_channels: int, options: dict[str, Any]) -> nn.Mod
     return model
 
 
-def check_out_indices(out_indices: Sequence[int], model: nn.Module, arch: str) -> tuple[int, ...]:
+def check_out_indices(out_indices: Sequence[int], model: Any, arch: str) -> tuple[int, ...]:
     indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
     known = range(len(model.feature_info))
     if not indices or any(i not in known for i in indices) or list(indices) != sorted(set(indices)):

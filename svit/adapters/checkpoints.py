@@ -20,7 +20,7 @@ def allow_mmengine_checkpoints() -> None:
     methods, which takes a `getattr`: `method_of_history` stands in for it.
     """
     HistoryBuffer()  # the first one sets up which statistics there are
-    core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray  # type: ignore[attr-defined]  # of NumPy 1
     kinds = {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64)}
     arrays = [np.ndarray, np.dtype, core._reconstruct, core.scalar, *kinds]
     torch.serialization.add_safe_globals([HistoryBuffer, (method_of_history, "builtins.getattr"), *arrays])
@@ -34,7 +34,7 @@ def refuse_foreign_objects() -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
-def method_of_history(owner: object, name: str) -> Callable[..., Any]:
+def method_of_history(owner: Any, name: str) -> Callable[..., Any]:
     """`getattr` for the statistics of HistoryBuffer and nothing else."""
     if owner is not HistoryBuffer or name not in HistoryBuffer._statistics_methods:
         raise UnpicklingError(f"expected a statistic of HistoryBuffer, got {name!r} of {owner!r}")

@@ -18,7 +18,8 @@ from mmengine.registry import DATASETS, MODELS
 from PIL import Image
 
 from svit.convert import CheckpointError, differences, listing, read_state_dict, summary
-from svit.folders import EXTENSIONS, walk
+from svit.folders import walk
+from svit.images import EXTENSIONS
 
 from .annotations import AnnotationFiles, check_classes, check_filter, read_annotations
 from .backbone import TimmBackbone, is_address
@@ -211,9 +212,9 @@ def check_folders(dataset: dict[str, Any], where: str) -> bool:
     if not images.is_dir():
         raise ConfigError(f"{where}.data_prefix.img_path: no such folder: {images}")
     names_of_images(dataset, f"{where}.data_prefix.img_path")
-    if masks_folder(dataset) is None:
+    if (masks := masks_folder(dataset)) is None:
         return False
-    folder, where = root / masks_folder(dataset), f"{where}.data_prefix.seg_map_path"
+    folder, where = root / masks, f"{where}.data_prefix.seg_map_path"
     suffix = option(dataset, "seg_map_suffix")
     if folder.is_dir() and any(entry.name.endswith(suffix) for entry in walk(folder)):
         return True
@@ -350,7 +351,7 @@ def add_mask_checks(parts: list[dict[str, Any]], model: dict[str, Any]) -> None:
 
 def with_mask_check(pipeline: Sequence[Any], check: dict[str, Any] | None) -> list[Any]:
     """A pipeline, and those inside of it, with `check` after each `LoadAnnotations`; with None without either."""
-    found = []
+    found: list[Any] = []
     for step in pipeline:
         if isinstance(step, (list, tuple)):
             found.append(with_mask_check(step, check))
@@ -384,7 +385,7 @@ def option(dataset: dict[str, Any], name: str) -> Any:
 
 def parameters(dataset: dict[str, Any]) -> Mapping[str, inspect.Parameter]:
     """The arguments that a data set's type and those that it is derived from take, with their defaults."""
-    kinds = [kind for kind in reversed(type_of(dataset).__mro__) if kind is not object]
+    kinds: list[Any] = [kind for kind in reversed(type_of(dataset).__mro__) if kind is not object]
     return {name: value for kind in kinds for name, value in inspect.signature(kind.__init__).parameters.items()}
 
 

@@ -43,7 +43,7 @@ class ImageToHeads(nn.Module):
         if hasattr(getattr(self.model, "roi_head", None), "_refine_roi"):  # a cascade
             self.model.roi_head.forward = self.cascade
 
-    def propose(self, maps: tuple[torch.Tensor, ...], *_, **__) -> list[InstanceData]:
+    def propose(self, maps: tuple[torch.Tensor, ...], *_: Any, **__: Any) -> list[InstanceData]:
         """In place of the RPN's `predict`: runs it, and proposes the same regions whatever it finds."""
         self.rpn_outputs = self.model.rpn_head(maps)
         return [InstanceData(bboxes=maps[0].new_tensor([[0.0, 0.0, 64.0, 64.0]]).repeat(PROPOSALS, 1))]

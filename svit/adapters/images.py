@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
                 sideways = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
         return cls(image.size, image.size[::-1] if sideways else image.size)
 
-    def flaw(self, turned: bool, expected: tuple[Any, ...], what: str) -> str | None:
+    def flaw(self, turned: bool, expected: tuple[int, int], what: str) -> str | None:
         """That an image is loaded in another size than expected, and what to do about it; None if it is not."""
         loaded = self.upright if turned else self.stored
         if tuple(expected) == loaded:
@@ -119,7 +119,7 @@ class CheckMask:
             if results.get("reduce_zero_label"):  # as they stand in the file
                 values = np.sort(np.where(values == 255, 0, values + 1))
             # The map from a type's classes to the config's has been applied.
-            expected = MaskValues(self.num_classes, results.get("reduce_zero_label"), None, self.ignore_index)
+            expected = MaskValues(self.num_classes, bool(results.get("reduce_zero_label")), None, self.ignore_index)
             raise ImageError(f"mask {results['seg_map_path']}: {in_words(values)}; expected {expected}")
         return results
 
@@ -147,7 +147,8 @@ class Checked:
     def __init__(self, dataset: Any, decode: bool) -> None:
         self.dataset, self.decode = dataset, decode
         self.bad: dict[str, str] = {}
-        self.looked_at, self.seen = 0, set()  # masks whose pixels were, and their values
+        self.looked_at = 0  # masks whose pixels were
+        self.seen: set[int] = set()  # their values
         transforms = getattr(getattr(dataset, "pipeline", None), "transforms", [])
         loader = next((t for t in transforms if hasattr(t, "color_type")), None)
         color_type, backend = getattr(loader, "color_type", "color"), getattr(loader, "imdecode_backend", "cv2")
@@ -158,7 +159,7 @@ class Checked:
         classes = (getattr(dataset, "metainfo", None) or {}).get("classes")
         self.values = None
         if classes and hasattr(dataset, "reduce_zero_label"):  # of MMSegmentation
-            label_map, ignore_index = (getattr(dataset, name, None) for name in ("label_map", "ignore_index"))
+            label_map, ignore_index = getattr(dataset, "label_map", None), getattr(dataset, "ignore_index", 255)
             self.values = MaskValues(len(classes), dataset.reduce_zero_label, label_map, ignore_index)
 
     def run(self) -> None:
@@ -210,10 +211,12 @@ class Checked:
                 return f"{image.format}, which OpenCV does not read"
         if self.by_pillow and image.mode in WIDE_NUMBERS | {"F"} and not self.unchanged:
             return "more than 8 bits, which imdecode_backend='pillow' makes white; OpenCV, the default, takes 16"
-        if self.by_opencv and self.decode:
+        if self.loader is not None and self.by_opencv and self.decode:
             self.loader(dict(img_path=info["img_path"]))  # an error for what Pillow may forgive, and the reverse
-        annotated = info.get("width"), info.get("height")
-        return None if None in annotated else Sizes.of(image).flaw(self.turned, annotated, "its annotations are of")
+        width, height = info.get("width"), info.get("height")
+        if width is None or height is None:
+            return None
+        return Sizes.of(image).flaw(self.turned, (width, height), "its annotations are of")
 
     def mask_flaw(self, mask: Image.Image, sizes: Sizes | None, in_sample: bool) -> str | None:
         """What is wrong with a mask: by its header, and by its pixels if it is one of the sample."""
@@ -236,7 +239,7 @@ def is_turned(color_type: str, backend: str | None) -> bool:
     return backend in ("cv2", "pillow", None) and color_type in ("color", "grayscale")
 
 
-def in_pixels(size: tuple[Any, ...]) -> str:
+def in_pixels(size: tuple[int, ...]) -> str:
     return " x ".join(map(str, size))
 
 

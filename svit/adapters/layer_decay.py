@@ -29,7 +29,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(f"paramwise_cfg.layer_decay_rate: expected a number in (0, 1], got {rate!r}")
         self.layer_decay_rate = rate
 
-    def add_params(self, params: list[dict[str, Any]], module: nn.Module, prefix: str = "", **kwargs) -> None:
+    def add_params(self, params: list[dict[str, Any]], module: nn.Module, prefix: str = "", **kwargs: Any) -> None:
         """The parent's, one group a parameter, called by it for every module again, and each group's rate."""
         super().add_params(params, module, prefix, **kwargs)
         if prefix:
