@@ -23,6 +23,7 @@ from svit.models.original import MARK, ONE_HOT, from_original, is_original, to_o
 __all__ = ["MODELS", "CheckpointError", "convert"]
 
 MODELS = timm.list_models(module="svit")
+"""Names of this package's models in timm."""
 
 # Our name of `MARK`: a key of every model of ours.
 OUR_MARK = "stem.layers.0.weight"

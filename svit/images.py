@@ -16,13 +16,14 @@ __all__ = ["EXTENSIONS", "FORMATS", "MODES", "UnreadableImageError", "channel_va
 NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 Image.init()
-# In the order in which Pillow tries them, the frequent ones first.
 FORMATS = sorted((name for name in Image.ID if name not in NOT_DECODED), key=lambda name: name not in ("JPEG", "PNG"))
-# Of files, in lower case, with the dot.
-EXTENSIONS = frozenset(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+"""Formats that are read, by Pillow's names, in the order in which it tries them: the frequent ones come first."""
 
-# Pillow's modes by the number of channels: grey and colour, without and with an alpha channel.
+EXTENSIONS = frozenset(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+"""Ends of the names of files that count as images: in lower case, with the dot."""
+
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+"""Pillow's modes by the number of channels: grey and colour, without and with an alpha channel."""
 
 # Tags of a TIFF.
 BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 259, 262, 284, 339

@@ -39,14 +39,14 @@ def nothing(inputs: list[Any], outputs: list[Any]) -> int:
     return 0
 
 
-# Operation of a torch.jit trace -> function from the values that go in and come out of it (torch._C.Value) to its MACs:
-# the form that fvcore takes, and mmengine too.
 HANDLES: dict[str, Handle] = {
     "aten::matmul": matmul_macs,
     "aten::scaled_dot_product_attention": attention_macs,
     # mmcv's, which interpolates maps in regions. fvcore leaves out by name only what is no Python function.
     "prim::PythonOp.RoIAlignFunction": nothing,
 }
+"""Operation of a `torch.jit` trace -> function from the values that go in and come out of it (`torch._C.Value`) to its
+MACs: the form that fvcore takes, and mmengine too."""
 
 # fvcore's names of the operations of convolution and linear layers.
 LAYERS = frozenset({"conv", "linear", "addmm"})
@@ -65,13 +65,14 @@ _ACTIVATIONS = (
 _REDUCTIONS = "amax amin linalg_vector_norm mean norm std sum var var_mean"
 _POOLS = "adaptive_max_pool2d avg_pool1d avg_pool2d max_pool2d"
 
-# Left out on purpose, beside what fvcore ignores: moving data takes no arithmetic, the others a few operations a value.
 UNCOUNTED: frozenset[str] = frozenset(
     f"aten::{name}{suffix}"
     for names in (_MOVES, _ELEMENTWISE, _ACTIVATIONS, _REDUCTIONS, _POOLS)
     for name in names.split()
     for suffix in ("", "_")
 )
+"""Operations left out on purpose, beside what fvcore ignores: moving data takes no arithmetic, the others a few
+operations a value."""
 
 
 @dataclass(frozen=True)

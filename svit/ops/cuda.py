@@ -86,7 +86,8 @@ def usable(
     Args:
         op: `super_token_attention` or `conv_ffn`.
         x: the map.
-        cell, num_heads: of the attention.
+        cell: of the attention.
+        num_heads: of the attention.
         hidden: channels between the 1x1 convolutions of the conv-FFN.
         residual: whether the conv-FFN has one.
         weights: of the conv-FFN; the op checks them.
@@ -150,7 +151,8 @@ def max_active_clusters(C: int, rows: int, columns: int, device: torch.device | 
 
     Args:
         C: channels of the map, one of `CELLS`.
-        rows, columns: cells down and across, at most `MOST_CELLS`; a cluster has a block for each row.
+        rows: cells down, at most `MOST_CELLS`; a cluster has a block for each.
+        columns: cells across, at most `MOST_CELLS`.
         device: of the map. Nothing is launched on it.
 
     Raises:

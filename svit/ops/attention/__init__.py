@@ -37,10 +37,13 @@ def super_token_attention(
     Args:
         x: map (B, H, W, C).
         cell: height and width of a cell in pixels.
-        norm_weight, norm_bias: (C,), of the layer norm.
+        norm_weight: (C,), of the layer norm.
+        norm_bias: (C,), of the layer norm.
         eps: of that norm.
-        qkv_weight, qkv_bias: (3C, C) and (3C,); outputs come head by head, in each the queries, keys, values.
-        proj_weight, proj_bias: (C, C) and (C,).
+        qkv_weight: (3C, C); outputs come head by head, in each the queries, keys, values.
+        qkv_bias: (3C,).
+        proj_weight: (C, C).
+        proj_bias: (C,).
         num_heads: a divisor of C.
         scale: (B, C), factors of the result before it is added (layer scale, drop path), or None.
         backend: see above.

@@ -32,9 +32,12 @@ def conv_ffn(
     Args:
         x: map (B, H, W, C), normalised (BatchNorm is folded into `weight1`, or was applied).
         residual: map to add, same shape and dtype.
-        weight1, bias1: (hidden, C) and (hidden,).
-        depthwise_weight, depthwise_bias: (hidden, 1, 3, 3) and (hidden,).
-        weight2, bias2: (C, hidden) and (C,).
+        weight1: (hidden, C).
+        bias1: (hidden,).
+        depthwise_weight: (hidden, 1, 3, 3).
+        depthwise_bias: (hidden,).
+        weight2: (C, hidden).
+        bias2: (C,).
         backend: see above.
 
     Returns:

@@ -50,7 +50,9 @@ def bias_gelu_affine(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, back
 
     Args:
         x: map (B, H, W, C), the result of a convolution without its bias.
-        bias, scale, shift: (C,).
+        bias: (C,).
+        scale: (C,).
+        shift: (C,).
         backend: see above.
 
     Returns:
