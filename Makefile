@@ -1,7 +1,9 @@
 # Commands that do everything on a fresh machine, in environments of their own:
 #   make demo   train, evaluate and look at a small SViT on real images
+#   make check  lint, types and the quick tests, in two minutes: for every change
 #   make test   lint and all tests; MM=onedl: those of detection and segmentation, with the maintained forks
 #   make test-newest   what compilers decide, with the newest PyTorch and its Triton; a release needs it
+#   make matrix the quick tests with each Python and PyTorch that the package supports; a release needs it
 #   make docs   the documentation as pages of a website, into site/
 # On a machine with an NVIDIA GPU:
 #   make gpu-check   checks and measures the fused ops, into docs/benchmarks; ARGS="--minutes 9" and other options
@@ -32,14 +34,30 @@ SDIST := $(TESTENV)/timm-$(TIMM)
 
 # What `pip install torch` brings today, beside the versions of constraints.txt; Triton comes with it.
 NEWEST := torch==2.14.1 torchvision==0.29.1
+# The oldest that the package takes.
+OLDEST := torch==2.10.0 torchvision==0.25.0
 
 JOBS ?= 2
+
+# `make check` and `make matrix` run all tests but these.
+SLOW := tests/adapters tests/cli tests/tools tests/ops/cuda tests/ops/triton tests/ops/test_registration.py \
+	tests/models/test_deployment.py tests/models/test_fused.py tests/models/test_svit.py tests/test_gpu.py \
+	tests/test_package.py tests/test_profiling.py
+QUICK := -n $(JOBS) --dist load tests $(SLOW:%=--ignore=%)
+
+# Python and PyTorch together, each with an environment of its own.
+MATRIX := $(foreach python,3.10 3.11 3.12 3.13,$(python)-oldest $(python)-newest)
+
 ARGS ?=
 
-.PHONY: demo test test-newest docs gpu-check lint format clean
+.SECONDARY: $(MATRIX:%=.venv-matrix/%/installed)
+.PHONY: demo check test test-newest matrix docs gpu-check lint format clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/python tools/demo.py
+
+check: lint
+	OMP_NUM_THREADS=1 $(TESTENV)/bin/python -m pytest -q $(QUICK)
 
 test: lint $(SDIST)
 	SVIT_TIMM_SDIST=$(abspath $(SDIST)) OMP_NUM_THREADS=1 $(TESTENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
@@ -47,6 +65,14 @@ test: lint $(SDIST)
 test-newest: .venv-test-newest/installed
 	OMP_NUM_THREADS=1 .venv-test-newest/bin/python -m pytest -n $(JOBS) --dist loadfile tests/ops/triton tests/layers \
 		tests/test_gpu.py
+
+# Goes on where one fails, and names all that failed or could not be installed.
+matrix:
+	@for cell in $(MATRIX); do $(MAKE) matrix-$$cell || failed="$$failed $$cell"; done; \
+	test -z "$$failed" || { echo "Failed, or could not be installed:$$failed"; exit 1; }
+
+matrix-%: .venv-matrix/%/installed
+	OMP_NUM_THREADS=1 .venv-matrix/$*/bin/python -m pytest -q $(QUICK)
 
 docs: .venv-docs/installed
 	.venv-docs/bin/mkdocs build --strict
@@ -61,13 +87,14 @@ gpu-check:
 lint: $(TESTENV)/installed
 	$(TESTENV)/bin/ruff check
 	$(TESTENV)/bin/ruff format --check
+	$(TESTENV)/bin/mypy
 
 format: $(TESTENV)/installed
 	$(TESTENV)/bin/ruff check --fix
 	$(TESTENV)/bin/ruff format
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-test-onedl .venv-test-newest .venv-docs .venv-gpu site outputs/demo build dist *.egg-info
+	rm -rf .venv-demo .venv-test .venv-test-onedl .venv-test-newest .venv-matrix .venv-docs .venv-gpu site outputs/demo build dist *.egg-info
 
 .venv-demo/installed: $(PROJECT)
 	@echo "Installing the demo's environment into .venv-demo; PyTorch is a large download."
@@ -80,6 +107,20 @@ clean:
 	$(PYTHON) -m venv .venv-test-newest
 	grep -vE '^(torch|torchvision)==' constraints.txt > .venv-test-newest/constraints.txt
 	.venv-test-newest/bin/pip install --constraint .venv-test-newest/constraints.txt $(NEWEST) --editable ".[dev]"
+	touch $@
+
+.venv-matrix/bin/uv: constraints.txt
+	$(PYTHON) -m venv .venv-matrix
+	.venv-matrix/bin/pip install --constraint constraints.txt uv
+	touch $@
+
+# uv finds the Python or downloads it; its cache holds one copy of a package for all environments.
+.venv-matrix/%/installed: $(PROJECT) .venv-matrix/bin/uv
+	@echo "Installing Python and PyTorch $* into .venv-matrix: a large download."
+	.venv-matrix/bin/uv venv --clear --python $(firstword $(subst -, ,$*)) .venv-matrix/$*
+	grep -vE '^(torch|torchvision)==' constraints.txt > .venv-matrix/$*/constraints.txt
+	.venv-matrix/bin/uv pip install --python .venv-matrix/$* --constraint .venv-matrix/$*/constraints.txt \
+		$(if $(filter %-oldest,$*),$(OLDEST),$(NEWEST)) --editable ".[dev]"
 	touch $@
 
 # The project itself is not installed: the check runs from the checkout.

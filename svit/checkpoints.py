@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -76,12 +76,17 @@ def create_model(
     return model.eval()
 
 
+def _config(model: nn.Module) -> dict[str, Any]:
+    """timm's `pretrained_cfg`, which the type of a module does not list."""
+    return cast(dict[str, Any], model.pretrained_cfg)
+
+
 def adapt_preprocessing(model: nn.Module, in_chans: int | None) -> None:
     """Makes input size, mean and standard deviation in `pretrained_cfg` those of the model's channels.
 
     timm leaves them as they are for three. `in_chans` is its argument; None: what `pretrained_cfg` says.
     """
-    cfg = model.pretrained_cfg
+    cfg = _config(model)
     channels, *size = cfg.get("input_size") or (3, 224, 224)
     in_chans = channels if in_chans is None else in_chans
     if in_chans != channels:
@@ -142,7 +147,7 @@ def start_from(model: nn.Module, checkpoint: str | Path, arguments: Mapping[str,
                 f"{given if key in arguments else 'its default'}; leave it out of model_args to take the checkpoint's"
             )
     weights, expected = read_weights(Path(checkpoint)), model.state_dict()
-    classifier = model.pretrained_cfg.get("classifier") or ()
+    classifier = _config(model).get("classifier") or ()
     for name in (classifier,) if isinstance(classifier, str) else classifier:
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in weights and key in expected and weights[key].shape != expected[key].shape:
@@ -183,7 +188,7 @@ def save_model(
     Raises:
         OSError: the file cannot be written; an older one is left as it was.
     """
-    cfg = {key: model.pretrained_cfg[key] for key in PREPROCESSING if key in model.pretrained_cfg}
+    cfg = {key: value for key, value in _config(model).items() if key in PREPROCESSING}
     cfg.update(architecture=name, num_classes=model.num_classes)
     if classes:
         cfg["label_names"] = classes
@@ -203,7 +208,7 @@ def read_metadata(checkpoint: str | Path) -> dict[str, Any]:
     path = Path(checkpoint)
     if not path.is_file():
         raise CheckpointError(f"{checkpoint}: no such file")
-    metadata = {}
+    metadata: dict[str, str] = {}
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, "pt") as file:
@@ -219,10 +224,11 @@ def class_names(model: nn.Module) -> list[str]:
     Folders of ImageNet are named by WordNet ("n01440764"); such names are put into words ("tench, Tinca tinca"). No two
     are the same: ImageNet's cranes are "crane (n02012849)", the bird, and "crane (n03126707)".
     """
-    names, info = model.pretrained_cfg.get("label_names"), timm.data.ImageNetInfo()
-    if not names or len(names) != model.num_classes:
-        if model.num_classes != 1000:
-            return [str(index) for index in range(model.num_classes)]
+    names, info = _config(model).get("label_names"), timm.data.ImageNetInfo()
+    num_classes = cast(int, model.num_classes)
+    if not names or len(names) != num_classes:
+        if num_classes != 1000:
+            return [str(index) for index in range(num_classes)]
         names = info.label_names()
     try:
         words = [info.label_name_to_description(name) for name in names]

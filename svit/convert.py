@@ -24,6 +24,7 @@ from svit.models.original import MARK, ONE_HOT, from_original, is_original, to_o
 __all__ = ["MODELS", "CheckpointError", "convert"]
 
 MODELS = timm.list_models(module="svit")
+"""Names of this package's models in timm."""
 
 # Our name for `MARK`: a key that all our models have.
 OUR_MARK = "stem.layers.0.weight"
@@ -36,8 +37,8 @@ class CheckpointError(InputError):
 
 
 def convert(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     model: str | None = None,
     num_classes: int = 1000,
     ema: bool = False,

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from svit.errors import InputError
 from svit.images import EXTENSIONS
@@ -55,13 +55,13 @@ def is_clutter(name: str) -> bool:
     return name.startswith(".") or name.lower() in CLUTTER
 
 
-def natural_key(name: str) -> tuple:
+def natural_key(name: str) -> tuple[Any, ...]:
     """Sort key: numbers by value, upper and lower case together, as timm does. Different names have different keys."""
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
-def walk(folder: str | Path, left_out: Counter[str] | None = None) -> Iterator[os.DirEntry]:
+def walk(folder: str | Path, left_out: Counter[str] | None = None) -> Iterator[os.DirEntry[str]]:
     """All files in a folder and below it, in no order, without hidden files and files of the system.
 
     It follows symbolic links to folders, except a link to a folder that contains the link: that is a loop.
@@ -75,7 +75,7 @@ def walk(folder: str | Path, left_out: Counter[str] | None = None) -> Iterator[o
     """
     left_out = Counter() if left_out is None else left_out
     # A folder's path, its real path, and the folders of the links that led there.
-    stack = [(os.fspath(folder), os.path.realpath(folder), ())]
+    stack: list[tuple[str, str, tuple[str, ...]]] = [(os.fspath(folder), os.path.realpath(folder), ())]
     while stack:
         path, real, origins = stack.pop()
         try:
@@ -120,7 +120,8 @@ def scan(folder: str | Path) -> Scan:
     Raises:
         FolderError: a folder cannot be read.
     """
-    images, left_out = [], Counter()
+    images: list[str] = []
+    left_out: Counter[str] = Counter()
     for entry in walk(folder, left_out):
         end = suffix(entry.name)
         broken = entry.is_symlink() and not os.path.exists(entry.path)
@@ -146,7 +147,7 @@ def find_images(paths: Iterable[Path], warn: Callable[[str], None] | None = None
         FolderError: a path does not exist, or a folder cannot be read or holds no image.
     """
     warn = warn or (lambda line: print(f"warning: {line}", file=sys.stderr))
-    found = []
+    found: list[Path] = []
     for path in paths:
         if os.path.isdir(path):
             images, left_out = scan(path)
@@ -189,7 +190,7 @@ def find_classes(folder: str | Path) -> ClassFolders:
     return ClassFolders(classes, numbered, left_out)
 
 
-def classes_of_files(files: list, names: list[str]) -> tuple[list[str], list[tuple], int]:
+def classes_of_files(files: list[Any], names: list[str]) -> tuple[list[str], list[tuple[Any, int]], int]:
     """Classes from the first part of names such as "cat/2020/x.jpg".
 
     Args:
@@ -200,7 +201,7 @@ def classes_of_files(files: list, names: list[str]) -> tuple[list[str], list[tup
         The classes in natural order, each of the `files` with its class's number, and how many had no class.
     """
     labels = [name.partition(os.sep)[0] if os.sep in name else None for name in names]
-    classes = sorted(set(labels) - {None}, key=natural_key)
+    classes = sorted({label for label in labels if label is not None}, key=natural_key)
     numbers = {name: number for number, name in enumerate(classes)}
     numbered = [(file, numbers[label]) for file, label in zip(files, labels, strict=True) if label is not None]
     return classes, numbered, len(files) - len(numbered)

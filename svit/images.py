@@ -18,13 +18,14 @@ __all__ = ["EXTENSIONS", "FORMATS", "MODES", "UnreadableImageError", "channel_va
 NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 Image.init()
-# In the order in which Pillow tries them, the frequent ones first.
 FORMATS = sorted((name for name in Image.ID if name not in NOT_DECODED), key=lambda name: name not in ("JPEG", "PNG"))
-# Of files, in lower case, with the dot.
-EXTENSIONS = frozenset(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+"""Formats that are read, by Pillow's names, in the order in which it tries them: the frequent ones come first."""
 
-# Pillow's modes by the number of channels: grey and colour, without and with an alpha channel.
+EXTENSIONS = frozenset(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+"""Ends of the names of files that count as images: in lower case, with the dot."""
+
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+"""Pillow's modes by the number of channels: grey and colour, without and with an alpha channel."""
 
 # Tags of a TIFF.
 BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 259, 262, 284, 339
@@ -36,7 +37,7 @@ class UnreadableImageError(InputError):
     """A file is no image or is damaged. The message says why, and names the file if it has a path."""
 
 
-def read_image(file: str | PathLike | BinaryIO | Image.Image, mode: str = "RGB") -> Image.Image:
+def read_image(file: str | PathLike[str] | BinaryIO | Image.Image, mode: str = "RGB") -> Image.Image:
     """Reads an image as viewers show it: turned by its EXIF orientation, with 8 bits for each channel.
 
     Integers of other types are divided by the largest value of their type, those of 32 bits by 65535 if no value is
@@ -57,8 +58,9 @@ def read_image(file: str | PathLike | BinaryIO | Image.Image, mode: str = "RGB")
             return _converted(image, mode)
     except Exception as error:  # for a damaged file Pillow's decoders raise nearly any exception
         reason = _reason(error)
-        named = isinstance(file, str | PathLike)
-        raise UnreadableImageError(f"{fspath(file)}: cannot be read ({reason})" if named else reason) from error
+        if isinstance(file, str | PathLike):
+            reason = f"{fspath(file)}: cannot be read ({reason})"
+        raise UnreadableImageError(reason) from error
 
 
 def mode_of(in_chans: int) -> str:
@@ -129,7 +131,7 @@ def _samples(image: Image.Image, tags: Mapping[int, Any]) -> np.ndarray:
         return values
     bits, kind = tags[BITS][0], tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0]
     values = values.astype(f"{KINDS[kind]}{-(-bits // 8)}")
-    if image.mode in ("I", "F") and tags.prefix == b"MM" and tags.get(COMPRESSION, 1) != 1:
+    if image.mode in ("I", "F") and getattr(tags, "prefix", None) == b"MM" and tags.get(COMPRESSION, 1) != 1:
         values = values.byteswap()  # both libtiff, which decompresses, and Pillow have swapped the bytes
     return values << 4 | values >> 8 if bits == 12 else values
 

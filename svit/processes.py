@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 # What asks a tool to save and end: the system or a queue, and Ctrl-C.
@@ -22,9 +23,14 @@ class Stream(io.TextIOWrapper):
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         stream.flush()
-        buffering = dict(line_buffering=stream.line_buffering, write_through=stream.write_through)
         # What the encoding lacks, say of a file's name, is no error.
-        super().__init__(stream.buffer, stream.encoding, "backslashreplace", **buffering)
+        super().__init__(
+            stream.buffer,
+            stream.encoding,
+            "backslashreplace",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
 
     def write(self, text: str) -> int:
         try:
@@ -91,7 +97,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
     received: list[signal.Signals] = []
     owner = os.getpid()
 
-    def handle(number: int, _) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:
             return  # A process that reads, forked from this one, is needed until this one ends it.
         received.append(signal.Signals(number))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["HANDLES", "UNCOUNTED", "Count", "analysis", "count"]
 
-Handle = Callable[[list, list], int]
+Handle = Callable[[list[Any], list[Any]], int]
 
 
-def matmul_macs(inputs: list, outputs: list) -> int:
+def matmul_macs(inputs: list[Any], outputs: list[Any]) -> int:
     """MACs of a @ b with operands of any rank. fvcore's own handle refuses vectors and misses the broadcasting of a."""
     return prod(outputs[0].type().sizes()) * inputs[0].type().sizes()[-1]
 
 
-def attention_macs(inputs: list, outputs: list) -> int:
+def attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
     """MACs of q k^T and attn v: L * S * (d + e) for each head, with q (..., L, d), k (..., S, d), v (..., S, e).
 
     A mask changes nothing.
@@ -38,18 +38,18 @@ def attention_macs(inputs: list, outputs: list) -> int:
     return prod(rows) * k[-2] * (q[-1] + e)
 
 
-def nothing(inputs: list, outputs: list) -> int:
+def nothing(inputs: list[Any], outputs: list[Any]) -> int:
     return 0
 
 
-# Operation of a torch.jit trace -> function from its inputs and outputs (torch._C.Value) to its MACs. fvcore and
-# mmengine take this form.
 HANDLES: dict[str, Handle] = {
     "aten::matmul": matmul_macs,
     "aten::scaled_dot_product_attention": attention_macs,
     # mmcv's RoIAlign interpolates maps in regions. fvcore cannot ignore a Python function by name.
     "prim::PythonOp.RoIAlignFunction": nothing,
 }
+"""Operation of a `torch.jit` trace -> function from its inputs and outputs (`torch._C.Value`) to its MACs. fvcore and
+mmengine take this form."""
 
 # fvcore's names of the operations of convolution and linear layers.
 LAYERS = frozenset({"conv", "linear", "addmm"})
@@ -68,14 +68,14 @@ _ACTIVATIONS = (
 _REDUCTIONS = "amax amin linalg_vector_norm mean norm std sum var var_mean"
 _POOLS = "adaptive_max_pool2d avg_pool1d avg_pool2d max_pool2d"
 
-# These count as 0 on purpose, in addition to fvcore's own list: moving data takes no arithmetic, and the others take a
-# few operations for each value.
 UNCOUNTED: frozenset[str] = frozenset(
     f"aten::{name}{suffix}"
     for names in (_MOVES, _ELEMENTWISE, _ACTIVATIONS, _REDUCTIONS, _POOLS)
     for name in names.split()
     for suffix in ("", "_")
 )
+"""Operations that count as 0 on purpose, in addition to fvcore's own list: moving data takes no arithmetic, and the
+others take a few operations for each value."""
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ KEY = ("timm_name", "setting", "img_size", "metric")
 @cache
 def rows() -> tuple[dict[str, str], ...]:
     """Every figure: model, timm_name, setting, img_size (HxW), metric, value, source. All are text, as printed."""
-    with resources.files("svit").joinpath("published.csv").open(encoding="utf-8", newline="") as file:
-        return tuple(csv.DictReader(file))
+    text = resources.files("svit").joinpath("published.csv").read_text(encoding="utf-8")
+    return tuple(csv.DictReader(text.splitlines()))
 
 
 def value(timm_name: str | None, setting: str, img_size: tuple[int, int], metric: str) -> float | None:

@@ -8,11 +8,11 @@
 `svit visualize` makes a page of the figures.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -104,7 +104,7 @@ class Association:
         check_point(point)
         H, W = self.size
         x, y = min(int(point[0] * W), W - 1), min(int(point[1] * H), H - 1)
-        return divmod(self.assignment()[y, x].item(), self.q.shape[1])
+        return divmod(int(self.assignment()[y, x]), self.q.shape[1])
 
 
 @dataclass
@@ -135,7 +135,7 @@ class WatchedLayer:
         Args:
             n_iter: rounds of association, None for the layer's own number.
         """
-        layer, size = self.layer, tuple(self.x.shape[-2:])
+        layer, size = self.layer, (self.x.shape[2], self.x.shape[3])
         if not self.samples:
             q = torch.zeros(*size, 9, 1)
             q[:, :, 4] = 1
@@ -185,7 +185,7 @@ def watch(model: nn.Module) -> Iterator[list[WatchedLayer]]:
     """
     watched: list[WatchedLayer] = []
 
-    def watcher(name: str):
+    def watcher(name: str) -> Callable[[SuperTokenAttention, tuple[torch.Tensor]], None]:
         def hook(layer: SuperTokenAttention, args: tuple[torch.Tensor]) -> None:
             if len(args[0]) != 1:
                 raise ValueError(f"watch: expected one image at a time, got {len(args[0])}")
@@ -316,7 +316,7 @@ def draw_iterations(photo: torch.Tensor, watched: WatchedLayer, n_iter: int) -> 
     return figure
 
 
-def _panels(photo: torch.Tensor, rows: int, columns: int):
+def _panels(photo: torch.Tensor, rows: int, columns: int) -> tuple["Figure", Any]:
     """A figure, and its panels (rows, columns), each with the photo."""
     from matplotlib.figure import Figure  # pyplot would keep figures and choose a window system
 
@@ -341,7 +341,7 @@ def _outline(ax: "Axes", photo: torch.Tensor, labels: torch.Tensor, colour: str 
 
     (H, W), (h, w) = photo.shape[:2], labels.shape
     lines = borders(labels) * torch.tensor([W / w, H / h])
-    ax.add_collection(LineCollection(lines.numpy(), colors=colour, linewidths=width, capstyle="projecting"))
+    ax.add_collection(LineCollection(list(lines.numpy()), colors=colour, linewidths=width, capstyle="projecting"))
 
 
 def _overlay(ax: "Axes", photo: torch.Tensor, values: torch.Tensor) -> None:

@@ -1,14 +1,17 @@
 """What the documents say exists: files and headings behind links, pages of the site, tools and their options."""
 
 import importlib
+import pkgutil
 import re
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import yaml
 
+import svit
 from helpers import missing
 
 ROOT = Path(__file__).parent.parent
@@ -106,22 +109,45 @@ def test_navigation():
     assert sorted(nav) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES)
 
 
-def test_site(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
     """`make docs`, whose warnings are errors: a page it cannot read, a dead link, a docstring's unknown argument."""
     for package in ("mkdocs", "material", "mkdocstrings_handlers.python"):
         try:
             importlib.import_module(package)
         except ImportError:
             missing(f"{package}: pip install '.[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "rounds of association" in (tmp_path / "api" / "layers.html").read_text()
-    ops = (tmp_path / "ops.html").read_text()  # which takes the operators' READMEs in
+    return folder
+
+
+def public_names() -> set[str]:
+    """What the modules `svit.NAME` offer in their `__all__`, each with the module's name before it."""
+    found = set()
+    for module in pkgutil.iter_modules(svit.__path__, "svit."):
+        offered = importlib.import_module(module.name)
+        found |= {f"{module.name}.{name}" for name in getattr(offered, "__all__", ())}
+    return found
+
+
+def test_public_names(site):
+    """Each is on a page of the API, under the name by which it is imported: what mkdocstrings lists for other sites."""
+    inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
+    described = {line.split()[0] for line in inventory.splitlines()}
+    assert {"svit.models.SViT", "svit.ops.super_token_attention", "svit.images.MODES"} <= public_names()
+    assert public_names() <= described, public_names() - described
+
+
+def test_site(site):
+    assert "rounds of association" in (site / "api" / "layers.html").read_text()
+    ops = (site / "ops.html").read_text()  # which takes the operators' READMEs in
     for text in (
         "a missing super token counts as a zero vector",
         "Upsampling is linear",
         "<code>composition.py</code>",
     ):
         assert text in ops, text
-    assert "<code>constraints.txt</code>" in (tmp_path / "detection.html").read_text()  # a link on GitHub alone
+    assert "<code>constraints.txt</code>" in (site / "detection.html").read_text()  # a link on GitHub alone

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -31,7 +31,7 @@ class Findings:
     """Problems by kind. As text: a line for each kind, with the count and the first names."""
 
     def __init__(self) -> None:
-        self.kinds: dict[str, list] = {}
+        self.kinds: dict[str, list[Any]] = {}
 
     def add(self, kind: str, name: Any) -> None:
         self.kinds.setdefault(kind, []).append(name)
@@ -56,11 +56,13 @@ class AnnotationFiles:
 
     def __init__(self, split: str, folder: str | None) -> None:
         self.split, self.folder = split, folder
-        self.contents: dict[Path, dict] = {}
+        self.contents: dict[Path, dict[str, Any]] = {}
         self.fixed: dict[Path, Findings] = {}
-        self.users: list[tuple[Path, dict]] = []
+        self.users: list[tuple[Path, dict[str, Any]]] = []
 
-    def check(self, user: dict, file: Path, where: str, classes_where: str, classes: Sequence[str], *args: Any) -> dict:
+    def check(
+        self, user: dict[str, Any], file: Path, where: str, classes_where: str, classes: Sequence[str], *args: Any
+    ) -> dict[str, Any]:
         """Reads and checks a file that a part of the config names as `ann_file`. Returns its content.
 
         Args:
@@ -94,7 +96,7 @@ class AnnotationFiles:
             warnings.warn(f"{file} was corrected, in {target}; by their ids:{fixed}", stacklevel=2)
 
 
-def read_annotations(file: Path, where: str) -> dict:
+def read_annotations(file: Path, where: str) -> dict[str, Any]:
     """Reads a JSON file in COCO's format. `annotations` may be missing, as in the test-dev split.
 
     Raises:
@@ -118,7 +120,7 @@ def read_annotations(file: Path, where: str) -> dict:
 
 
 def check_annotations(
-    content: dict,
+    content: dict[str, Any],
     file: Path,
     where: str,
     classes: Sequence[str],
@@ -153,7 +155,7 @@ def check_annotations(
     used = check_categories(content["categories"], classes, wrong)
     annotations = content.get("annotations", [])
     number_annotations(annotations, wrong, fixed)
-    beyond = []
+    beyond: list[Any] = []
     for entry in annotations:
         if entry.get("image_id") is None or not known(entry["image_id"], sizes):
             wrong.add("annotations whose image_id is none of the images'", entry["id"])
@@ -175,19 +177,21 @@ def check_annotations(
     return fixed, left_out
 
 
-def known(key: Any, table: dict) -> bool:
+def known(key: Any, table: dict[Any, Any]) -> bool:
     return isinstance(key, (int, str, float)) and key in table
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and abs(value) < 1e15  # JSON has integers that are too large for a float
 
 
-def is_length(value: Any) -> bool:
+def is_length(value: Any) -> TypeGuard[float]:
     return is_number(value) and value == int(value) and 0 < value < 2**31
 
 
-def check_images(images: list[dict], size_of, wrong: Findings, fixed: Findings) -> dict[Any, tuple[int, int]]:
+def check_images(
+    images: list[dict[str, Any]], size_of: Callable[[str], tuple[int, int] | None], wrong: Findings, fixed: Findings
+) -> dict[Any, tuple[int, int]]:
     """Width and height of each image by its id."""
     sizes = {}
     for position, image in enumerate(images):
@@ -212,7 +216,7 @@ def check_images(images: list[dict], size_of, wrong: Findings, fixed: Findings) 
     return sizes
 
 
-def check_categories(categories: list[dict], classes: Sequence[str], wrong: Findings) -> dict[Any, bool]:
+def check_categories(categories: list[dict[str, Any]], classes: Sequence[str], wrong: Findings) -> dict[Any, bool]:
     """Whether each category, by its id, is one of the config's classes."""
     names = {}
     for position, category in enumerate(categories):
@@ -228,14 +232,14 @@ def check_categories(categories: list[dict], classes: Sequence[str], wrong: Find
     return {key: name in wanted for key, name in names.items()}
 
 
-def check_kinds(ids: dict, what: str, wrong: Findings) -> None:
+def check_kinds(ids: dict[Any, Any], what: str, wrong: Findings) -> None:
     """Finds ids of mixed types. The evaluation sorts the ids, which fails if some are numbers and others text."""
     texts = [repr(key) for key in ids if isinstance(key, str)]
     if 0 < len(texts) < len(ids):
         wrong.kinds[f"{what} whose ids are text where others are numbers"] = texts
 
 
-def number_annotations(annotations: list[dict], wrong: Findings, fixed: Findings) -> None:
+def number_annotations(annotations: list[dict[str, Any]], wrong: Findings, fixed: Findings) -> None:
     ids = {entry["id"] for entry in annotations if type(entry.get("id")) is int}
     following, seen = max(ids, default=0), set()
     for entry in annotations:
@@ -250,13 +254,13 @@ def number_annotations(annotations: list[dict], wrong: Findings, fixed: Findings
 
 
 def check_object(
-    entry: dict,
+    entry: dict[str, Any],
     size: tuple[int, int],
     needs_mask: bool,
     wrong: Findings,
     fixed: Findings,
     left_out: Findings,
-    beyond: list,
+    beyond: list[Any],
 ) -> None:
     """Checks one annotation: its mask, box and area."""
     key, (width, height) = entry["id"], size
@@ -311,7 +315,7 @@ def check_object(
         wrong.add("objects whose iscrowd is neither 0 nor 1", key)
 
 
-def check_mask(entry: dict, width: int, height: int, fixed: Findings) -> str | None:
+def check_mask(entry: dict[str, Any], width: int, height: int, fixed: Findings) -> str | None:
     """The problem of a segmentation that is not empty, or None. 'short' means less than three points."""
     segmentation = entry["segmentation"]
     if isinstance(segmentation, dict):
@@ -372,7 +376,7 @@ def uncompressed(counts: str) -> list[int]:
     return numbers.tolist()
 
 
-def rle_of(segmentation: list | dict, width: int, height: int) -> dict:
+def rle_of(segmentation: list[Any] | dict[str, Any], width: int, height: int) -> dict[str, Any]:
     if isinstance(segmentation, list):
         return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     if isinstance(segmentation["counts"], list):
@@ -380,7 +384,7 @@ def rle_of(segmentation: list | dict, width: int, height: int) -> dict:
     return segmentation
 
 
-def box_of(segmentation: list | dict, width: int, height: int) -> list[float]:
+def box_of(segmentation: list[Any] | dict[str, Any], width: int, height: int) -> list[float]:
     """The box [x, y, width, height] of a mask inside its image."""
     if isinstance(segmentation, dict):
         return coco_mask.toBbox(rle_of(segmentation, width, height)).tolist()
@@ -389,11 +393,13 @@ def box_of(segmentation: list | dict, width: int, height: int) -> list[float]:
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
-def area_of(segmentation: list | dict, width: int, height: int) -> float:
+def area_of(segmentation: list[Any] | dict[str, Any], width: int, height: int) -> float:
     return float(coco_mask.area(rle_of(segmentation, width, height)))
 
 
-def check_classes(content: dict, file: Path, where: str, classes: Sequence[str], in_order: bool = True) -> None:
+def check_classes(
+    content: dict[str, Any], file: Path, where: str, classes: Sequence[str], in_order: bool = True
+) -> None:
     """Checks that the config's classes are categories of the file, in the same order.
 
     Raises:
@@ -412,7 +418,9 @@ def check_classes(content: dict, file: Path, where: str, classes: Sequence[str],
         )
 
 
-def check_filter(content: dict, file: Path, where: str, classes: Sequence[str], filter_cfg: dict) -> None:
+def check_filter(
+    content: dict[str, Any], file: Path, where: str, classes: Sequence[str], filter_cfg: dict[str, Any]
+) -> None:
     """Counts the training images that `filter_cfg` of a CocoDataset keeps. Warns if it drops images for their size.
 
     Raises:

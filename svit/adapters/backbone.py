@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -76,9 +77,9 @@ class TimmBackbone(BaseModule):
         drop_path_rate: float | None = None,
         stoken_size: Sequence[int | tuple[int, int]] | None = None,
         convert_weights: bool = True,
-        model_args: dict | None = None,
+        model_args: dict[str, Any] | None = None,
         pretrained: str | None = None,
-        init_cfg: dict | None = None,
+        init_cfg: dict[str, Any] | None = None,
     ) -> None:
         if pretrained is not None:
             if init_cfg is not None:
@@ -200,7 +201,7 @@ class TimmBackbone(BaseModule):
         print_log(f"{self.arch}: loaded {len(state_dict)} tensors from {checkpoint}", "current", logging.INFO)
 
 
-def create_model(arch: str, in_channels: int, options: dict) -> nn.Module:
+def create_model(arch: str, in_channels: int, options: dict[str, Any]) -> Any:
     """Creates a model of timm. Raises a ValueError if it has no feature maps."""
     if not timm.is_model(arch):
         raise ValueError(f"arch: no model {arch!r} in timm{did_you_mean(arch, timm.list_models())}")
@@ -215,7 +216,7 @@ def create_model(arch: str, in_channels: int, options: dict) -> nn.Module:
     return model
 
 
-def check_out_indices(out_indices: Sequence[int], model: nn.Module, arch: str) -> tuple[int, ...]:
+def check_out_indices(out_indices: Sequence[int], model: Any, arch: str) -> tuple[int, ...]:
     indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
     known = range(len(model.feature_info))
     if not indices or any(i not in known for i in indices) or list(indices) != sorted(set(indices)):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ def allow_mmengine_checkpoints() -> None:
     by `getattr`; `method_of_history` replaces that.
     """
     HistoryBuffer()  # the first instance registers the statistics
-    core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray  # type: ignore[attr-defined]  # of NumPy 1
     kinds = {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64)}
     arrays = [np.ndarray, np.dtype, core._reconstruct, core.scalar, *kinds]
     torch.serialization.add_safe_globals([HistoryBuffer, (method_of_history, "builtins.getattr"), *arrays])
@@ -33,7 +34,7 @@ def refuse_foreign_objects() -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
-def method_of_history(owner: object, name: str) -> Callable:
+def method_of_history(owner: Any, name: str) -> Callable[..., Any]:
     """`getattr` that returns statistics of HistoryBuffer only."""
     if owner is not HistoryBuffer or name not in HistoryBuffer._statistics_methods:
         raise UnpicklingError(f"expected a statistic of HistoryBuffer, got {name!r} of {owner!r}")

@@ -18,7 +18,8 @@ from mmengine.registry import DATASETS, MODELS
 from PIL import Image
 
 from svit.convert import CheckpointError, differences, listing, read_state_dict, summary
-from svit.folders import EXTENSIONS, walk
+from svit.folders import walk
+from svit.images import EXTENSIONS
 
 from .annotations import AnnotationFiles, check_classes, check_filter, read_annotations
 from .backbone import TimmBackbone, is_address
@@ -111,7 +112,7 @@ def check_data(config: Config, *splits: str) -> None:
         files.write()
 
 
-def datasets(dataset: dict | None) -> Iterator[dict]:
+def datasets(dataset: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     """A data set, or the data sets that it wraps."""
     if dataset is None:
         return
@@ -122,7 +123,7 @@ def datasets(dataset: dict | None) -> Iterator[dict]:
         yield from datasets(part)
 
 
-def check_dataset(dataset: dict, where: str, files: AnnotationFiles, needs_masks: bool) -> bool:
+def check_dataset(dataset: dict[str, Any], where: str, files: AnnotationFiles, needs_masks: bool) -> bool:
     """Checks a data set. Returns whether it has annotations."""
     if "://" in str(dataset.get("data_root")):  # a remote store is not checked
         return True
@@ -156,7 +157,7 @@ def check_dataset(dataset: dict, where: str, files: AnnotationFiles, needs_masks
     return bool(content.get("annotations"))
 
 
-def source(dataset: dict) -> str:
+def source(dataset: dict[str, Any]) -> str:
     """Where a data set's annotations should be."""
     return str(Path(dataset.get("data_root") or "", dataset.get("ann_file") or masks_folder(dataset) or "."))
 
@@ -172,7 +173,7 @@ def is_coco(kind: type) -> bool:
     )
 
 
-def size_reader(dataset: dict, root: Path) -> Callable[[str], tuple[int, int] | None]:
+def size_reader(dataset: dict[str, Any], root: Path) -> Callable[[str], tuple[int, int] | None]:
     """A function from the name of an image to its width and height in the pipeline, or None if it cannot be read."""
     loader = next((step for step in steps(dataset) if name_of(step) == "LoadImageFromFile"), {})
     turned = is_turned(loader.get("color_type", "color"), loader.get("imdecode_backend", "cv2"))
@@ -186,7 +187,7 @@ def size_reader(dataset: dict, root: Path) -> Callable[[str], tuple[int, int] | 
     return size_of
 
 
-def steps(part: Any) -> Iterator[dict]:
+def steps(part: Any) -> Iterator[dict[str, Any]]:
     """The transforms in a data set's pipeline, nested ones included."""
     if isinstance(part, dict):
         if "type" in part and "pipeline" not in part:
@@ -197,13 +198,13 @@ def steps(part: Any) -> Iterator[dict]:
             yield from steps(inner)
 
 
-def name_of(part: dict) -> str:
+def name_of(part: dict[str, Any]) -> str:
     """The name of a part's type, without its package."""
     kind = part["type"]
     return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
 
 
-def check_folders(dataset: dict, where: str) -> bool:
+def check_folders(dataset: dict[str, Any], where: str) -> bool:
     """Checks the folders of images and masks of a data set of mmseg. Returns whether it has masks."""
     prefixes = dataset.get("data_prefix") or {}
     root = Path(dataset.get("data_root") or "")
@@ -211,9 +212,9 @@ def check_folders(dataset: dict, where: str) -> bool:
     if not images.is_dir():
         raise ConfigError(f"{where}.data_prefix.img_path: no such folder: {images}")
     names_of_images(dataset, f"{where}.data_prefix.img_path")
-    if masks_folder(dataset) is None:
+    if (masks := masks_folder(dataset)) is None:
         return False
-    folder, where = root / masks_folder(dataset), f"{where}.data_prefix.seg_map_path"
+    folder, where = root / masks, f"{where}.data_prefix.seg_map_path"
     suffix = option(dataset, "seg_map_suffix")
     if folder.is_dir() and any(entry.name.endswith(suffix) for entry in walk(folder)):
         return True
@@ -222,14 +223,14 @@ def check_folders(dataset: dict, where: str) -> bool:
     raise ConfigError(f"{where}: no {f'file that ends in {suffix} in' if folder.is_dir() else 'such folder:'} {folder}")
 
 
-def masks_folder(dataset: dict) -> str | None:
+def masks_folder(dataset: dict[str, Any]) -> str | None:
     """The `seg_map_path` of a data set of mmseg, None if it has none."""
     default = parameters(dataset).get("data_prefix")
     prefixes = dataset.get("data_prefix") or (default.default if default else {})
     return prefixes.get("seg_map_path")
 
 
-def names_of_images(dataset: dict, where: str) -> list[str]:
+def names_of_images(dataset: dict[str, Any], where: str) -> list[str]:
     """The images of a data set of mmseg, relative to their folder: those in its `ann_file`, else all in the folder.
 
     Raises:
@@ -274,11 +275,11 @@ def names_of_images(dataset: dict, where: str) -> list[str]:
     return names
 
 
-def evaluates_masks(evaluators: Sequence[dict]) -> bool:
+def evaluates_masks(evaluators: Sequence[dict[str, Any]]) -> bool:
     return any("segm" in (evaluator.get("metric") or ()) for evaluator in evaluators)
 
 
-def check_evaluator(evaluator: dict, where: str, parts: list[dict], files: AnnotationFiles) -> None:
+def check_evaluator(evaluator: dict[str, Any], where: str, parts: list[dict[str, Any]], files: AnnotationFiles) -> None:
     """Checks that an evaluator's annotations can be used and cover the split's images."""
     file = Path(evaluator["ann_file"])
     if "://" in str(evaluator["ann_file"]):
@@ -300,7 +301,7 @@ def check_evaluator(evaluator: dict, where: str, parts: list[dict], files: Annot
         )
 
 
-def write_results_only(config: Config, without: list[dict], evaluators: Sequence[dict]) -> None:
+def write_results_only(config: Config, without: list[dict[str, Any]], evaluators: Sequence[dict[str, Any]]) -> None:
     """Lets the evaluators of a test split without annotations write the results and compute no metrics."""
     folder = Path(config.get("work_dir") or tempfile.mkdtemp(prefix="results-"), "results").resolve()
     annotations = source(without[0])
@@ -322,7 +323,7 @@ def write_results_only(config: Config, without: list[dict], evaluators: Sequence
     warnings.warn(f"{annotations} has no annotations: results are written to {folder}, no metrics", stacklevel=2)
 
 
-def check_names(dataset: dict) -> None:
+def check_names(dataset: dict[str, Any]) -> None:
     """Checks that image names are distinct: IoUMetric names results after the images, without their folders."""
     names = names_of_images(dataset, "test_dataloader.dataset.data_prefix.img_path")
     twice = [name for name, count in Counter(Path(name).stem for name in names).items() if count > 1]
@@ -333,7 +334,7 @@ def check_names(dataset: dict) -> None:
         )
 
 
-def add_mask_checks(parts: list[dict], model: dict) -> None:
+def add_mask_checks(parts: list[dict[str, Any]], model: dict[str, Any]) -> None:
     """Puts a `CheckMask` behind the `LoadAnnotations` of mmseg's data sets."""
     for dataset in parts:
         classes = classes_of(dataset)
@@ -347,9 +348,9 @@ def add_mask_checks(parts: list[dict], model: dict) -> None:
             dataset["pipeline"] = with_mask_check(dataset["pipeline"], check)
 
 
-def with_mask_check(pipeline: Sequence, check: dict | None) -> list:
+def with_mask_check(pipeline: Sequence[Any], check: dict[str, Any] | None) -> list[Any]:
     """The pipeline with `check` after each `LoadAnnotations`, also inside nested pipelines. None removes both."""
-    found = []
+    found: list[Any] = []
     for step in pipeline:
         if isinstance(step, (list, tuple)):
             found.append(with_mask_check(step, check))
@@ -369,25 +370,25 @@ def with_mask_check(pipeline: Sequence, check: dict | None) -> list:
     return found
 
 
-def classes_of(dataset: dict) -> Sequence[str]:
+def classes_of(dataset: dict[str, Any]) -> Sequence[str]:
     """The classes of a data set: the config's own, else those of its type, else ()."""
     own = (dataset.get("metainfo") or {}).get("classes")
     return own or getattr(type_of(dataset), "METAINFO", {}).get("classes", ())
 
 
-def option(dataset: dict, name: str) -> Any:
+def option(dataset: dict[str, Any], name: str) -> Any:
     """An argument of a data set: the config's own, else its type's default, else None."""
     default = parameters(dataset).get(name)
     return dataset.get(name, default.default if default else None)
 
 
-def parameters(dataset: dict) -> Mapping[str, inspect.Parameter]:
+def parameters(dataset: dict[str, Any]) -> Mapping[str, inspect.Parameter]:
     """The arguments of a data set's type and of its base classes, with their defaults."""
-    kinds = [kind for kind in reversed(type_of(dataset).__mro__) if kind is not object]
+    kinds: list[Any] = [kind for kind in reversed(type_of(dataset).__mro__) if kind is not object]
     return {name: value for kind in kinds for name, value in inspect.signature(kind.__init__).parameters.items()}
 
 
-def type_of(dataset: dict) -> type:
+def type_of(dataset: dict[str, Any]) -> type:
     if not isinstance(dataset["type"], str):
         return dataset["type"]
     with DATASETS.switch_scope_and_registry(None) as registry:  # that of the config's package

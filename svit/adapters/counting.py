@@ -1,6 +1,7 @@
 """Multiply-accumulates of whole detectors and segmentors."""
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from mmengine.analysis import complexity_analysis
@@ -42,12 +43,14 @@ class ImageToHeads(nn.Module):
         if hasattr(getattr(self.model, "roi_head", None), "_refine_roi"):  # a cascade
             self.model.roi_head.forward = self.cascade
 
-    def propose(self, maps: tuple[torch.Tensor, ...], *_, **__) -> list[InstanceData]:
+    def propose(self, maps: tuple[torch.Tensor, ...], *_: Any, **__: Any) -> list[InstanceData]:
         """Replaces the RPN's `predict`: runs the RPN, but always proposes the same regions."""
         self.rpn_outputs = self.model.rpn_head(maps)
         return [InstanceData(bboxes=maps[0].new_tensor([[0.0, 0.0, 64.0, 64.0]]).repeat(PROPOSALS, 1))]
 
-    def cascade(self, maps: tuple[torch.Tensor, ...], proposals: list[InstanceData], samples: list) -> tuple:
+    def cascade(
+        self, maps: tuple[torch.Tensor, ...], proposals: list[InstanceData], samples: list[Any]
+    ) -> tuple[Any, ...]:
         """Replaces a cascade's `forward`, which would pass every region to the mask heads."""
         from mmdet.structures.bbox import bbox2roi
 

@@ -53,7 +53,7 @@ class Sizes(NamedTuple):
                 sideways = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
         return cls(image.size, image.size[::-1] if sideways else image.size)
 
-    def flaw(self, turned: bool, expected: tuple, what: str) -> str | None:
+    def flaw(self, turned: bool, expected: tuple[int, int], what: str) -> str | None:
         """A text if the loaded size of the image differs from the expected one, with the remedy. Else None."""
         loaded = self.upright if turned else self.stored
         if tuple(expected) == loaded:
@@ -122,14 +122,14 @@ class CheckMask:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
 
-    def __call__(self, results: dict) -> dict:
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
         labels = results["gt_seg_map"]
         if ((labels >= self.num_classes) & (labels != 255) & (labels != self.ignore_index)).any():
             values = np.unique(labels).astype(int)
             if results.get("reduce_zero_label"):  # the values in the file
                 values = np.sort(np.where(values == 255, 0, values + 1))
             # `label_map` has been applied before.
-            expected = MaskValues(self.num_classes, results.get("reduce_zero_label"), None, self.ignore_index)
+            expected = MaskValues(self.num_classes, bool(results.get("reduce_zero_label")), None, self.ignore_index)
             raise ImageError(f"mask {results['seg_map_path']}: {in_words(values)}; expected {expected}")
         return results
 
@@ -157,7 +157,8 @@ class Checked:
     def __init__(self, dataset: Any, decode: bool) -> None:
         self.dataset, self.decode = dataset, decode
         self.bad: dict[str, str] = {}
-        self.looked_at, self.seen = 0, set()  # masks whose pixels were, and their values
+        self.looked_at = 0  # masks whose pixels were
+        self.seen: set[int] = set()  # their values
         transforms = getattr(getattr(dataset, "pipeline", None), "transforms", [])
         loader = next((t for t in transforms if hasattr(t, "color_type")), None)
         color_type, backend = getattr(loader, "color_type", "color"), getattr(loader, "imdecode_backend", "cv2")
@@ -168,7 +169,7 @@ class Checked:
         classes = (getattr(dataset, "metainfo", None) or {}).get("classes")
         self.values = None
         if classes and hasattr(dataset, "reduce_zero_label"):  # of MMSegmentation
-            label_map, ignore_index = (getattr(dataset, name, None) for name in ("label_map", "ignore_index"))
+            label_map, ignore_index = getattr(dataset, "label_map", None), getattr(dataset, "ignore_index", 255)
             self.values = MaskValues(len(classes), dataset.reduce_zero_label, label_map, ignore_index)
 
     def run(self) -> None:
@@ -211,7 +212,7 @@ class Checked:
             self.bad[str(file)] = problem
         return sizes
 
-    def image_flaw(self, image: Image.Image, info: dict) -> str | None:
+    def image_flaw(self, image: Image.Image, info: dict[str, Any]) -> str | None:
         """The problem of an image for the config's loader, or None: by its header, and with `decode` by its pixels."""
         if self.by_opencv and image.format not in READ_BY_OPENCV:
             if image.format == "TIFF" and image.mode in ("I", "F") and not self.unchanged:
@@ -220,10 +221,12 @@ class Checked:
                 return f"{image.format}, which OpenCV does not read"
         if self.by_pillow and image.mode in WIDE_NUMBERS | {"F"} and not self.unchanged:
             return "more than 8 bits, which imdecode_backend='pillow' makes white; OpenCV, the default, takes 16"
-        if self.by_opencv and self.decode:
+        if self.loader is not None and self.by_opencv and self.decode:
             self.loader(dict(img_path=info["img_path"]))  # OpenCV refuses some files that Pillow reads
-        annotated = info.get("width"), info.get("height")
-        return None if None in annotated else Sizes.of(image).flaw(self.turned, annotated, "its annotations are of")
+        width, height = info.get("width"), info.get("height")
+        if width is None or height is None:
+            return None
+        return Sizes.of(image).flaw(self.turned, (width, height), "its annotations are of")
 
     def mask_flaw(self, mask: Image.Image, sizes: Sizes | None, in_sample: bool) -> str | None:
         """The problem of a mask, or None: by its header, and in the sample by its pixels."""
@@ -246,7 +249,7 @@ def is_turned(color_type: str, backend: str | None) -> bool:
     return backend in ("cv2", "pillow", None) and color_type in ("color", "grayscale")
 
 
-def in_pixels(size: tuple) -> str:
+def in_pixels(size: tuple[int, ...]) -> str:
     return " x ".join(map(str, size))
 
 
@@ -261,6 +264,6 @@ def problem_with(file: Any) -> str | None:
         return DAMAGED
 
 
-def first(names: Iterable, limit: int = 5) -> str:
+def first(names: Iterable[Any], limit: int = 5) -> str:
     names = list(map(str, names))
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")

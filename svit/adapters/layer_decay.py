@@ -1,3 +1,5 @@
+from typing import Any
+
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
@@ -20,14 +22,14 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ValueError: `layer_decay_rate` is missing or not in (0, 1], or the model's backbone has no `get_layer_depth`.
     """
 
-    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+    def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         rate = self.paramwise_cfg.get("layer_decay_rate")
         if not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise ValueError(f"paramwise_cfg.layer_decay_rate: expected a number in (0, 1], got {rate!r}")
         self.layer_decay_rate = rate
 
-    def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
+    def add_params(self, params: list[dict[str, Any]], module: nn.Module, prefix: str = "", **kwargs: Any) -> None:
         """Calls the parent's method, which recurses and makes one group for each parameter. Then sets each rate."""
         super().add_params(params, module, prefix, **kwargs)
         if prefix:

@@ -35,9 +35,10 @@ def check_maps(model: Config, backbone: TimmBackbone) -> None:
     indices = ", ".join(map(str, backbone.out_indices))
     maps = Maps(list(backbone.channels), list(backbone.strides), f"{backbone.arch}'s maps {indices}")
     if model.get("neck"):
-        maps = through_neck(model["neck"], maps)
-    if maps is None:
-        return
+        behind_neck = through_neck(model["neck"], maps)
+        if behind_neck is None:
+            return
+        maps = behind_neck
     # Only the heads matter, so the smallest backbone will do.
     light = deepcopy(dict(model))
     light["backbone"] = dict(type="TimmBackbone", arch="test_svit")
@@ -46,7 +47,7 @@ def check_maps(model: Config, backbone: TimmBackbone) -> None:
         if isinstance(getattr(built, name, None), nn.Module) and isinstance(model.get(name), dict):
             check_dense_head(getattr(built, name), f"model.{name}", maps)
     if isinstance(model.get("roi_head"), dict):
-        check_roi_head(built.roi_head, maps)
+        check_roi_head(built.get_submodule("roi_head"), maps)
     for name in ("decode_head", "auxiliary_head"):
         heads = model.get(name) or []
         for i, head in enumerate(heads if isinstance(heads, (list, tuple)) else [heads]):
@@ -54,7 +55,7 @@ def check_maps(model: Config, backbone: TimmBackbone) -> None:
             check_decode_head(head, where, maps)
 
 
-def build(part: dict, where: str, *devices: str) -> nn.Module:
+def build(part: dict[str, Any], where: str, *devices: str) -> nn.Module:
     """Builds a part of the model on the first device that works."""
     errors = []
     for device in devices:
@@ -147,12 +148,12 @@ def modules(part: Any) -> list[nn.Module]:
     return list(part) if isinstance(part, nn.ModuleList) else [part] if isinstance(part, nn.Module) else []
 
 
-def check_decode_head(head: dict, where: str, maps: Maps) -> None:
+def check_decode_head(head: dict[str, Any], where: str, maps: Maps) -> None:
     """Checks a head of a segmentor, which names its input maps."""
     channels, indices = head.get("in_channels"), head.get("in_index", -1)
-    one = isinstance(channels, int)
-    if not one and not isinstance(channels, (list, tuple)):
+    if not isinstance(channels, (int, list, tuple)):
         return
+    one = isinstance(channels, int)
     if not one and isinstance(indices, int):  # as many as there are
         indices = list(range(len(maps.channels)))
     wanted = [indices] if isinstance(indices, int) else list(indices)
@@ -160,7 +161,7 @@ def check_decode_head(head: dict, where: str, maps: Maps) -> None:
         count = len(maps.channels)
         raise ConfigError(f"{where}.in_index: expected numbers of {maps.source}, below {count}, got {indices}")
     expected = [maps.channels[i] for i in wanted]
-    given = [channels] if one else list(channels)
+    given = [channels] if isinstance(channels, int) else list(channels)
     if given != expected:
         right = expected[0] if one and len(expected) == 1 else expected
         raise mismatch(f"{where}.in_channels", right, maps, channels)

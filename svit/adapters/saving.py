@@ -51,7 +51,7 @@ class FiniteCheckpointHook(CheckpointHook):
                 runner.message_hub.update_info(key, own_file(Path(stored), folder))
         super().before_train(runner)
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         # mmengine has already waited for the loss to log it.
         loss = torch.as_tensor((outputs or {}).get("loss", 0.0)).detach().sum().item()
         if any_process(not math.isfinite(loss)):
@@ -123,7 +123,7 @@ class StopHook(Hook):
     def __init__(self, signals: list[signal.Signals]) -> None:
         self.signals = signals
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         # Not after each iteration, since the processes have to agree.
         if get_world_size() > 1 and not self.every_n_train_iters(runner, 10):
             return
@@ -133,7 +133,7 @@ class StopHook(Hook):
                     hook._save_checkpoint(runner)
             raise Stopped(self.signals[0] if self.signals else signal.SIGTERM)
 
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         # Processes may have different numbers of images, so each one decides for itself.
         if self.signals:
             raise Stopped(self.signals[0])

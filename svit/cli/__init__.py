@@ -24,7 +24,7 @@ class Command(NamedTuple):
 
 
 # By task, in the order of the help.
-COMMANDS = {
+GROUPS = {
     "train and evaluate a classifier": {
         "train": Command("train a model of timm by a recipe, on folders or timm's datasets", "train"),
         "validate": Command("measure top-1 and top-5 of a model on images with known classes", "train"),
@@ -49,7 +49,7 @@ COMMANDS = {
         "info": Command("show versions, devices, backends, and extras that are missing"),
     },
 }
-BY_NAME = {name: command for group in COMMANDS.values() for name, command in group.items()}
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 EXAMPLES = """
 first steps:
@@ -73,21 +73,21 @@ def main(argv: list[str] | None = None) -> int:
         SystemExit: the arguments cannot be understood (2), or help was asked for (0).
     """
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in BY_NAME:
+    if argv and argv[0] in COMMANDS:
         return command(argv[0])(argv[1:])
     parser = outline()
     if argv and not argv[0].startswith("-"):
-        parser.error(f"there is no command {argv[0]!r}{did_you_mean(argv[0], BY_NAME)}")
+        parser.error(f"there is no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}")
     parser.parse_args(argv)
     parser.error("expected a COMMAND; --help lists them")
 
 
 def outline() -> argparse.ArgumentParser:
     """The command line without the commands' own."""
-    width = max(map(len, BY_NAME))
+    width = max(map(len, COMMANDS))
     groups = [
         "\n".join([f"{task}:", *(f"  {name:{width}}  {command.summary}" for name, command in group.items())])
-        for task, group in COMMANDS.items()
+        for task, group in GROUPS.items()
     ]
     parser = argparse.ArgumentParser(
         prog="svit",
@@ -114,9 +114,9 @@ def command(name: str) -> Callable[[list[str] | None], int]:
             sys.stderr.write(f"error: {error}\n")  # at once: other processes write too
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
-            if BY_NAME[name].extra is None or importlib.util.find_spec(package):
+            if COMMANDS[name].extra is None or importlib.util.find_spec(package):
                 raise  # not what a user can install
-            extra = BY_NAME[name].extra
+            extra = COMMANDS[name].extra
             sys.stderr.write(f"error: svit {name} needs {package}: {install(extra)}\n")
         return 1
 

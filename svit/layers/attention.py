@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -72,13 +72,13 @@ class SuperTokenAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         backend: str | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim = int(dim)
         self.num_heads = int(num_heads)
         self.cell = pair(stoken_size, "stoken_size")
@@ -139,7 +139,7 @@ class SuperTokenAttention(nn.Module):
             return REFERENCE
         x = x.permute(0, 2, 3, 1)
         if self.n_iter == 1:
-            sizes = {"cell": self.cell, "num_heads": self.num_heads}
+            sizes: dict[str, Any] = {"cell": self.cell, "num_heads": self.num_heads}
             plan = choose_plan("super_token_attention", x, self.backend, strict=False, **sizes)
             if plan.backend != "reference" and self.layers_are_stock():
                 return plan
@@ -174,13 +174,17 @@ class SuperTokenAttention(nn.Module):
         plan = self.choose_plan(x, norm) if plan is None else plan
         x = check_map(x, self.dim).permute(0, 2, 3, 1)
         if plan.op == "super_token_attention":
-            linear = [p for layer in (self.qkv, self.proj) for p in (layer.weight.flatten(1), layer.bias)]
             factors = None
             if scale is not None:
                 factors = scale(torch.ones(x.shape[0], self.dim, 1, 1, device=x.device)).flatten(1)
+            qkv, proj = self.qkv, self.proj
+            # The plan says that both have a bias.
+            assert qkv.bias is not None
+            assert proj.bias is not None
             y = super_token_attention(
-                x, self.cell, norm.weight, norm.bias, norm.eps, *linear, self.num_heads, factors, self.backend
-            )
+                x, self.cell, norm.weight, norm.bias, norm.eps, qkv.weight.flatten(1), qkv.bias, proj.weight.flatten(1),
+                proj.bias, self.num_heads, factors, self.backend,
+            )  # fmt: skip
             return y.permute(0, 3, 1, 2)
         y = attention_half(
             x.to(autocast_dtype(x)).contiguous(),

@@ -1,6 +1,7 @@
 """Checks that the layers share. Each is a function, so that torch.fx records it as one step."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ def positive_int(value: int, name: str) -> int:
     return int(value)
 
 
-def plain_ints(values: Iterable[object]) -> list:
+def plain_ints(values: Iterable[Any]) -> list[Any]:
     """`values` with NumPy integers as int, since TorchScript takes no other integers."""
     return [int(v) if is_integer(v) else v for v in values]
 

@@ -8,6 +8,7 @@ between a GELU and a zero-padded convolution, where a folded shift would be wron
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from .checks import check_map
 from .fusing import (
     DROPS,
     POINTWISE,
+    Expected,
     convolve,
     default_backend,
     dropout_inactive,
@@ -50,7 +52,14 @@ class ResidualDepthwiseConv(nn.Conv2d):
 
     bias: torch.Tensor  # the bias of nn.Conv2d may be None, which TorchScript would not pass on
 
-    def __init__(self, dim: int, backend: str | None = None, dilation: int = 1, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        backend: str | None = None,
+        dilation: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(dim, dim, 3, padding=dilation, dilation=dilation, groups=dim, device=device, dtype=dtype)
         self.backend = default_backend(backend)
 
@@ -93,11 +102,11 @@ class ConvFFN(nn.Module):
         act_layer: str | type[nn.Module] = nn.GELU,
         backend: str | None = None,
         dilation: int = 1,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = get_norm_layer(norm_layer)(dim, **dd)
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
         self.act = get_act_layer(act_layer)()
@@ -130,7 +139,7 @@ class ConvFFN(nn.Module):
         if not isinstance(x, torch.Tensor) or torch.jit.is_tracing():  # a trace would record the steps taken here
             return LAYERS
         fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
-        middle = {self.act: nn.GELU, self.drop1: DROPS, dwconv: ResidualDepthwiseConv}
+        middle: Expected = {self.act: nn.GELU, self.drop1: DROPS, dwconv: ResidualDepthwiseConv}
         stock = runs_stock_forward({**middle, fc1: nn.Conv2d, fc2: nn.Conv2d, self.drop2: DROPS})
         if not (stock or runs_stock_forward(middle)) or self.act.approximate != "none":
             return LAYERS
@@ -152,7 +161,7 @@ class ConvFFN(nn.Module):
         for weight, shape in zip(weights, shapes, strict=True):
             if weight is None or weight.shape != shape:
                 return GELU_INSIDE
-        sizes = {"hidden": hidden, "residual": residual, "weights": weights}
+        sizes: dict[str, Any] = {"hidden": hidden, "residual": residual, "weights": weights}
         plan = choose_plan("conv_ffn", x.permute(0, 2, 3, 1), dwconv.backend, strict=False, **sizes)
         return GELU_INSIDE if plan.backend == "reference" else plan
 
@@ -162,7 +171,7 @@ class ConvFFN(nn.Module):
         weight1, weight2 = self.fc1.weight.flatten(1), self.fc2.weight.flatten(1)
         for conv, weight in ((self.fc1, weight1), (self.fc2, weight2)):
             if "packed" in vars(conv):
-                weight.packed = conv.packed
+                vars(weight)["packed"] = vars(conv)["packed"]
         y = plan.ops.conv_ffn(
             self.norm(x).to(x.dtype).permute(0, 2, 3, 1),  # autocast runs some norms in float32
             None if residual is None else residual.permute(0, 2, 3, 1),
@@ -226,8 +235,8 @@ class Stem(nn.Module):
         norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
         act_layer: str | type[nn.Module] = nn.GELU,
         backend: str | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if stride not in self.STRIDES:
@@ -335,11 +344,11 @@ class Downsample(nn.Module):
         backend: str | None = None,
         stride: int = 2,
         dilation: int = 1,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.backend = default_backend(backend)
         self.conv = nn.Conv2d(dim, out_dim, 3, stride=stride, padding=dilation, dilation=dilation, **dd)
         self.norm = get_norm_layer(norm_layer)(out_dim, **dd)
@@ -373,11 +382,11 @@ class FinalConv(nn.Module):
         width: int | None,
         norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
         backend: str | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.backend = default_backend(backend)
         self.conv = nn.Conv2d(dim, width, 1, **dd) if width else nn.Identity()
         self.norm = get_norm_layer(norm_layer)(width or dim, **dd)

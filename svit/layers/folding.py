@@ -5,6 +5,7 @@ computed before any child changes. They are copies, since a module or a weight m
 """
 
 import copy
+from typing import TypeVar, cast
 
 import torch
 from timm.layers import DropPath
@@ -19,7 +20,9 @@ from .fusing import is_plain_pointwise, runs_stock_forward
 
 # Exactly these classes: a subclass may compute something else (BatchNormAct2d has an activation).
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-DROPS = (nn.Dropout, DropPath, nn.Identity)
+DROPS: tuple[type[nn.Module], ...] = (nn.Dropout, DropPath, nn.Identity)
+
+Stock = TypeVar("Stock", bound=nn.Module)
 
 
 def replace(module: nn.Module, children: dict[str, nn.Module]) -> None:
@@ -33,10 +36,10 @@ def keep_packed(backend: str | None, *convs: nn.Module) -> None:
         if backend not in (None, "onednn") or type(conv) is not nn.Conv2d or isinstance(conv.padding, str):
             continue
         if (conv.groups, conv.dilation, conv.padding_mode) == (1, (1, 1), "zeros"):
-            conv.packed = PackedWeight()
+            vars(conv)["packed"] = PackedWeight()
 
 
-def expect_stock(parent: nn.Module, name: str, *classes: type[nn.Module]) -> nn.Module:
+def expect_stock(parent: nn.Module, name: str, *classes: type[Stock]) -> Stock:
     """Returns child `name` (dotted) of `parent`.
 
     Raises:
@@ -50,7 +53,7 @@ def expect_stock(parent: nn.Module, name: str, *classes: type[nn.Module]) -> nn.
             f"{name}: expected a plain {expected} to fold, got {got}; first make pruning, weight norm and other "
             "parametrizations permanent, merge adapters, and remove hooks"
         )
-    return child
+    return cast(Stock, child)
 
 
 def affine(parent: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:

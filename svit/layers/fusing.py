@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,11 @@ from svit.ops import onednn
 from svit.ops._dispatch import exporting
 
 # Dropout layers. These classes do nothing else.
-DROPS = (nn.Identity, nn.Dropout, DropPath)
+DROPS: tuple[type[nn.Module], ...] = (nn.Identity, nn.Dropout, DropPath)
 PLAIN = (nn.Parameter, torch.Tensor, type(None))
+
+# Layers, each with the class or classes that it is expected to be of.
+Expected = dict[nn.Module, type[nn.Module] | tuple[type[nn.Module], ...]]
 
 POINTWISE = (1, 1), (1, 1), (0, 0), 1  # kernel size, stride, padding and groups of a 1x1 convolution
 
@@ -28,7 +32,7 @@ def default_backend(backend: str | None) -> str | None:
     return backend
 
 
-def runs_stock_forward(layers: dict[nn.Module, type[nn.Module] | tuple[type[nn.Module], ...]]) -> bool:
+def runs_stock_forward(layers: Expected) -> bool:
     """Whether each layer is of exactly the given class, runs the forward method of that class, and has no hooks.
 
     Its parameters must be plain tensors, neither quantized nor sharded. A fused path that bypasses forward methods must
@@ -66,8 +70,8 @@ def pointwise(conv: nn.Module, x: torch.Tensor, packed: bool | None = None) -> t
     `packed` is the result of `runs_packed`; None calls that here. TorchScript passes no modules to functions, so a
     scripted caller writes conv(x).
     """
-    if packed or (packed is None and "packed" in vars(conv) and runs_packed(x, conv)):
-        return onednn.convolution(x, conv.weight, conv.bias, packed=conv.packed)
+    if type(conv) is nn.Conv2d and (packed or (packed is None and "packed" in vars(conv) and runs_packed(x, conv))):
+        return onednn.convolution(x, conv.weight, conv.bias, packed=vars(conv)["packed"])
     if not runs_as_product(conv, x):
         return conv(x)
     B, _, H, W = x.shape
@@ -76,14 +80,14 @@ def pointwise(conv: nn.Module, x: torch.Tensor, packed: bool | None = None) -> t
     return y.view(B, H, W, conv.weight.shape[0]).permute(0, 3, 1, 2)
 
 
-def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def convolve(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """Runs conv(x), with the weight in oneDNN's layout if `runs_packed` allows it."""
-    if not runs_packed(x, conv):
+    if not runs_packed(x, conv) or isinstance(conv.padding, str):
         return conv(x)
-    return onednn.convolution(x, conv.weight, conv.bias, conv.stride, conv.padding, packed=conv.packed)
+    return onednn.convolution(x, conv.weight, conv.bias, conv.stride, conv.padding, packed=vars(conv)["packed"])
 
 
-def runs_packed(x: torch.Tensor, *convs: nn.Module) -> bool:
+def runs_packed(x: torch.Tensor, *convs: nn.Conv2d) -> bool:
     """Whether convolutions of x run with their weights in oneDNN's layout, which they keep after `fuse()`."""
     for conv in convs:
         if "packed" not in vars(conv):
@@ -96,7 +100,7 @@ def runs_packed(x: torch.Tensor, *convs: nn.Module) -> bool:
     return x.dim() == 4 and x.shape[1] == weights[0].shape[1]  # else the convolution raises the error
 
 
-def runs_as_product(conv: nn.Module, x: torch.Tensor) -> bool:
+def runs_as_product(conv: nn.Module, x: torch.Tensor) -> TypeGuard[nn.Conv2d]:
     """Whether `pointwise` runs a matrix product instead of the forward method of `conv`.
 
     In float32 it does not: by default PyTorch rounds convolutions to TF32, but not products. In a trace or an export,
@@ -109,9 +113,9 @@ def runs_as_product(conv: nn.Module, x: torch.Tensor) -> bool:
     return is_plain_pointwise(conv)
 
 
-def is_plain_pointwise(conv: nn.Module) -> bool:
+def is_plain_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether `conv` is a plain 1x1 convolution without hooks or a changed forward method."""
-    return runs_stock_forward({conv: nn.Conv2d}) and (
+    return type(conv) is nn.Conv2d and runs_stock_forward({conv: nn.Conv2d}) and (
         conv.kernel_size, conv.stride, conv.padding, conv.groups,
     ) == POINTWISE  # fmt: skip
 
@@ -121,10 +125,10 @@ def for_other_programs() -> bool:
     return torch.jit.is_tracing() or exporting()
 
 
-def renamed(old: str, new: str) -> Callable:
+def renamed(old: str, new: str) -> Callable[..., Any]:
     """A method under its deprecated name."""
 
-    def method(self, *args, **kwargs):
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         message = f"{type(self).__name__}.{old} is deprecated, use {new}"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         return getattr(self, new)(*args, **kwargs)

@@ -8,7 +8,9 @@ class LayerScale(nn.Module):
     gamma is (1, dim, 1, 1), as in the authors' code. It is no vector, so it gets weight decay, as in their training.
     """
 
-    def __init__(self, dim: int, init: float, device=None, dtype=None) -> None:
+    def __init__(
+        self, dim: int, init: float, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.init = init
         self.gamma = nn.Parameter(torch.empty(1, dim, 1, 1, device=device, dtype=dtype))

@@ -8,11 +8,12 @@ a stage is its feature map.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -42,7 +43,7 @@ from svit.layers import (
     folding,
 )
 from svit.layers.checks import plain_ints
-from svit.layers.fusing import DROPS, dropout_inactive, runs_stock_forward
+from svit.layers.fusing import DROPS, Expected, dropout_inactive, runs_stock_forward
 from svit.ops import _dispatch
 from svit.ops._dispatch import Plan
 
@@ -72,11 +73,11 @@ class Block(nn.Module):
         act_layer: LayerType = nn.GELU,
         backend: str | None = None,
         dilation: int = 1,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.pos_embed = ResidualDepthwiseConv(dim, backend, dilation, **dd)
         self.norm1 = LayerNorm2d(dim, eps=1e-6, **dd)
         self.attn = SuperTokenAttention(
@@ -129,7 +130,7 @@ class Block(nn.Module):
         """Chooses what runs norm, attention and residual. None if a module is changed, so that each must run itself."""
         norm, attn = self.norm1, self.attn
         # Layer scale and drop path follow the attention. As factors they may move before the upsampling.
-        factors = {self.ls1: (LayerScale, nn.Identity), self.drop_path1: (DropPath, nn.Identity)}
+        factors: Expected = {self.ls1: (LayerScale, nn.Identity), self.drop_path1: (DropPath, nn.Identity)}
         if not isinstance(x, torch.Tensor) or not runs_stock_forward(
             {norm: LayerNorm2d, attn: SuperTokenAttention, **factors}
         ):
@@ -139,7 +140,7 @@ class Block(nn.Module):
     @torch.jit.ignore
     def choose_ffn(self, x: torch.Tensor) -> Plan | None:
         """Chooses what runs conv-FFN and residual. None if the conv-FFN must choose for itself or is another module."""
-        layers = {self.mlp: ConvFFN, self.ls2: nn.Identity, self.drop_path2: DROPS}
+        layers: Expected = {self.mlp: ConvFFN, self.ls2: nn.Identity, self.drop_path2: DROPS}
         if not runs_stock_forward(layers):
             return None
         if not isinstance(self.drop_path2, nn.Identity) and not dropout_inactive(self.drop_path2):
@@ -148,7 +149,7 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def replacements(self) -> dict[str, nn.Module]:
-        found = {}
+        found: dict[str, nn.Module] = {}
         for name, part, kind, conv, drop in (
             ("ls1", "attn", SuperTokenAttention, "proj", "proj_drop"),
             ("ls2", "mlp", ConvFFN, "fc2", "drop2"),
@@ -255,15 +256,14 @@ class SViT(nn.Module):
         norm_layer: LayerType = nn.BatchNorm2d,
         act_layer: LayerType = nn.GELU,
         backend: str | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         num_stages = len(embed_dims)
         if layer_scale_init is None or isinstance(layer_scale_init, (int, float)):
             layer_scale_init = (layer_scale_init,) * num_stages
-        if isinstance(n_iter, Integral):
-            n_iter = (n_iter,) * num_stages
+        n_iter = cast(Sequence[int], (n_iter,) * num_stages if isinstance(n_iter, Integral) else n_iter)
         per_stage = {
             "depths": depths,
             "num_heads": num_heads,
@@ -279,19 +279,21 @@ class SViT(nn.Module):
         in_chans, num_classes, head_width, stem_stride = plain_ints((in_chans, num_classes, head_width, stem_stride))
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride: expected 8, 16 or 32, got {output_stride!r}")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         self.num_classes = num_classes
 
         self.stem = Stem(in_chans, embed_dims[0], stem_stride, norm_layer, act_layer, backend, **dd)
         self.stem_drop = nn.Dropout(proj_drop_rate)
 
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_path_rates = cast(
+            list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        )
         self.feature_info = []
         stages = []
         reduction, dilation = stem_stride, 1
         for i, dim in enumerate(embed_dims):
-            downsample = nn.Identity()
+            downsample: nn.Module = nn.Identity()
             if i > 0:
                 stride = 2 if reduction < output_stride else 1
                 # A convolution that loses its stride keeps its dilation. Those after it had every second pixel before.
@@ -320,7 +322,7 @@ class SViT(nn.Module):
             self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
 
-        self.final_conv = FinalConv(embed_dims[-1], head_width, norm_layer, backend, **dd)
+        self.final_conv: nn.Module = FinalConv(embed_dims[-1], head_width, norm_layer, backend, **dd)
         self.num_features = head_width or embed_dims[-1]
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
@@ -332,8 +334,9 @@ class SViT(nn.Module):
     def init_weights(self, needs_reset: bool = True) -> None:
         """Sets parameters and buffers to initial values. `needs_reset=False` skips those that layers set themselves."""
         for module in self.modules():
-            if needs_reset and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if needs_reset and reset is not None:
+                reset()
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
@@ -343,7 +346,7 @@ class SViT(nn.Module):
         return set()
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups from the stem to the head, for layer-wise learning-rate decay."""
         fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return dict(
@@ -354,7 +357,7 @@ class SViT(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass instead of storing its activations."""
-        for stage in self.stages:
+        for stage in cast(Iterable[Stage], self.stages):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -384,12 +387,13 @@ class SViT(nn.Module):
                 or of another class. The message names it, and the model is as it was.
         """
         for name, module in self.named_modules():
-            if hasattr(module, "replacements"):
+            if (replacements := getattr(module, "replacements", None)) is not None:
                 try:
-                    module.replacements()
+                    replacements()
                 except ValueError as error:
                     raise ValueError(f"{name}.{error}") from None
-        return reparameterize_model(self, inplace=True)
+        reparameterize_model(self, inplace=True)
+        return self
 
     def forward_intermediates(
         self,
@@ -439,7 +443,7 @@ class SViT(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         # The final convolution feeds no feature map, so it is removed with the head.
         ends_at_tap = prune_norm or prune_head or max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
+        self.stages = cast(nn.Sequential, self.stages[: max_index + 1])
         if ends_at_tap:
             self.final_conv = nn.Identity()
             self.num_features = self.feature_info[max_index]["num_chs"]
@@ -472,7 +476,7 @@ def checkpoint_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def repetition(block: nn.Module, known: dict[tuple, str]) -> Iterator[None]:
+def repetition(block: nn.Module, known: dict[tuple[Any, ...], str]) -> Iterator[None]:
     """For a block's second run: it takes the same steps, even if a backend failed since, and updates no statistics."""
     with _dispatch.choosing_by(known), frozen_statistics(block):
         yield
@@ -488,7 +492,9 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()
     try:
         yield
     finally:
@@ -496,20 +502,20 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
 
 
-def translate_original_keys(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+def translate_original_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load hook: renames the authors' keys to ours, so that a strict `load_state_dict` takes their files."""
     if is_original(state_dict, prefix):
         theirs = {k.removeprefix(prefix): state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
         state_dict.update({prefix + k: v for k, v in from_original(theirs).items()})
 
 
-def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """timm's filter for pretrained weights. It takes the authors' key names too."""
     state_dict = state_dict.get("model", state_dict)
     return from_original(state_dict) if is_original(state_dict) else state_dict
 
 
-def _cfg(**kwargs) -> dict:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -562,7 +568,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_svit(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+def _create_svit(variant: str, pretrained: bool, **kwargs: Any) -> SViT:
     if pretrained:
         _require_weights(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["embed_dims"]))))
@@ -576,32 +582,32 @@ def _create_svit(variant: str, pretrained: bool, **kwargs) -> nn.Module:
     )
 
 
-def _require_weights(variant: str, cfg, overlay: dict | None) -> None:
+def _require_weights(variant: str, cfg: str | dict[str, Any] | None, overlay: dict[str, Any] | None) -> None:
     """Raises a RuntimeError that says where the weights are, if timm would find none."""
-    cfg = resolve_pretrained_cfg(variant, cfg, overlay)
-    if cfg.url or cfg.file or cfg.hf_hub_id or cfg.state_dict or cfg.source:
+    found = resolve_pretrained_cfg(variant, cfg, overlay)
+    if found.url or found.file or found.hf_hub_id or found.state_dict or found.source:
         return
-    name = f"{variant}.{cfg.tag}" if cfg.tag else variant
-    if cfg.origin_url is None:
+    name = f"{variant}.{found.tag}" if found.tag else variant
+    if found.origin_url is None:
         raise RuntimeError(f"{name}: no pretrained weights exist; use pretrained=False.")
-    size = "384" if cfg.input_size[-1] == 384 else "224"
+    size = "384" if found.input_size[-1] == 384 else "224"
     theirs = f"{variant.replace('svit_', 'stvit-')}-{size}.pth"
     raise RuntimeError(
-        f"{name}: the weights cannot be downloaded automatically. Get {theirs} from the links at {cfg.origin_url}, "
+        f"{name}: the weights cannot be downloaded automatically. Get {theirs} from the links at {found.origin_url}, "
         f"then run `svit convert {theirs} {name}.safetensors` and pass "
         f"checkpoint_path='{name}.safetensors' instead of pretrained=True."
     )
 
 
 @register_model
-def svit_small(pretrained: bool = False, **kwargs) -> SViT:
+def svit_small(pretrained: bool = False, **kwargs: Any) -> SViT:
     """SViT-S of the paper."""
     args = dict(embed_dims=(64, 128, 320, 512), depths=(3, 5, 9, 3), num_heads=(1, 2, 5, 8))
     return _create_svit("svit_small", pretrained, **dict(args, **kwargs))
 
 
 @register_model
-def svit_base(pretrained: bool = False, **kwargs) -> SViT:
+def svit_base(pretrained: bool = False, **kwargs: Any) -> SViT:
     """SViT-B of the paper."""
     args = dict(
         embed_dims=(96, 192, 384, 512),
@@ -613,7 +619,7 @@ def svit_base(pretrained: bool = False, **kwargs) -> SViT:
 
 
 @register_model
-def svit_large(pretrained: bool = False, **kwargs) -> SViT:
+def svit_large(pretrained: bool = False, **kwargs: Any) -> SViT:
     """SViT-L of the paper."""
     args = dict(
         embed_dims=(96, 192, 448, 640),
@@ -625,21 +631,21 @@ def svit_large(pretrained: bool = False, **kwargs) -> SViT:
 
 
 @register_model
-def svit_tiny(pretrained: bool = False, **kwargs) -> SViT:
+def svit_tiny(pretrained: bool = False, **kwargs: Any) -> SViT:
     """A smaller SViT-S; not in the paper."""
     args = dict(embed_dims=(32, 64, 160, 256), depths=(2, 2, 6, 2), num_heads=(1, 2, 5, 8))
     return _create_svit("svit_tiny", pretrained, **dict(args, **kwargs))
 
 
 @register_model
-def svit_nano(pretrained: bool = False, **kwargs) -> SViT:
+def svit_nano(pretrained: bool = False, **kwargs: Any) -> SViT:
     """An SViT of at most 3 M parameters; not in the paper."""
     args = dict(embed_dims=(24, 48, 96, 160), depths=(1, 2, 4, 2), num_heads=(1, 2, 4, 5), head_width=640)
     return _create_svit("svit_nano", pretrained, **dict(args, **kwargs))
 
 
 @register_model
-def svit_nano_32(pretrained: bool = False, **kwargs) -> SViT:
+def svit_nano_32(pretrained: bool = False, **kwargs: Any) -> SViT:
     """For images of about 32 pixels: a stem of stride 2 and cells that keep a 4 x 4 grid; not in the paper."""
     args = dict(
         embed_dims=(48, 96, 160, 192),
@@ -653,7 +659,7 @@ def svit_nano_32(pretrained: bool = False, **kwargs) -> SViT:
 
 
 @register_model
-def test_svit(pretrained: bool = False, **kwargs) -> SViT:
+def test_svit(pretrained: bool = False, **kwargs: Any) -> SViT:
     """Every kind of layer at the smallest size, for tests."""
     args = dict(
         embed_dims=(8, 16, 24, 32),

@@ -9,6 +9,7 @@ triton.py say what each backend serves. docs/ops.md explains them.
 
 import importlib
 import warnings
+from types import ModuleType
 
 from . import _dispatch, cuda, triton  # backends, in the order of preference; conv_ffn adds oneDNN
 from ._dispatch import choose, info, self_check
@@ -46,7 +47,7 @@ _FORMER = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType:
     if name not in _FORMER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     new = f"{__name__}.{_FORMER[name]}".removesuffix(".")

@@ -1,5 +1,6 @@
 """Argument checks that the operators share. A ValueError names the argument, the value it got and what is expected."""
 
+from collections.abc import Sequence
 from numbers import Integral
 
 import torch
@@ -21,7 +22,7 @@ def is_integer(value: object) -> bool:
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
-def expect_cell(cell: tuple[int, int]) -> None:
+def expect_cell(cell: Sequence[int]) -> None:
     if len(cell) != 2 or not all(is_integer(n) and n >= 1 for n in cell):
         raise ValueError(f"cell: expected a height and a width of at least 1, got {cell!r}")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -31,7 +31,7 @@ class Backend(SimpleNamespace):
     ) -> None:
         super().__init__(usable=usable, fingerprint=fingerprint, OPS=())
 
-    def implement(self, **functions: Callable) -> None:
+    def implement(self, **functions: Callable[..., Any] | None) -> None:
         """Adds ops, each with its function."""
         self.OPS += tuple(functions)
         vars(self).update(functions)
@@ -45,29 +45,32 @@ REFERENCE = Backend(lambda op, x, **sizes: (True, ""))
 COMPOSITE_OPS: set[str] = set()
 
 # Backends that run only if named, and why.
-OPT_IN = {"cuda": "no GPU has run it yet, a name must ask for it"}
+OPT_IN = {"cuda": "no training with it has been timed yet, a name must ask for it"}
 
 # (backend, op, channels, dtype) -> why it failed in this process. The backend is not chosen again for these.
-failures: dict[tuple, str] = {}
+Failures = dict[tuple[str, str, int, torch.dtype], str]
+failures: Failures = {}
 
 
 class Repetition(threading.local):
     """Of this thread: the failures that choices depend on while it repeats a computation, in place of `failures`."""
 
-    failures: dict[tuple, str] | None = None
+    failures: Failures | None = None
 
 
 repetition = Repetition()
 
 
-def add_backend(name: str, usable: Callable, fingerprint: Callable | None = None) -> Backend:
+def add_backend(
+    name: str, usable: Callable[..., tuple[bool, str]], fingerprint: Callable[[torch.device], str] | None = None
+) -> Backend:
     """Adds a backend. It is preferred to those that are added later."""
     BACKENDS[name] = Backend(usable, fingerprint)
     return BACKENDS[name]
 
 
 @contextmanager
-def choosing_by(known: dict[tuple, str]) -> Iterator[None]:
+def choosing_by(known: Failures) -> Iterator[None]:
     """Chooses as if `failures` were `known`, so that a step that runs again for its backward takes the same path.
 
     An op still runs on a backend that has not failed.
@@ -84,7 +87,7 @@ def has(name: str, op: str) -> bool:
     return op in getattr(BACKENDS[name], "OPS", (op,))
 
 
-def usable(name: str, op: str, x: torch.Tensor, **sizes) -> tuple[bool, str]:
+def usable(name: str, op: str, x: torch.Tensor, **sizes: Any) -> tuple[bool, str]:
     """Whether a backend may run `op` on the map x (B, H, W, C) without being named, and if not, why.
 
     `sizes` are the further sizes that the choice depends on (see the backends' `usable`).
@@ -144,7 +147,7 @@ def make_functions() -> None:
     functions.update({(None, asked): Functions(None, asked) for asked in (None, *BACKENDS)})
 
 
-def choose(op: str, x: torch.Tensor, backend: str | None = None, strict: bool = True, **sizes) -> str:
+def choose(op: str, x: torch.Tensor, backend: str | None = None, strict: bool = True, **sizes: Any) -> str:
     """Chooses the backend that runs `op` on the map x (B, H, W, C) and returns its name.
 
     It is the requested backend, else the first usable one. In a trace (torch.jit.trace, torch.fx), under torch.func's
@@ -172,7 +175,7 @@ def choose_plan(
     backend: str | None = None,
     parameters: Sequence[tuple[torch.Tensor, tuple[int, ...]]] = (),
     strict: bool = True,
-    **sizes,
+    **sizes: Any,
 ) -> Plan:
     """Chooses for a layer: the backend, and how to call it. See `choose`.
 
@@ -232,7 +235,7 @@ def is_unobserved(x: torch.Tensor, parameters: Sequence[tuple[torch.Tensor, tupl
     return True
 
 
-def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
+def run(op: str, backend: str | None, sizes: dict[str, Any], x: torch.Tensor, *args: Any) -> Any:
     """Runs `op` on the backend that serves x. If that fails, the next one runs it.
 
     Raises:
@@ -245,12 +248,12 @@ def run(op: str, backend: str | None, sizes: dict, x: torch.Tensor, *args):
     return execute(name, op, backend, *args, **sizes)
 
 
-def run_reference(op: str, args: tuple):
+def run_reference(op: str, args: tuple[Any, ...]) -> Any:
     results = getattr(REFERENCE, op)(*args)
     return results.contiguous() if torch.is_tensor(results) else tuple(t.contiguous() for t in results)
 
 
-def execute(name: str, op: str, asked: str | None, *args, **sizes):
+def execute(name: str, op: str, asked: str | None, *args: Any, **sizes: Any) -> Any:
     """Runs `op` of backend `name` on contiguous tensors. The first call runs the self-check.
 
     `asked` is the requested backend, or None. A backend that nobody requested may fail its self-check, or fail to
@@ -342,7 +345,7 @@ def info() -> None:
             print(f"{device:8} self-check of {name}: {_self_check.summary(name, BACKENDS[name], torch.device(device))}")
 
 
-def choice(op: str, device: str, dtype: torch.dtype, **sizes) -> str:
+def choice(op: str, device: str, dtype: torch.dtype, **sizes: Any) -> str:
     """The backend of an op on maps of 64 channels, and why those before it do not serve."""
     x = torch.empty(0, 1, 1, 64, device=device, dtype=dtype)
     answers = {name: usable(name, op, x, **sizes) for name in BACKENDS if has(name, op)}

@@ -5,6 +5,7 @@ the gradients and the functions of each backend.
 """
 
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ ops = torch.ops.svit
 def define(
     schema: str,
     check: Callable[..., None] = lambda *_: None,
-    sizes: Callable[..., dict] = lambda *_: {},
+    sizes: Callable[..., dict[str, Any]] = lambda *_: {},
     composite: bool = False,
 ) -> None:
     """Defines an op. Its first argument is the map that the choice depends on, its last is `str? backend`.
@@ -35,12 +36,13 @@ def define(
     arguments, _, returns = rest.rpartition(") -> ")
     LIBRARY.define(f"{name}({arguments}, str? backend=None) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
 
-    def implementation(*args):
+    def implementation(*args: Any) -> Any:
         # PyTorch passes no defaults.
-        *args, backend = args if len(args) > arguments.count(",") + 1 else (*args, None)
-        args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
-        check(*args)
-        return _dispatch.run(name, backend, sizes(*args), args[0], *args)
+        *inputs, backend = args if len(args) > arguments.count(",") + 1 else (*args, None)
+        inputs = [a.contiguous() if isinstance(a, Tensor) else a for a in inputs]
+        check(*inputs)
+        # The first argument has the dtype, device and channels that the choice depends on.
+        return _dispatch.run(name, backend, sizes(*inputs), inputs[0], *inputs)
 
     if composite:
         _dispatch.COMPOSITE_OPS.add(name)
@@ -51,21 +53,21 @@ def grid(H: int, W: int, cell: list[int]) -> tuple[int, int]:
     return (H + cell[0] - 1) // cell[0], (W + cell[1] - 1) // cell[1]
 
 
-def refuse_second_derivative(name: str):
-    def backward(ctx, *grads):
+def refuse_second_derivative(name: str) -> Callable[..., NoReturn]:
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(f"svit::{name} has no second derivative; use backend='reference' for double backward")
 
     return backward
 
 
-def refuse_gradient(name: str):
-    def backward(ctx, *grads):
+def refuse_gradient(name: str) -> Callable[..., NoReturn]:
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(f"svit::{name} is for inference and has no gradient")
 
     return backward
 
 
-def flop_formula(op) -> Callable:
+def flop_formula(op: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Decorator: the cost of an op for PyTorch's FlopCounterMode, which knows PyTorch's own operations only.
 
     A formula counts the products as the counter counts the reference's: a multiply-accumulate is 2 FLOPs, and norms,

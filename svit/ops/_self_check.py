@@ -10,6 +10,7 @@ that folder is not writable, each process checks again. `SVIT_SELF_CHECK=0` turn
 
 import functools
 import hashlib
+import inspect
 import json
 import os
 import socket
@@ -71,7 +72,7 @@ PUBLISHED_CELLS = {64: (8, 8), 96: (8, 8), 128: (4, 4), 192: (4, 4)}
 PUBLISHED_HEADS = {64: 1, 96: 2, 128: 2, 192: 3}
 
 # (case, device) -> "" or why the backend must not be used, of this process
-verdicts: dict[tuple, str] = {}
+verdicts: dict[tuple[Case, torch.device], str] = {}
 
 CHECKING = threading.RLock()  # threads with simultaneous first calls wait for one verdict
 
@@ -96,10 +97,10 @@ class Inputs:
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
 
-    def map(self, seed: int, *shape: int, **options) -> tuple[Tensor, Tensor]:
+    def map(self, seed: int, *shape: int, **options: float) -> tuple[Tensor, Tensor]:
         return self.both(numbers(seed, *shape, **options), self.case.dtype)
 
-    def parameter(self, seed: int, *shape: int, **options) -> tuple[Tensor, Tensor]:
+    def parameter(self, seed: int, *shape: int, **options: float) -> tuple[Tensor, Tensor]:
         """In float32: under autocast, parameters have more bits than the map."""
         return self.both(numbers(seed, *shape, **options), torch.float32)
 
@@ -107,15 +108,20 @@ class Inputs:
         t = t.to(dtype)
         return t.to(self.device), t.double()
 
+    @property
+    def cell(self) -> tuple[int, int]:
+        assert self.case.cell is not None, f"{self.case.op} has no cells"
+        return self.case.cell
+
     def grid(self) -> tuple[int, int, int, int]:
         """H, W, hh, ww: 3 x 3 cells, so that one has all neighbours, or 2 x 2 if interpreted. The last are cropped."""
-        h, w = self.case.cell
+        h, w = self.cell
         n = 3 if self.device.type == "cuda" else 2
         return n * h - h // 2, n * w - (w + 1) // 3, n, n
 
     def association(self) -> tuple[Tensor, Tensor]:
         _, _, hh, ww = self.grid()
-        h, w = self.case.cell
+        h, w = self.cell
         return self.both(numbers(3, 2, hh, ww, 9, h * w).softmax(3), self.case.dtype)
 
 
@@ -127,8 +133,8 @@ class Rule(NamedTuple):
     form: tuple[int, str] | None  # position of the argument that sets the form unless it is None or False; the form
     forward: str  # the op whose case covers this one: the op itself, or for a backward op the forward op
     compare: Callable[[Any, Inputs], Comparisons] | None  # runs a case of the forward op
-    published: tuple[tuple, ...]  # (channels, cell, form) of the published models
-    sizes: Callable[[Case], dict]  # what else the choice of a backend depends on
+    published: tuple[tuple[Any, ...], ...]  # (channels, cell, form) of the published models
+    sizes: Callable[[Case], dict[str, Any]]  # what else the choice of a backend depends on
 
 
 RULES: dict[str, Rule] = {}
@@ -140,8 +146,8 @@ def add(
     cell: int | None = None,
     form: tuple[int, str] | None = None,
     compare: Callable[[Any, Inputs], Comparisons] | None = None,
-    published: Iterable[tuple] = (),
-    sizes: Callable[[Case], dict] = lambda case: {},
+    published: Iterable[tuple[Any, ...]] = (),
+    sizes: Callable[[Case], dict[str, Any]] = lambda case: {},
     forward: str | None = None,
 ) -> None:
     """Adds the rule by which an op is checked. See `Rule`."""
@@ -159,7 +165,9 @@ def check(case: Case, kernels: Any, device: torch.device | str) -> Row:
         for kind in {"cpu", torch.device(device).type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         try:
-            for name, actual, expected in RULES[case.op].compare(kernels, Inputs(case, torch.device(device))):
+            compare = RULES[case.op].compare
+            assert compare is not None, f"{case.op} is no forward op"
+            for name, actual, expected in compare(kernels, Inputs(case, torch.device(device))):
                 dtype = torch.float32 if name in FLOAT32_RESULTS else case.dtype
                 if actual.shape != expected.shape:
                     reasons.append(f"{name} is {list(actual.shape)} instead of {list(expected.shape)}")
@@ -218,7 +226,7 @@ def build() -> bytes:
     """A digest of the checks: a verdict of other checks does not count."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for name in sorted({rule.compare.__module__ for rule in RULES.values() if rule.compare is not None}):
-        digest.update(Path(sys.modules[name].__file__).read_bytes())
+        digest.update(Path(inspect.getfile(sys.modules[name])).read_bytes())
     return digest.digest()
 
 

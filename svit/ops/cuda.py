@@ -44,7 +44,7 @@ def load(path: Path) -> tuple[Compiled | None, str]:
         torch.ops.load_library(path)
     except OSError as error:  # a build of PyTorch without CUDA
         return None, f"no cuda kernels: {error}"
-    library = ctypes.CDLL(path)
+    library = ctypes.CDLL(str(path))
     # A table: torch.compile cannot trace a call into the library.
     grids = itertools.product(range(1, MOST_CELLS + 1), range(1, MOST_CELLS + 1), (False, True))
     attention = {
@@ -86,7 +86,8 @@ def usable(
     Args:
         op: `super_token_attention` or `conv_ffn`.
         x: the map.
-        cell, num_heads: of the attention.
+        cell: of the attention.
+        num_heads: of the attention.
         hidden: channels between the 1x1 convolutions of the conv-FFN.
         residual: whether the conv-FFN adds a residual.
         weights: of the conv-FFN. The op checks them.
@@ -108,7 +109,8 @@ def usable(
     if torch.compiler.is_compiling():  # sizes may be symbols
         return True, ""
     _, H, W, C = x.shape
-    limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    # The stub of PyTorch lacks this one.
+    limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     if op == "conv_ffn":
         wanted, why = compiled.conv_ffn[C], ""
     else:
@@ -122,7 +124,7 @@ def usable(
     return True, ""
 
 
-def fits(op: str, shape: tuple[int, ...], cell: tuple[int, int], num_heads: int, hidden: int) -> tuple[bool, str]:
+def fits(op: str, shape: tuple[int, ...], cell: tuple[int, ...], num_heads: int, hidden: int) -> tuple[bool, str]:
     """Whether kernels of `op` were compiled for maps of this shape, and if not, why."""
     _, H, W, C = shape
     if C not in CELLS:
@@ -141,7 +143,7 @@ def fits(op: str, shape: tuple[int, ...], cell: tuple[int, int], num_heads: int,
 
 def has_clusters(device: torch.device) -> bool:
     """Whether blocks can access each other's shared memory (clusters), which then holds the whole map."""
-    return compiled.clusters and torch.cuda.get_device_capability(device) >= (9, 0)
+    return compiled is not None and compiled.clusters and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def max_active_clusters(C: int, rows: int, columns: int, device: torch.device | str | int) -> int:
@@ -149,7 +151,8 @@ def max_active_clusters(C: int, rows: int, columns: int, device: torch.device | 
 
     Args:
         C: channels of the map, one of `CELLS`.
-        rows, columns: of cells, at most `MOST_CELLS`. A cluster has one block for each row.
+        rows: of cells, at most `MOST_CELLS`. A cluster has one block for each row.
+        columns: of cells, at most `MOST_CELLS`.
         device: of the map. Nothing is launched on it.
 
     Raises:
@@ -173,6 +176,7 @@ def max_active_clusters(C: int, rows: int, columns: int, device: torch.device | 
 
 @functools.cache
 def ask_max_active_clusters(C: int, rows: int, columns: int, index: int) -> int:
+    assert compiled is not None  # else nobody asks
     with torch.cuda.device(index):
         return compiled.library.svit_attention_max_active_clusters(C, *CELLS[C][0], rows, columns, index)
 

@@ -4,6 +4,7 @@ This module says what it serves, and keeps weights in oneDNN's own layout. conv_
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -54,12 +55,12 @@ class PackedWeight:
     """
 
     def __init__(self) -> None:
-        self.kept: tuple[tuple, torch.Tensor, torch.Tensor] | None = None  # key, some values, the layout
+        self.kept: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor] | None = None  # key, some values, the layout
 
-    def __deepcopy__(self, memo: dict) -> "PackedWeight":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeight":
         return PackedWeight()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return PackedWeight, ()
 
 
@@ -95,7 +96,7 @@ def convolution(
         values = weight.as_strided(((weight.numel() - 1) // step + 1,), (step,))
         kept = packed.kept
         if kept is None or kept[0] != key or not torch.equal(kept[1], values):
-            weight = torch._C._nn.mkldnn_reorder_conv2d_weight(
+            weight = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]  # its stub lacks the last
                 weight.detach().to_mkldnn(), list(padding), list(stride), [1, 1], 1, list(x.shape)
             )
             packed.kept = key, values.detach().clone(), weight

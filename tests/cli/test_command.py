@@ -11,7 +11,7 @@ import pytest
 import timm
 
 from svit import __version__, cli
-from svit.cli import BY_NAME, command, info
+from svit.cli import COMMANDS, command, info
 from svit.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def test_help_has_every_command_and_examples_that_work(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    for name, (summary, _) in BY_NAME.items():
+    for name, (summary, _) in COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(summary)}$", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 100
     first = re.search(r"^  svit infer photo.jpg (.*)$", text, re.MULTILINE)[1]
@@ -55,10 +55,10 @@ def test_help_has_every_command_and_examples_that_work(capsys):
 
 def test_every_module_is_a_command():
     modules = {path.stem for path in (ROOT / "svit" / "cli").glob("*.py")} - {"__init__", "base"}
-    assert modules == {name.replace("-", "_") for name in BY_NAME}
+    assert modules == {name.replace("-", "_") for name in COMMANDS}
 
 
-@pytest.mark.parametrize("name", [name for name, told in BY_NAME.items() if told.extra != "mm"])
+@pytest.mark.parametrize("name", [name for name, entry in COMMANDS.items() if entry.extra != "mm"])
 def test_the_help_of_a_command(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])

@@ -3,6 +3,7 @@
 It is a composite of `sample` and `spread`. The CUDA library runs it as one kernel.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -38,11 +39,13 @@ def super_token_attention(
     Args:
         x: map (B, H, W, C).
         cell: height and width of a cell in pixels.
-        norm_weight, norm_bias: (C,), of the layer norm.
+        norm_weight: (C,), of the layer norm.
+        norm_bias: (C,), of the layer norm.
         eps: of that norm.
-        qkv_weight, qkv_bias: (3C, C) and (3C,). Outputs are in the order of the heads: queries, keys and values of
-            each.
-        proj_weight, proj_bias: (C, C) and (C,).
+        qkv_weight: (3C, C). Outputs are in the order of the heads: queries, keys and values of each.
+        qkv_bias: (3C,).
+        proj_weight: (C, C).
+        proj_bias: (C,).
         num_heads: a divisor of C.
         scale: (B, C), factors of the attention's result (layer scale, drop path), or None.
         backend: None for the best backend that serves the input, or the name of one that must serve it.
@@ -56,8 +59,7 @@ def super_token_attention(
     parameters = qkv_weight, qkv_bias, proj_weight, proj_bias
     if checked():
         check_attention(x, cell, norm_weight, norm_bias, eps, *parameters, scale, num_heads)
-    sizes = {"cell": cell, "num_heads": num_heads}
-    if choose("super_token_attention", x, backend, **sizes) == "reference":
+    if choose("super_token_attention", x, backend, cell=cell, num_heads=num_heads) == "reference":
         return attention_half(
             x, cell, 1, norm_weight, norm_bias, eps,
             attend=lambda s: reference.attend(s, *parameters, num_heads),
@@ -70,14 +72,24 @@ def super_token_attention(
     return op(x, cell, norm_weight, norm_bias, eps, *parameters, scale, num_heads, save_for_backward, backend)[0]
 
 
-def expect_linear(weight, bias, name, outputs: int, inputs: int, x) -> None:
+def expect_linear(weight: Tensor, bias: Tensor, name: str, outputs: int, inputs: int, x: Tensor) -> None:
     expect(weight, f"{name}_weight", (outputs, inputs), x)
     expect(bias, f"{name}_bias", (outputs,), x)
 
 
 def check_attention(
-    x, cell, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, scale, num_heads
-):
+    x: Tensor,
+    cell: Sequence[int],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    scale: Tensor | None,
+    num_heads: int,
+) -> None:
     expect_map(x)
     expect_cell(cell)
     C = x.shape[3]

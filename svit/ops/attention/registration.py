@@ -4,8 +4,10 @@ y = x + scale * attention(norm(x)). With `keep`, the op also returns the tensors
 """
 
 from math import prod
+from typing import Any
 
 import torch
+from torch import Size, Tensor
 from torch.library import register_autograd, register_fake
 
 from svit.ops import _dispatch, cuda
@@ -26,8 +28,21 @@ define(
 
 
 @register_fake("svit::super_token_attention")
-def _(x, cell, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, scale, num_heads, keep,
-      backend=None):  # fmt: skip
+def _(
+    x: Tensor,
+    cell: list[int],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    scale: Tensor | None,
+    num_heads: int,
+    keep: bool,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, W, C = x.shape
     hh, ww = grid(H, W, cell)
     dtype = accumulation_dtype(x.dtype)
@@ -38,7 +53,7 @@ def _(x, cell, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, p
     return y, x.new_empty(B, hh, ww, C), q, x.new_empty(B, hh, ww, dtype=dtype)
 
 
-def attention_context(ctx, inputs, output):
+def attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     (x, ctx.cell, norm_weight, norm_bias, ctx.eps, qkv_weight, qkv_bias, proj_weight, proj_bias, scale, ctx.num_heads,
      ctx.keep, _) = inputs  # fmt: skip
     _, s, q, mass = output
@@ -47,21 +62,22 @@ def attention_context(ctx, inputs, output):
     ctx.save_for_backward(x, s, q, mass, norm_weight, qkv_weight, qkv_bias, proj_weight, proj_bias, scale)
 
 
-def attention_gradients(ctx, grad, *_):
+def attention_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """The gradients of its primitives in reverse: upsampling, attention among the super tokens, sampling."""
     if not ctx.keep:
         raise RuntimeError("svit::super_token_attention saves no tensors for a backward with keep=False")
     # s is a constant here, so a second derivative would silently lack a term.
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (grad, *ctx.saved_tensors)):
         refuse_second_derivative("super_token_attention")(ctx, grad)
-    x, s, q, mass, norm_weight, *parameters, scale = ctx.saved_tensors
+    x, s, q, mass, norm_weight, qkv_weight, qkv_bias, proj_weight, proj_bias, scale = ctx.saved_tensors
+    parameters = qkv_weight, qkv_bias, proj_weight, proj_bias
     with torch.autocast(x.device.type, enabled=False):
         ds = ops.aggregate(grad.to(q.dtype), q, ctx.cell)[0]
-        ds, *dparameters, dscale = reference.attend_backward(ds, s, *parameters, scale, ctx.num_heads)
+        ds, *dparameters, dfactors = reference.attend_backward(ds, s, *parameters, scale, ctx.num_heads)
         dx, dnorm_weight, dnorm_bias = ops.sample_backward(ds.to(x.dtype), x, q, mass, ctx.cell, norm_weight, ctx.eps)
     dparameters = [d.to(p.dtype) for d, p in zip(dparameters, parameters, strict=True)]
     dnorm = dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(ctx.norm_bias_dtype)
-    dscale = None if scale is None else dscale.to(scale.dtype)
+    dscale = None if scale is None else dfactors.to(scale.dtype)
     return grad.to(x.dtype) + dx, None, *dnorm, None, *dparameters, dscale, None, None, None
 
 
@@ -69,7 +85,19 @@ register_autograd("svit::super_token_attention", attention_gradients, setup_cont
 
 
 @flop_formula(ops.super_token_attention)
-def attention_flops(x, cell, norm_weight, norm_bias, eps, qkv, qkv_bias, proj, proj_bias, *_, **__) -> int:
+def attention_flops(
+    x: Size,
+    cell: list[int],
+    norm_weight: Size,
+    norm_bias: Size,
+    eps: float,
+    qkv: Size,
+    qkv_bias: Size,
+    proj: Size,
+    proj_bias: Size,
+    *_: Any,
+    **__: Any,
+) -> int:
     B, H, W, C = x
     hh, ww = grid(H, W, cell)
     tokens = hh * ww

@@ -11,7 +11,7 @@ from . import reference
 
 
 def check_super_token_attention(kernels: Any, given: Inputs) -> Comparisons:
-    C, (h, w) = given.case.channels, given.case.cell
+    C, (h, w) = given.case.channels, given.cell
     x, x64 = given.map(1, 2, 3 * h, 2 * w, C)
     parameters = [
         given.parameter(4, C, scale=0.2, plus=1),
@@ -24,7 +24,7 @@ def check_super_token_attention(kernels: Any, given: Inputs) -> Comparisons:
     ]
     heads = PUBLISHED_HEADS[C]
 
-    def run(function: Callable, x: Tensor, which: int) -> tuple[Tensor, ...]:
+    def run(function: Callable[..., Any], x: Tensor, which: int) -> tuple[Tensor, ...]:
         weight, bias, qkv, qkv_bias, proj, proj_bias, scale = (p[which] for p in parameters)
         return function(x, [h, w], weight, bias, 1e-6, qkv, qkv_bias, proj, proj_bias, scale, heads, True)
 

@@ -34,9 +34,12 @@ def conv_ffn(
     Args:
         x: map (B, H, W, C), after the BatchNorm unless that is folded into `weight1`.
         residual: map to add, same shape and dtype.
-        weight1, bias1: (hidden, C) and (hidden,).
-        depthwise_weight, depthwise_bias: (hidden, 1, 3, 3) and (hidden,).
-        weight2, bias2: (C, hidden) and (C,).
+        weight1: (hidden, C).
+        bias1: (hidden,).
+        depthwise_weight: (hidden, 1, 3, 3).
+        depthwise_bias: (hidden,).
+        weight2: (C, hidden).
+        bias2: (C,).
         backend: None for the best backend that serves the input, or the name of one that must serve it.
 
     Returns:
@@ -54,7 +57,16 @@ def conv_ffn(
     return torch.ops.svit.conv_ffn(*tensors, backend)
 
 
-def check_conv_ffn(x, residual, weight1, bias1, depthwise_weight, depthwise_bias, weight2, bias2):
+def check_conv_ffn(
+    x: Tensor,
+    residual: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+) -> None:
     expect_map(x)
     expect(residual, "residual", x.shape, x, x.dtype)
     C, hidden = x.shape[3], weight1.shape[0]

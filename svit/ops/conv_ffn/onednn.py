@@ -7,6 +7,7 @@ the second one adds the residual.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,16 +58,17 @@ def conv_ffn(
     rows = max(TILE // (hidden * W), 4)
     images, rows = min(max(rows // H, 1), max(B, 1)), min(rows, H)
     alike = rows == H and B % images == 0  # all tiles have one shape
-    if packed is None or not alike or not weight1.dtype == weight2.dtype == dtype:
-        packed = None, None
+    packed1 = packed2 = None
+    if packed is not None and alike and weight1.dtype == weight2.dtype == dtype:
+        packed1, packed2 = packed
     weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
     taps = depthwise_weight.to(dtype)
     if dtype == torch.float32:  # the centre tap includes the residual; in 16 bit 1 + t would lose digits of t
         taps = taps + F.pad(taps.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
     depthwise = partial(F.conv2d, weight=taps, bias=depthwise_bias, padding=1, groups=hidden)
-    expand = partial(convolution, weight=weight1, bias=bias1, gelu=True, packed=packed[0])
-    project = partial(convolution, weight=weight2, bias=bias2, packed=packed[1])
-    if images * rows * W < FEW and packed[0] is None:
+    expand = partial(convolution, weight=weight1, bias=bias1, gelu=True, packed=packed1)
+    project = partial(convolution, weight=weight2, bias=bias2, packed=packed2)
+    if images * rows * W < FEW and packed1 is None:
         expand, project = partial(product, weight1, bias1, True), partial(product, weight2, bias2, False)
     depthwise_of_gelu = depthwise if dtype == torch.float32 else lambda u: depthwise(u) + u
     joins = residual is None or residual.dtype == dtype
@@ -89,7 +91,9 @@ def conv_ffn(
     return out
 
 
-def project_rows(project: Callable, rows: tuple[slice, ...], residual: torch.Tensor | None, u: torch.Tensor):
+def project_rows(
+    project: Callable[..., Any], rows: tuple[slice, ...], residual: torch.Tensor | None, u: torch.Tensor
+) -> torch.Tensor:
     return project(u[rows], residual=residual)
 
 
@@ -103,10 +107,17 @@ def product(
 
 
 def run_conv_ffn(
-    x: torch.Tensor, residual: torch.Tensor | None, weight1, bias1, depthwise_weight, depthwise_bias, weight2, bias2
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    depthwise_weight: torch.Tensor,
+    depthwise_bias: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
 ) -> torch.Tensor:
     """The op: maps (B, H, W, C), weights of the 1x1 convolutions as matrices. A layer may set their `packed`."""
-    packed = getattr(weight1, "packed", None), getattr(weight2, "packed", None)
+    packed: list[Any] = [getattr(weight, "packed", None) for weight in (weight1, weight2)]
     y = conv_ffn(
         x.permute(0, 3, 1, 2), weight1[:, :, None, None], bias1, depthwise_weight, depthwise_bias,
         weight2[:, :, None, None], bias2, None if residual is None else residual.permute(0, 3, 1, 2),

@@ -1,7 +1,9 @@
 """The conv-FFN half as an op of `torch.ops.svit`: schema, shape of the result, FLOPs, implementations. No gradient."""
 
 from math import prod
+from typing import Any
 
+from torch import Size, Tensor
 from torch.library import register_autograd, register_fake
 
 from svit.ops import _dispatch, cuda
@@ -20,7 +22,17 @@ define(
 
 
 @register_fake("svit::conv_ffn")
-def _(x, residual, weight1, bias1, depthwise_weight, depthwise_bias, weight2, bias2, backend=None):
+def _(
+    x: Tensor,
+    residual: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    backend: str | None = None,
+) -> Tensor:
     return residual.new_empty(residual.shape)
 
 
@@ -28,11 +40,21 @@ register_autograd("svit::conv_ffn", refuse_gradient("conv_ffn"))
 
 
 @flop_formula(ops.conv_ffn)
-def conv_ffn_flops(x, residual, weight1, bias1, depthwise_weight, depthwise_bias, weight2, *_, **__) -> int:
+def conv_ffn_flops(
+    x: Size,
+    residual: Size,
+    weight1: Size,
+    bias1: Size,
+    depthwise_weight: Size,
+    depthwise_bias: Size,
+    weight2: Size,
+    *_: Any,
+    **__: Any,
+) -> int:
     B, H, W, C = x
     return 2 * B * H * W * (prod(weight1) + prod(depthwise_weight) + prod(weight2))
 
 
 _dispatch.REFERENCE.implement(conv_ffn=reference.conv_ffn)
 cuda.BACKEND.implement(conv_ffn=kernels.conv_ffn)
-onednn.BACKEND.implement(conv_ffn=onednn.run_conv_ffn)
+_dispatch.BACKENDS["onednn"].implement(conv_ffn=onednn.run_conv_ffn)

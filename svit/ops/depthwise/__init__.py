@@ -50,7 +50,9 @@ def bias_gelu_affine(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, back
 
     Args:
         x: map (B, H, W, C), the result of a convolution without its bias.
-        bias, scale, shift: (C,).
+        bias: (C,).
+        scale: (C,).
+        shift: (C,).
         backend: see above.
 
     Returns:
@@ -70,19 +72,19 @@ def bias_gelu_affine(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, back
         return torch.ops.svit.bias_gelu_affine(x, bias, scale, shift, backend)
 
 
-def check_depthwise(x, weight, bias, gelu):
+def check_depthwise(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> None:
     expect_map(x)
     expect(weight, "weight", (x.shape[3], 1, 3, 3), x)
     expect(bias, "bias", (x.shape[3],), x)
 
 
-def check_depthwise_backward(grad, x, weight, gelu):
+def check_depthwise_backward(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> None:
     expect_map(x)
     expect(grad, "grad", x.shape, x, x.dtype)
     expect(weight, "weight", (x.shape[3], 1, 3, 3), x)
 
 
-def check_bias_gelu_affine(x, bias, scale, shift):
+def check_bias_gelu_affine(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> None:
     expect_map(x)
     for name, t in (("bias", bias), ("scale", scale), ("shift", shift)):
         expect(t, name, (x.shape[3],), x)

@@ -1,7 +1,9 @@
 """The depthwise ops of `torch.ops.svit`: schemas, shapes of the results, gradients, FLOPs, implementations."""
 
 from math import prod
+from typing import Any
 
+from torch import Size, Tensor
 from torch.library import register_autograd, register_fake
 
 from svit.ops import _dispatch, triton
@@ -21,23 +23,23 @@ define(
 
 
 @register_fake("svit::depthwise3x3")
-def _(x, weight, bias, gelu, backend=None):
+def _(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, backend: str | None = None) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @register_fake("svit::depthwise3x3_backward")
-def _(grad, x, weight, gelu, backend=None):
+def _(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
     return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(x.shape[3], dtype=dtype)
 
 
-def depthwise_context(ctx, inputs, output):
+def depthwise_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, ctx.gelu, ctx.backend = inputs
     ctx.bias_dtype = bias.dtype
     ctx.save_for_backward(x, weight)
 
 
-def depthwise_gradients(ctx, grad):
+def depthwise_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     dx, dweight, dbias = ops.depthwise3x3_backward(grad.to(x.dtype), x, weight, ctx.gelu, ctx.backend)
     return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
@@ -58,7 +60,7 @@ define(
 
 
 @register_fake("svit::bias_gelu_affine")
-def _(x, bias, scale, shift, backend=None):
+def _(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, backend: str | None = None) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -66,12 +68,14 @@ register_autograd("svit::bias_gelu_affine", refuse_gradient("bias_gelu_affine"))
 
 
 @flop_formula(ops.depthwise3x3)
-def depthwise_flops(x, weight, bias, gelu, backend=None, **_) -> int:
+def depthwise_flops(x: Size, weight: Size, bias: Size, gelu: bool, backend: str | None = None, **_: Any) -> int:
     return 2 * 9 * prod(x)
 
 
 @flop_formula(ops.depthwise3x3_backward)
-def depthwise_backward_flops(grad, x, weight, gelu, backend=None, **_) -> int:
+def depthwise_backward_flops(
+    grad: Size, x: Size, weight: Size, gelu: bool, backend: str | None = None, **_: Any
+) -> int:
     return 2 * 2 * 9 * prod(x)
 
 

@@ -10,6 +10,8 @@ Letters of the shapes: B batch, H x W pixels, C channels, hh x ww cells of P pix
 serve it. On every backend softmax, mass and sums run in float32 at least, and q is a constant to autograd.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -177,7 +179,7 @@ def expect_constant(q: Tensor, backend: str | None) -> None:
         raise ValueError("q: expected a constant, got a tensor that requires grad, which takes backend='reference'")
 
 
-def expect_grid(t: Tensor, name: str, x: Tensor, cell: tuple[int, int], last: tuple[int, ...]) -> None:
+def expect_grid(t: Tensor, name: str, x: Tensor, cell: Sequence[int], last: tuple[int, ...]) -> None:
     """t is (B, hh, ww, *last) for the cells of the map x, in its dtype."""
     hh, ww = -(-x.shape[1] // cell[0]), -(-x.shape[2] // cell[1])
     expect(t, name, (x.shape[0], hh, ww, *last), x, x.dtype)
@@ -191,7 +193,7 @@ def expect_norm(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
             expect(t, name, (x.shape[3],), x)
 
 
-def expect_size(size: tuple[int, int], s: Tensor, cell: tuple[int, int]) -> None:
+def expect_size(size: Sequence[int], s: Tensor, cell: Sequence[int]) -> None:
     if len(size) != 2 or min(size) < 1 or [-(-n // c) for n, c in zip(size, cell, strict=True)] != list(s.shape[1:3]):
         raise ValueError(f"size: expected H, W of {list(s.shape[1:3])} cells of {list(cell)}, got {list(size)}")
 
@@ -208,26 +210,30 @@ def expect_reference(backend: str | None) -> None:
         raise ValueError(f"backend: expected 'reference' or None with differentiable=True, got {backend!r}")
 
 
-def check_associate(x, s, cell):
+def check_associate(x: Tensor, s: Tensor, cell: Sequence[int]) -> None:
     expect_map(x)
     expect_cell(cell)
     expect_grid(s, "s", x, cell, (x.shape[3],))
 
 
-def check_aggregate(x, q, cell):
+def check_aggregate(x: Tensor, q: Tensor, cell: Sequence[int]) -> None:
     expect_map(x)
     expect_cell(cell)
     expect_grid(q, "q", x, cell, (9, cell[0] * cell[1]))
 
 
-def check_sample(x, cell, n_iter, weight, bias, eps):
+def check_sample(
+    x: Tensor, cell: Sequence[int], n_iter: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> None:
     expect_map(x)
     expect_cell(cell)
     expect_rounds(n_iter)
     expect_norm(weight, bias, x)
 
 
-def check_sample_backward(grad, x, q, mass, cell, weight, eps):
+def check_sample_backward(
+    grad: Tensor, x: Tensor, q: Tensor, mass: Tensor, cell: Sequence[int], weight: Tensor | None, eps: float
+) -> None:
     expect_map(x)
     expect_cell(cell)
     expect_grid(grad, "grad", x, cell, (x.shape[3],))
@@ -236,7 +242,7 @@ def check_sample_backward(grad, x, q, mass, cell, weight, eps):
     expect_norm(weight, weight, x)
 
 
-def check_spread(s, q, cell, size, residual):
+def check_spread(s: Tensor, q: Tensor, cell: Sequence[int], size: Sequence[int], residual: Tensor | None) -> None:
     expect_map(s, "s")
     expect_cell(cell)
     expect_size(size, s, cell)

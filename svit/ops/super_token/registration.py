@@ -1,7 +1,9 @@
 """The super-token ops of `torch.ops.svit`: schemas, shapes of the results, gradients, FLOPs, implementations."""
 
 from math import prod
+from typing import Any
 
+from torch import Size, Tensor
 from torch.library import register_autograd, register_fake
 
 from svit.ops import _dispatch, triton
@@ -17,7 +19,7 @@ define("associate(Tensor x, Tensor s, int[] cell) -> Tensor", check_associate)
 
 
 @register_fake("svit::associate")
-def _(x, s, cell, backend=None):
+def _(x: Tensor, s: Tensor, cell: list[int], backend: str | None = None) -> Tensor:
     B, H, W, C = x.shape
     return x.new_empty(B, *grid(H, W, cell), 9, cell[0] * cell[1])
 
@@ -32,37 +34,39 @@ define("spread(Tensor s, Tensor q, int[] cell, SymInt[] size, Tensor? residual) 
 
 
 @register_fake("svit::aggregate")
-def _(x, q, cell, backend=None):
+def _(x: Tensor, q: Tensor, cell: list[int], backend: str | None = None) -> tuple[Tensor, Tensor]:
     B, hh, ww = q.shape[:3]
     dtype = accumulation_dtype(x.dtype)
     return x.new_empty(B, hh, ww, x.shape[3], dtype=dtype), x.new_empty(B, hh, ww, dtype=dtype)
 
 
 @register_fake("svit::spread")
-def _(s, q, cell, size, residual, backend=None):
+def _(
+    s: Tensor, q: Tensor, cell: list[int], size: list[int], residual: Tensor | None, backend: str | None = None
+) -> Tensor:
     dtype = s.dtype if residual is None else residual.dtype
     return s.new_empty(s.shape[0], *size, s.shape[3], dtype=dtype)
 
 
-def aggregate_context(ctx, inputs, output):
+def aggregate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, q, ctx.cell, ctx.backend = inputs
     ctx.size, ctx.dtype = x.shape[1:3], x.dtype
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q)
 
 
-def aggregate_backward(ctx, grad, _):
+def aggregate_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     (q,) = ctx.saved_tensors
     return ops.spread(grad.to(ctx.dtype), q, ctx.cell, ctx.size, None, ctx.backend), None, None, None
 
 
-def spread_context(ctx, inputs, output):
+def spread_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     s, q, ctx.cell, size, residual, ctx.backend = inputs
     ctx.dtype, ctx.residual_dtype = s.dtype, None if residual is None else residual.dtype
     ctx.save_for_backward(q)
 
 
-def spread_backward(ctx, grad):
+def spread_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (q,) = ctx.saved_tensors
     ds = dresidual = None
     if ctx.needs_input_grad[0]:
@@ -91,7 +95,15 @@ define(
 
 
 @register_fake("svit::sample")
-def _(x, cell, n_iter, weight, bias, eps, backend=None):
+def _(
+    x: Tensor,
+    cell: list[int],
+    n_iter: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     B, H, W, C = x.shape
     hh, ww = grid(H, W, cell)
     return (
@@ -102,12 +114,21 @@ def _(x, cell, n_iter, weight, bias, eps, backend=None):
 
 
 @register_fake("svit::sample_backward")
-def _(grad, x, q, mass, cell, weight, eps, backend=None):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    q: Tensor,
+    mass: Tensor,
+    cell: list[int],
+    weight: Tensor | None,
+    eps: float,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     C = 0 if weight is None else x.shape[3]
     return x.new_empty(x.shape), mass.new_empty(C), mass.new_empty(C)
 
 
-def sample_context(ctx, inputs, output):
+def sample_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, ctx.cell, _, weight, bias, ctx.eps, ctx.backend = inputs
     _, q, mass = output
     ctx.mark_non_differentiable(q, mass)
@@ -115,7 +136,7 @@ def sample_context(ctx, inputs, output):
     ctx.save_for_backward(x, q, mass, weight)
 
 
-def sample_gradients(ctx, grad, *_):
+def sample_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, q, mass, weight = ctx.saved_tensors
     dx, dweight, dbias = ops.sample_backward(grad.to(x.dtype), x, q, mass, ctx.cell, weight, ctx.eps, ctx.backend)
     if weight is None:
@@ -133,27 +154,50 @@ def products(q: tuple[int, ...], C: int) -> int:
 
 
 @flop_formula(ops.associate)
-def associate_flops(x, s, cell, backend=None, *, out_shape, **_) -> int:
+def associate_flops(x: Size, s: Size, cell: list[int], backend: str | None = None, *, out_shape: Size, **_: Any) -> int:
     return products(out_shape, x[-1])
 
 
 @flop_formula(ops.aggregate)
-def aggregate_flops(x, q, cell, backend=None, **_) -> int:
+def aggregate_flops(x: Size, q: Size, cell: list[int], backend: str | None = None, **_: Any) -> int:
     return products(q, x[-1])
 
 
 @flop_formula(ops.spread)
-def spread_flops(s, q, cell, size, residual, backend=None, **_) -> int:
+def spread_flops(
+    s: Size, q: Size, cell: list[int], size: list[int], residual: Size | None, backend: str | None = None, **_: Any
+) -> int:
     return products(q, s[-1])
 
 
 @flop_formula(ops.sample)
-def sample_flops(x, cell, n_iter, weight, bias, eps, backend=None, *, out_shape, **_) -> int:
+def sample_flops(
+    x: Size,
+    cell: list[int],
+    n_iter: int,
+    weight: Size | None,
+    bias: Size | None,
+    eps: float,
+    backend: str | None = None,
+    *,
+    out_shape: tuple[Size, ...],
+    **_: Any,
+) -> int:
     return 2 * n_iter * products(out_shape[1], x[-1])
 
 
 @flop_formula(ops.sample_backward)
-def sample_backward_flops(grad, x, q, mass, cell, weight, eps, backend=None, **_) -> int:
+def sample_backward_flops(
+    grad: Size,
+    x: Size,
+    q: Size,
+    mass: Size,
+    cell: list[int],
+    weight: Size | None,
+    eps: float,
+    backend: str | None = None,
+    **_: Any,
+) -> int:
     return products(q, x[-1])
 
 

@@ -8,7 +8,7 @@ from . import reference
 
 
 def check_associate(kernels: Any, given: Inputs) -> Comparisons:
-    C, cell = given.case.channels, list(given.case.cell)
+    C, cell = given.case.channels, given.cell
     H, W, hh, ww = given.grid()
     x, x64 = given.map(1, 2, H, W, C)
     s, s64 = given.map(2, 2, hh, ww, C)
@@ -17,14 +17,14 @@ def check_associate(kernels: Any, given: Inputs) -> Comparisons:
 
 def check_aggregate(kernels: Any, given: Inputs) -> Comparisons:
     H, W, _, _ = given.grid()
-    cell = list(given.case.cell)
+    cell = given.cell
     x, x64 = given.map(1, 2, H, W, given.case.channels)
     q, q64 = given.association()
     yield from zip(("total", "mass"), kernels.aggregate(x, q, cell), reference.aggregate(x64, q64, cell), strict=True)
 
 
 def check_spread(kernels: Any, given: Inputs) -> Comparisons:
-    C, cell = given.case.channels, list(given.case.cell)
+    C, cell = given.case.channels, given.cell
     H, W, hh, ww = given.grid()
     s, s64 = given.map(2, 2, hh, ww, C)
     q, q64 = given.association()
@@ -34,7 +34,7 @@ def check_spread(kernels: Any, given: Inputs) -> Comparisons:
 
 
 def check_sample(kernels: Any, given: Inputs) -> Comparisons:
-    C, cell, eps = given.case.channels, list(given.case.cell), 1e-6
+    C, cell, eps = given.case.channels, given.cell, 1e-6
     H, W, hh, ww = given.grid()
     x, x64 = given.map(1, 2, H, W, C)
     weight = weight64 = bias = bias64 = None
@@ -51,7 +51,7 @@ def check_sample(kernels: Any, given: Inputs) -> Comparisons:
     yield from zip(("dx", "dweight", "dbias"), gradients, expected, strict=True)
 
 
-def published(*forms: str) -> list[tuple]:
+def published(*forms: str) -> list[tuple[Any, ...]]:
     return [(C, cell, form) for C, cell in PUBLISHED_CELLS.items() for form in forms]
 
 

@@ -9,6 +9,7 @@ AMD's GPUs have no such mode.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -398,7 +399,7 @@ def launch_sample_backward(
 
 
 def launch_spread(
-    s: Tensor, q: Tensor, cell: list[int], size: list[int], residual: Tensor | None, mass: Tensor | None = None
+    s: Tensor, q: Tensor, cell: list[int], size: Sequence[int], residual: Tensor | None, mass: Tensor | None = None
 ) -> Tensor:
     """With `mass`, the shares in q are divided by the mass of their super tokens."""
     B, hh, ww, C = s.shape
