@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises an error for what can be told from the arguments alone."""
+    """Raises an error for what the arguments alone show to be wrong."""
     check_point(args.point)
     missing = next((image for image in args.images if not os.path.lexists(image)), None)  # a broken link is unreadable
     if missing is not None:
