@@ -45,7 +45,7 @@ REFERENCE = Backend(lambda op, x, **sizes: (True, ""))
 COMPOSITE_OPS: set[str] = set()
 
 # Those that are never chosen, and why: a name must ask for them.
-OPT_IN = {"cuda": "no GPU has run it yet, a name must ask for it"}
+OPT_IN = {"cuda": "no training with it has been timed yet, a name must ask for it"}
 
 # (backend, op, channels, dtype) -> why it broke in this process: the backend is not chosen again for these.
 failures: dict[tuple, str] = {}
@@ -203,7 +203,7 @@ def choose_plan(
                 break
         else:
             return Plan(op, "reference", REFERENCE, False)
-    # What no GPU has run yet is always checked.
+    # What only a name asks for is always checked.
     direct = name not in OPT_IN and is_unobserved(x, parameters)
     key = (name if direct else None), backend
     if key not in functions:

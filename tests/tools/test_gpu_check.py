@@ -410,11 +410,12 @@ def test_models_are_compared_with_their_upstream_form_and_the_peers():
     found = {item.name: item.arguments for item in stage.batches[0].items}
     for batch in (1, 64, 128):
         for mode in ("forward", "training"):
-            specs = found[f"svit_small {mode} 224x224 batch {batch}"]["specs"]
-            assert specs[:2] == ["upstream:svit_small", "svit_small"]
-            assert set(models.PEERS) < set(specs)
-    assert "svit_small forward 800x1280 batch 2" in found
-    assert "svit_large training 224x224 batch 128" in found
+            for way in ("as they are", "compiled"):
+                specs = found[f"svit_small {mode} 224x224 batch {batch}, {way}"]["specs"]
+                assert specs[:2] == ["upstream:svit_small", "svit_small"]
+                assert set(models.PEERS) < set(specs)
+    assert found["svit_small forward 800x1280 batch 2, as they are"]["ways"] == ("eager", "graph")
+    assert found["svit_large training 224x224 batch 128, compiled"]["ways"] == ("compiled",)
 
 
 def test_least_traffic():
