@@ -193,7 +193,11 @@ def parse_args() -> argparse.Namespace:
         "--steps", nargs="+", choices=tuple(STEPS), default=tuple(STEPS), help="some of them, in this order"
     )
     parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="PATTERN", help="of their items those with such a name, as in a shell"
+        "--only",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help="of their items those with such names, as in a shell",
     )
     parser.add_argument("--out", type=Path, help="folder of the report; default: $OUT if set, else docs/benchmarks")
     parser.add_argument("--minutes", type=float, metavar="N", help="leave out what would not end in N minutes")

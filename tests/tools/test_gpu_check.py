@@ -511,7 +511,7 @@ def test_outcomes_of_tests(line, expected):
 def test_a_model_that_cannot_be_built_ends_no_other(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{gpu_check.ROOT}:{gpu_check.ROOT / 'tools'}")
     setup = Setup(True, "", 2)
-    found = list(models.run(setup, ["test_svit", "no_such_model"], [16, 16], 2, False))
+    found = list(models.run(setup, ["test_svit", "no_such_model"], [16, 16], 2, False, ["eager"]))
     assert {(row["model"], row["ok"]) for row in found} == {("test_svit", True), ("no_such_model", False)}
     assert all(row["img/s"] > 0 for row in found if row["ok"])
 

@@ -95,9 +95,7 @@ def stages(setup: Setup) -> list[Stage]:
     return [Stage([Batch(items)], environment={"TORCHINDUCTOR_COMPILE_THREADS": "4"})]
 
 
-def run(
-    setup: Setup, specs: list[str], size: list[int], batch: int, train: bool, ways: list[str]
-) -> Iterator[dict]:
+def run(setup: Setup, specs: list[str], size: list[int], batch: int, train: bool, ways: list[str]) -> Iterator[dict]:
     dtype = "float32" if train or setup.rehearsal else "bfloat16"
     amp = "bfloat16" if train and not setup.rehearsal else None
     setting = Setting(tuple(size), batch, train, amp, setup.device, dtype)
