@@ -56,12 +56,19 @@ class Run:
 
     def __init__(self, report: Report, setup: Setup, minutes: float | None, only: list[str]) -> None:
         self.report, self.setup, self.only = report, setup, only
+        self.unmatched = set(only)  # the patterns that no item has matched so far
         self.deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
         self.stopped = threading.Event()
         self.workers: set[worker.Worker] = set()
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
+
+    def selects(self, item: Item) -> bool:
+        """Whether `--only` names the item; all are selected where it names none."""
+        matching = [pattern for pattern in self.only if fnmatchcase(item.name, pattern)]
+        self.unmatched.difference_update(matching)
+        return bool(matching) or not self.only
 
     def stop(self) -> None:
         """Ends all processes; what they were at counts as cut."""
@@ -102,7 +109,7 @@ class Run:
         for item in batch.items:
             if self.stopped.is_set():
                 break
-            if self.report.is_done(step, item) or not any(fnmatchcase(item.name, pattern) for pattern in self.only):
+            if not self.selects(item) or self.report.is_done(step, item):
                 continue
             needed = item.estimate + (START if process is None else 0)
             if needed > self.left():
@@ -195,7 +202,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         nargs="+",
-        default=["*"],
+        default=[],
         metavar="PATTERN",
         help="of their items those with such names, as in a shell",
     )
@@ -240,7 +247,10 @@ def main() -> int:
         print("error: not all went well: " + "; ".join(bad), file=sys.stderr)
     if run.stopped.is_set():
         print("error: stopped; --resume goes on", file=sys.stderr)
-    return 1 if bad or run.stopped.is_set() else 0
+    elif run.unmatched:
+        patterns = ", ".join(map(repr, sorted(run.unmatched)))
+        print(f"error: --only: expected names of items in {' '.join(args.steps)}, got {patterns}", file=sys.stderr)
+    return 1 if bad or run.stopped.is_set() or run.unmatched else 0
 
 
 if __name__ == "__main__":

@@ -186,6 +186,18 @@ def test_what_does_not_fit_into_the_time_is_left_out(told, tmp_path, monkeypatch
     assert re.search("^Left out for lack of time, with . s left: long.$", page.read_text(), re.MULTILINE)
 
 
+def test_only_some_items(told, tmp_path, monkeypatch, capsys):
+    told([("one", {}), ("two", {}), ("three", {})], following=[[("next", {})]])
+    out = tmp_path / "out"
+    assert main(monkeypatch, "--out", out, "--only", "t*e", "one") == 0
+    assert calls(tmp_path) == ["one", "three"]
+    (report,) = out.glob("*.json")
+    # What is done is named too, and not done again; a name of no item is no silent success.
+    assert main(monkeypatch, "--resume", report, "--out", out, "--only", "one", "two", "four") == 1
+    assert calls(tmp_path) == ["one", "three", "two"]
+    assert "error: --only: expected names of items in smoke tests, got 'four'\n" in capsys.readouterr().err
+
+
 def test_a_process_that_ends_badly_after_its_last_item(told, tmp_path, monkeypatch):
     """As compute-sanitizer does, which reports at the end."""
     told([("fine", {}), ("well", {})])

@@ -13,8 +13,8 @@ from .items import Batch, Item, Setup, Stage
 
 DESCRIPTION = "pytest; each failing test at once, the whole output in the log beside the report"
 
-# What there is for a GPU -> the seconds it takes there, compiling included. Whole models first, then each kernel at
-# sizes of every kind.
+# What there is for a GPU -> the seconds that it is expected to take, compiling included; none has ended on a GPU yet.
+# Whole models first, then each kernel at sizes of every kind.
 PATHS = {
     "tests/test_gpu.py": 90.0,
     "tests/layers": 60.0,
