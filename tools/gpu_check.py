@@ -4,6 +4,7 @@
     python tools/gpu_check.py --minutes 9                     # leaves out what would not end in time
     python tools/gpu_check.py --resume REPORT.json            # goes on: what is done is not done again
     python tools/gpu_check.py --steps smoke kernels
+    python tools/gpu_check.py --steps models --only "svit_small forward*"
     python tools/gpu_check.py --rehearse                      # all of it on a CPU, tiny: no figure counts
 
 build: the CUDA C++ kernels, where there is nvcc. smoke: every kernel, forward and backward, against the reference.
@@ -32,6 +33,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -52,14 +54,21 @@ START_LIMIT = 60.0
 class Run:
     """One call of the check: what still fits into its time, and the processes that are at work."""
 
-    def __init__(self, report: Report, setup: Setup, minutes: float | None) -> None:
-        self.report, self.setup = report, setup
+    def __init__(self, report: Report, setup: Setup, minutes: float | None, only: list[str]) -> None:
+        self.report, self.setup, self.only = report, setup, only
+        self.unmatched = set(only)  # the patterns that no item has matched so far
         self.deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
         self.stopped = threading.Event()
         self.workers: set[worker.Worker] = set()
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
+
+    def selects(self, item: Item) -> bool:
+        """Whether `--only` names the item; all are selected where it names none."""
+        matching = [pattern for pattern in self.only if fnmatchcase(item.name, pattern)]
+        self.unmatched.difference_update(matching)
+        return bool(matching) or not self.only
 
     def stop(self) -> None:
         """Ends all processes; what they were at counts as cut."""
@@ -100,7 +109,7 @@ class Run:
         for item in batch.items:
             if self.stopped.is_set():
                 break
-            if self.report.is_done(step, item):
+            if not self.selects(item) or self.report.is_done(step, item):
                 continue
             needed = item.estimate + (START if process is None else 0)
             if needed > self.left():
@@ -190,6 +199,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--steps", nargs="+", choices=tuple(STEPS), default=tuple(STEPS), help="some of them, in this order"
     )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="of their items those with such names, as in a shell",
+    )
     parser.add_argument("--out", type=Path, help="folder of the report; default: $OUT if set, else docs/benchmarks")
     parser.add_argument("--minutes", type=float, metavar="N", help="leave out what would not end in N minutes")
     parser.add_argument("--resume", type=Path, metavar="REPORT", help="the .json of a report to go on from")
@@ -219,7 +235,8 @@ def main() -> int:
         return 2
     print(f"{report.path}.md\n" + "\n".join(f"{name} is missing: {effect}" for name, effect in missing.items()))
 
-    run = Run(report, Setup(args.rehearse, str(report.path), len(os.sched_getaffinity(0))), args.minutes)
+    setup = Setup(args.rehearse, str(report.path), len(os.sched_getaffinity(0)))
+    run = Run(report, setup, args.minutes, args.only)
     with run.stopped_by(signal.SIGINT, signal.SIGTERM):
         for name in STEPS:
             if name in args.steps and not run.stopped.is_set():
@@ -230,7 +247,10 @@ def main() -> int:
         print("error: not all went well: " + "; ".join(bad), file=sys.stderr)
     if run.stopped.is_set():
         print("error: stopped; --resume goes on", file=sys.stderr)
-    return 1 if bad or run.stopped.is_set() else 0
+    elif run.unmatched:
+        patterns = ", ".join(map(repr, sorted(run.unmatched)))
+        print(f"error: --only: expected names of items in {' '.join(args.steps)}, got {patterns}", file=sys.stderr)
+    return 1 if bad or run.stopped.is_set() or run.unmatched else 0
 
 
 if __name__ == "__main__":

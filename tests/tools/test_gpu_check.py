@@ -186,6 +186,18 @@ def test_what_does_not_fit_into_the_time_is_left_out(told, tmp_path, monkeypatch
     assert re.search("^Left out for lack of time, with . s left: long.$", page.read_text(), re.MULTILINE)
 
 
+def test_only_some_items(told, tmp_path, monkeypatch, capsys):
+    told([("one", {}), ("two", {}), ("three", {})], following=[[("next", {})]])
+    out = tmp_path / "out"
+    assert main(monkeypatch, "--out", out, "--only", "t*e", "one") == 0
+    assert calls(tmp_path) == ["one", "three"]
+    (report,) = out.glob("*.json")
+    # What is done is named too, and not done again; a name of no item is no silent success.
+    assert main(monkeypatch, "--resume", report, "--out", out, "--only", "one", "two", "four") == 1
+    assert calls(tmp_path) == ["one", "three", "two"]
+    assert "error: --only: expected names of items in smoke tests, got 'four'\n" in capsys.readouterr().err
+
+
 def test_a_process_that_ends_badly_after_its_last_item(told, tmp_path, monkeypatch):
     """As compute-sanitizer does, which reports at the end."""
     told([("fine", {}), ("well", {})])
@@ -410,11 +422,12 @@ def test_models_are_compared_with_their_upstream_form_and_the_peers():
     found = {item.name: item.arguments for item in stage.batches[0].items}
     for batch in (1, 64, 128):
         for mode in ("forward", "training"):
-            specs = found[f"svit_small {mode} 224x224 batch {batch}"]["specs"]
-            assert specs[:2] == ["upstream:svit_small", "svit_small"]
-            assert set(models.PEERS) < set(specs)
-    assert "svit_small forward 800x1280 batch 2" in found
-    assert "svit_large training 224x224 batch 128" in found
+            for way in ("as they are", "compiled"):
+                specs = found[f"svit_small {mode} 224x224 batch {batch}, {way}"]["specs"]
+                assert specs[:2] == ["upstream:svit_small", "svit_small"]
+                assert set(models.PEERS) < set(specs)
+    assert found["svit_small forward 800x1280 batch 2, as they are"]["ways"] == ("eager", "graph")
+    assert found["svit_large training 224x224 batch 128, compiled"]["ways"] == ("compiled",)
 
 
 def test_least_traffic():
@@ -510,7 +523,7 @@ def test_outcomes_of_tests(line, expected):
 def test_a_model_that_cannot_be_built_ends_no_other(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{gpu_check.ROOT}:{gpu_check.ROOT / 'tools'}")
     setup = Setup(True, "", 2)
-    found = list(models.run(setup, ["test_svit", "no_such_model"], [16, 16], 2, False))
+    found = list(models.run(setup, ["test_svit", "no_such_model"], [16, 16], 2, False, ["eager"]))
     assert {(row["model"], row["ok"]) for row in found} == {("test_svit", True), ("no_such_model", False)}
     assert all(row["img/s"] > 0 for row in found if row["ok"])
 

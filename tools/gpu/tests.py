@@ -13,7 +13,15 @@ from .items import Batch, Item, Setup, Stage
 
 DESCRIPTION = "pytest; each failing test at once, the whole output in the log beside the report"
 
-PATHS = ("tests/ops", "tests/layers", "tests/models/test_fused.py", "tests/test_gpu.py")
+# What there is for a GPU -> the seconds that it is expected to take, compiling included; none has ended on a GPU yet.
+# Whole models first, then each kernel at sizes of every kind.
+PATHS = {
+    "tests/test_gpu.py": 90.0,
+    "tests/layers": 60.0,
+    "tests/models/test_fused.py": 60.0,
+    "tests/ops --ignore=tests/ops/triton": 120.0,
+    "tests/ops/triton": 400.0,
+}
 # What stands in for a GPU: interpreter, machine code, emulator. They take minutes.
 STAND_INS = ("tests/ops/triton/test_interpreter.py", "tests/ops/triton/test_sass.py", "tests/ops/cuda")
 REHEARSED = ("tests/ops/test_dispatch.py", "tests/test_gpu.py", "tests/ops/triton/test_kernels.py")
@@ -26,18 +34,20 @@ TEST = re.compile(r"tests/[\w/]+\.py(?:::.*)?")
 def stages(setup: Setup) -> list[Stage] | str:
     if find_spec("pytest") is None:
         return "there is no pytest"
-    return [Stage([Batch([Item("pytest", estimate=30 if setup.rehearsal else 150, limit=420)])])]
+    paths = {" ".join(REHEARSED): 30.0} if setup.rehearsal else PATHS
+    items = [Item(each, {"paths": each}, estimate=seconds, limit=3 * seconds) for each, seconds in paths.items()]
+    return [Stage([Batch(items)])]
 
 
-def command(setup: Setup) -> list[str]:
+def command(setup: Setup, paths: str) -> list[str]:
     found = [sys.executable, "-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider"]
     if find_spec("hypothesis") is None:
         found += ["-p", "gpu.without_hypothesis"]
     if find_spec("xdist") is not None and not setup.rehearsal:
         found += ["-n", str(min(PROCESSES, setup.cores))]
     if setup.rehearsal:
-        return [*found, "-k", "(not kernels or poisoned) and not float16", *REHEARSED]
-    return [*found, *(f"--ignore={path}" for path in STAND_INS), *PATHS]
+        return [*found, "-k", "(not kernels or poisoned) and not float16", *paths.split()]
+    return [*found, *(f"--ignore={path}" for path in STAND_INS), *paths.split()]
 
 
 def outcome(line: str) -> tuple[str, str] | None:
@@ -53,13 +63,14 @@ def outcome(line: str) -> tuple[str, str] | None:
     return re.sub(rf" {result.group()}.*", "", name).strip(), result.group()
 
 
-def run(setup: Setup) -> Iterator[dict]:
+def run(setup: Setup, paths: str) -> Iterator[dict]:
     environment = {key: value for key, value in os.environ.items() if key != "SVIT_SELF_CHECK"}
+    environment["OMP_NUM_THREADS"] = "1"  # the processes share the cores already
     results: dict[str, str] = {}
-    arguments = command(setup)
+    arguments = command(setup, paths)
     pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with (
-        open(f"{setup.report}-tests.log", "w", buffering=1, encoding="utf-8") as log,
+        open(f"{setup.report}-tests.log", "a", buffering=1, encoding="utf-8") as log,
         subprocess.Popen(arguments, cwd=ROOT, env=environment, text=True, errors="replace", **pipe) as process,
     ):
         for line in process.stdout:
