@@ -76,8 +76,8 @@ def create_model(
     return model.eval()
 
 
-def _config(model: nn.Module) -> dict[str, Any]:
-    """timm's `pretrained_cfg`, which the type of a module does not list."""
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """The `pretrained_cfg` of a model of timm, which the type `nn.Module` does not list."""
     return cast(dict[str, Any], model.pretrained_cfg)
 
 
@@ -86,7 +86,7 @@ def adapt_preprocessing(model: nn.Module, in_chans: int | None) -> None:
 
     timm leaves them as they are for three. `in_chans` is its argument; None: what `pretrained_cfg` says.
     """
-    cfg = _config(model)
+    cfg = pretrained_cfg(model)
     channels, *size = cfg.get("input_size") or (3, 224, 224)
     in_chans = channels if in_chans is None else in_chans
     if in_chans != channels:
@@ -147,7 +147,7 @@ def start_from(model: nn.Module, checkpoint: str | Path, arguments: Mapping[str,
                 f"{given if key in arguments else 'its default'}; leave it out of model_args to take the checkpoint's"
             )
     weights, expected = read_weights(Path(checkpoint)), model.state_dict()
-    classifier = _config(model).get("classifier") or ()
+    classifier = pretrained_cfg(model).get("classifier") or ()
     for name in (classifier,) if isinstance(classifier, str) else classifier:
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in weights and key in expected and weights[key].shape != expected[key].shape:
@@ -188,7 +188,7 @@ def save_model(
     Raises:
         OSError: the file cannot be written; an older one is left as it was.
     """
-    cfg = {key: value for key, value in _config(model).items() if key in PREPROCESSING}
+    cfg = {key: value for key, value in pretrained_cfg(model).items() if key in PREPROCESSING}
     cfg.update(architecture=name, num_classes=model.num_classes)
     if classes:
         cfg["label_names"] = classes
@@ -224,7 +224,7 @@ def class_names(model: nn.Module) -> list[str]:
     Folders of ImageNet are named by WordNet ("n01440764"); such names are put into words ("tench, Tinca tinca"). No two
     are the same: ImageNet's cranes are "crane (n02012849)", the bird, and "crane (n03126707)".
     """
-    names, info = _config(model).get("label_names"), timm.data.ImageNetInfo()
+    names, info = pretrained_cfg(model).get("label_names"), timm.data.ImageNetInfo()
     num_classes = cast(int, model.num_classes)
     if not names or len(names) != num_classes:
         if num_classes != 1000:

@@ -114,9 +114,9 @@ def command(name: str) -> Callable[[list[str] | None], int]:
             sys.stderr.write(f"error: {error}\n")  # at once: other processes write too
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
-            if COMMANDS[name].extra is None or importlib.util.find_spec(package):
-                raise  # not what a user can install
             extra = COMMANDS[name].extra
+            if extra is None or importlib.util.find_spec(package):
+                raise  # not what a user can install
             sys.stderr.write(f"error: svit {name} needs {package}: {install(extra)}\n")
         return 1
 

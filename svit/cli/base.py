@@ -118,11 +118,9 @@ def channels(text: str) -> int:
 
 def add_model_arguments(parser: argparse.ArgumentParser, name: str = "model") -> None:
     """The options that name a model and its weights, for `make_model` and `open_model`."""
+    required: dict[str, Any] = {"required": True} if name.startswith("-") else {}
     parser.add_argument(
-        name,
-        metavar="MODEL",
-        help="any model of timm; also hf-hub: and local-dir:, which bring weights",
-        **({"required": True} if name.startswith("-") else {}),
+        name, metavar="MODEL", help="any model of timm; also hf-hub: and local-dir:, which bring weights", **required
     )
     parser.add_argument("--checkpoint", metavar="FILE", help="weights: .safetensors, or a file of torch.save")
     parser.add_argument("--pretrained", action="store_true", help="timm's weights, or those that come with svit")
@@ -175,7 +173,7 @@ def open_model(args: argparse.Namespace, **preprocessing: Any) -> tuple[nn.Modul
         arguments["img_size"] = size
     device = choose_device(args.device)
     warn_of_random_weights(args)
-    model = make_model(args, **arguments).to(device, memory_format=torch.channels_last)
+    model = make_model(args, **arguments).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     preprocessing = {key: value for key, value in preprocessing.items() if value is not None}
     if size:
         preprocessing["input_size"] = (resolve_data_config({}, model=model)["input_size"][0], *size)

@@ -34,6 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -90,11 +91,12 @@ def build(spec: str, setting: Setting) -> nn.Module:
         raise InputError(f"{spec}: upstream: comes with a clone of the repository, not with the package")
     if unknown := set(prefixes) - set(PREFIXES):
         raise InputError(f"{spec}: expected {', '.join(PREFIXES)} before a model, got {unknown.pop()}")
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for backend in {"reference", "cuda"} & set(prefixes):
         arguments["backend"] = backend
     if setting.runtime in OF_ONNX:
         arguments["exportable"] = True  # as `svit export` makes it
+    model: Any
     try:
         if has_fixed_size(name):
             arguments["img_size"] = setting.size
@@ -142,13 +144,13 @@ def in_runtime(model: nn.Module, spec: str, setting: Setting) -> nn.Module:
 def compiled(model: nn.Module) -> nn.Module:
     # Models of one class share the limit, beyond which they would run uncompiled.
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(model, dynamic=False)
+    return cast(nn.Module, torch.compile(model, dynamic=False))
 
 
 class Maps(nn.Module):
     """All feature maps of a model, each summed up to one value; what follows the last one is cut off."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.indices = model.prune_intermediate_layers(list(range(len(model.feature_info))), prune_norm=True)
         self.model = model
@@ -163,16 +165,18 @@ class Replayed(nn.Module):
 
     def __init__(self, model: nn.Module, setting: Setting) -> None:
         super().__init__()
-        self.model, self.setting, self.graph = model, setting, None
+        self.model, self.setting = model, setting
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.graph is None or self.x.stride() != x.stride():
-            self.capture(x)
+        graph = self.graph
+        if graph is None or self.x.stride() != x.stride():
+            graph = self.graph = self.capture(x)
         self.x.copy_(x)
-        self.graph.replay()
+        graph.replay()
         return self.y
 
-    def capture(self, x: torch.Tensor) -> None:
+    def capture(self, x: torch.Tensor) -> torch.cuda.CUDAGraph:
         self.x = x.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -180,9 +184,10 @@ class Replayed(nn.Module):
             for _ in range(3):  # kernels compile and libraries start up outside of the capture
                 self.model(self.x)
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph), self.setting.autocast():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), self.setting.autocast():
             self.y = self.model(self.x)
+        return graph
 
 
 class InOnnxRuntime(nn.Module):
@@ -234,7 +239,7 @@ class Candidate:
     def run(self) -> float:
         """Seconds of one forward pass, or of forward and backward."""
         s = self.setting
-        self.model.to(memory_format=self.memory_format)
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         x = torch.randn(s.batch_size, 3, *s.size, device=s.device, dtype=getattr(torch, s.dtype))
         x = x.contiguous(memory_format=self.memory_format)
         amp = s.autocast()
@@ -273,7 +278,7 @@ def better_format(spec: str, setting: Setting) -> str:
         candidate = Candidate(model, memory_format, setting)
         runs = 3 if candidate.run() < 1 else 1
         medians[memory_format] = statistics.median(candidate.run() for _ in range(runs))
-    return min(medians, key=medians.get)
+    return min(medians, key=lambda memory_format: medians[memory_format])
 
 
 def peak_memory(spec: str, memory_format: str, setting: Setting) -> float:
@@ -325,7 +330,7 @@ def compare(specs: list[str], setting: Setting, runs: int, runtimes: Sequence[st
         for candidate in candidates.values():
             candidate.seconds.append(candidate.run())
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (spec, runtime), candidate in candidates.items():
         on_gpu, memory_format = setting.device == "cuda", candidate.layout
         if on_gpu:
@@ -333,7 +338,7 @@ def compare(specs: list[str], setting: Setting, runs: int, runtimes: Sequence[st
         else:
             memory = peak_memory_elsewhere(spec, memory_format, candidate.setting)
         median = statistics.median(candidate.seconds)
-        row = {
+        row: dict[str, Any] = {
             "model": spec,
             **({"runtime": runtime} if runtimes else {}),
             "format": memory_format,

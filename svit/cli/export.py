@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import resolve_model_data_config
@@ -28,7 +28,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
-from svit.checkpoints import class_names
+from svit.checkpoints import class_names, pretrained_cfg
 from svit.errors import InputError
 from svit.files import atomic_write
 
@@ -95,7 +95,7 @@ def export(args: argparse.Namespace, form: "Format", out: Path) -> None:
         InputError: the model cannot be made or exported, the file cannot be written or computes something else.
     """
     model, in_chans, size = build(args)
-    fixed_size = model.pretrained_cfg.get("fixed_input_size")
+    fixed_size = pretrained_cfg(model).get("fixed_input_size")
     # torch.export takes a size of 1 for a fixed one.
     shape = (args.batch_size if args.static else max(args.batch_size, 2), in_chans, *size)
     try:
@@ -112,13 +112,13 @@ def export(args: argparse.Namespace, form: "Format", out: Path) -> None:
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): {args.model}, image {signature(program)}")
 
 
-def build(args: argparse.Namespace) -> tuple[nn.Module, int, tuple]:
+def build(args: argparse.Namespace) -> tuple[nn.Module, int, tuple[int, int]]:
     """The model, of plain operations only, the channels and the size of its images."""
     warn_of_random_weights(args)
     model = make_model(args, exportable=True)
     in_chans, *own_size = resolve_model_data_config(model)["input_size"]
     size = height_and_width(args.img_size or own_size)
-    if model.pretrained_cfg.get("fixed_input_size") and size != tuple(own_size):
+    if pretrained_cfg(model).get("fixed_input_size") and size != tuple(own_size):
         model = make_model(args, exportable=True, img_size=size)
     return fused(model), in_chans, size
 
@@ -164,7 +164,7 @@ def signature(program: ExportedProgram) -> str:
     """The image's shape in words, and the limits of its sizes where these are more than a pixel or two."""
     shape, axes, limits = image(program).shape, dynamic_axes(program), []
     for axis, name in axes.items():
-        allowed = program.range_constraints[shape[axis].node.expr]
+        allowed = program.range_constraints[shape[axis].node.expr]  # type: ignore[attr-defined]  # a symbol
         if allowed.lower > 2:
             limits.append(f"{name} from {allowed.lower}")
         if allowed.upper < sys.maxsize:
@@ -176,7 +176,7 @@ def signature(program: ExportedProgram) -> str:
 def metadata(model: nn.Module, shape: tuple[int, ...]) -> dict[str, str]:
     """What a user of the file needs to know, each value as JSON: the classes and timm's preprocessing."""
     values = {**resolve_model_data_config(model), "input_size": shape[1:]}
-    values.update(architecture=model.pretrained_cfg["architecture"], class_names=class_names(model))
+    values.update(architecture=pretrained_cfg(model)["architecture"], class_names=class_names(model))
     return {key: json.dumps(value) for key, value in values.items()}
 
 
@@ -189,9 +189,12 @@ def check_onnx() -> None:
 
 
 def write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
-    names = dict(input_names=["image"], output_names=["logits"], dynamic_shapes=(dynamic_axes(program),))
+    names: dict[str, Any] = dict(
+        input_names=["image"], output_names=["logits"], dynamic_shapes=(dynamic_axes(program),)
+    )
     example, _ = program.example_inputs  # goes with the names of the axes, and no further
     onnx_program = torch.onnx.export(program, example, dynamo=True, verbose=False, **names)
+    assert onnx_program is not None
     fold_weights(onnx_program.model)
     onnx_program.model.metadata_props.update(metadata)
     onnx_program.save(path)
@@ -200,7 +203,7 @@ def write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -
         raise InputError("the weights do not fit in one ONNX file; --format torch takes them")
 
 
-def fold_weights(model) -> None:
+def fold_weights(model: Any) -> None:
     """Computes once, in place, what depends on weights alone, whatever its size."""
     from onnxscript import optimizer
 
@@ -272,8 +275,8 @@ def check_shapes(program: ExportedProgram, shape: tuple[int, ...]) -> Iterator[t
     batch, channels, height, width = shape
     yield shape
     # The second is odd: padding, and rounding in the strides.
-    for other in ((1, channels, height + 32, width + 64), (batch + 1, channels, height + 7, width + 21)):
-        other = tuple(new if axis in axes else old for axis, (old, new) in enumerate(zip(shape, other, strict=True)))
+    for wanted in ((1, channels, height + 32, width + 64), (batch + 1, channels, height + 7, width + 21)):
+        other = tuple(new if axis in axes else old for axis, (old, new) in enumerate(zip(shape, wanted, strict=True)))
         if other == shape:
             return
         try:

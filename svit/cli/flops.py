@@ -18,12 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 from tabulate import tabulate
 from torch import nn
 
 from svit import published
+from svit.checkpoints import pretrained_cfg
 from svit.errors import InputError
 from svit.files import atomic_write
 from svit.names import did_you_mean
@@ -107,11 +109,11 @@ def builder(name: str, img_size: tuple[int, int] | None) -> Callable[[], Built]:
 
 def build_model(name: str, img_size: tuple[int, int] | None) -> Built:
     model = timm.create_model(name)
-    in_chans, *own_size = model.pretrained_cfg["input_size"]
+    in_chans, *own_size = pretrained_cfg(model)["input_size"]
     size = img_size or tuple(own_size)
-    if model.pretrained_cfg.get("fixed_input_size") and size != tuple(own_size):
+    if pretrained_cfg(model).get("fixed_input_size") and size != tuple(own_size):
         model = timm.create_model(name, img_size=size)
-    macs = published_macs(model.pretrained_cfg["architecture"], "ImageNet-1K", size, "fvcore_gmacs")
+    macs = published_macs(pretrained_cfg(model)["architecture"], "ImageNet-1K", size, "fvcore_gmacs")
     return Built(model, in_chans, size, macs, None)
 
 
@@ -120,7 +122,7 @@ def published_macs(name: str | None, setting: str, size: tuple[int, int], metric
     return None if gmacs is None else round(gmacs * 1e9)
 
 
-def build_config(config, size: tuple[int, int]) -> Built:
+def build_config(config: Any, size: tuple[int, int]) -> Built:
     from svit.adapters.counting import ImageToHeads
 
     backbone = config.model.backbone

@@ -10,12 +10,13 @@ package.
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 
 import cv2
 import numpy as np
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 from PIL import Image
 
 from svit.adapters.checkpoints import refuse_foreign_objects
@@ -30,6 +31,9 @@ from svit.names import distinct
 
 from .base import add_device, choose_device, make_parser
 from .mm_train import drop_start_weights, refusals_as_errors
+
+# From an RGB image (H, W, 3) to the picture (H, W, 3) and what was found in words.
+Look = Callable[[np.ndarray], tuple[np.ndarray, str]]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,8 +127,8 @@ def picture_name(image: Path, paths: list[Path]) -> Path:
     return image.relative_to(folder).with_suffix(".png")
 
 
-def detector(config, checkpoint: str, device: str, score: float):
-    """A function from an RGB image (H, W, 3) to the picture (H, W, 3) and what was found in words."""
+def detector(config: Config, checkpoint: str, device: str, score: float) -> Look:
+    """The detector."""
     from mmdet.apis import DetInferencer
 
     inferencer = DetInferencer(model=config, weights=checkpoint, device=device, show_progress=False)
@@ -142,8 +146,8 @@ def detector(config, checkpoint: str, device: str, score: float):
     return look
 
 
-def segmentor(config, checkpoint: str, device: str, score: float):
-    """A function from an RGB image (H, W, 3) to the picture (H, W, 3) and what was found in words."""
+def segmentor(config: Config, checkpoint: str, device: str, score: float) -> Look:
+    """The segmentor."""
     from mmseg.apis import MMSegInferencer
 
     inferencer = MMSegInferencer(model=config, weights=checkpoint, device=device)

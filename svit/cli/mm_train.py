@@ -116,7 +116,7 @@ def set_resume(config: Config, resume: str | None) -> None:
     taken = newest is not None
     if resume is not None:
         config.resume, config.load_from = True, resume
-        taken = taken and Path(resume).resolve().parent != Path(newest).resolve().parent
+        taken = newest is not None and Path(resume).resolve().parent != Path(newest).resolve().parent
     if taken and (resume is not None or not config.get("resume")):
         raise InputError(f"--work-dir: {config.work_dir} holds a run already; go on with --resume or name another")
 
@@ -138,8 +138,8 @@ def find_newest(config: Config) -> str | None:
     if stored:
         return str(folder / Path(stored).name)
     numbers = {path: re.fullmatch(r"(?:epoch|iter)_(\d+)", path.stem) for path in folder.glob("*.pth")}
-    whole = [path for path, number in numbers.items() if number and zipfile.is_zipfile(path)]
-    return str(max(whole, key=lambda path: int(numbers[path][1]))) if whole else None
+    whole = {path: int(number[1]) for path, number in numbers.items() if number and zipfile.is_zipfile(path)}
+    return str(max(whole, key=lambda path: whole[path])) if whole else None
 
 
 def guard_checkpoints(config: Config) -> None:

@@ -18,12 +18,15 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # they are not in its __all__
+    HFValidationError,
+    validate_repo_id,
+)
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from torch import nn
 
-from svit.checkpoints import create_model, read_metadata
+from svit.checkpoints import create_model, pretrained_cfg, read_metadata
 from svit.errors import InputError
 from svit.files import atomic_write
 from svit.images import MODES
@@ -235,10 +238,9 @@ def write_files(
     dataset: str | None,
 ) -> None:
     """Weights and configuration as timm writes them, and the model card."""
-    architecture = model.pretrained_cfg["architecture"].partition(".")[0]  # without the tag of timm's weights
-    pretrained_cfg = dict(architecture=architecture, license=license, tag=None)
-    config: dict[str, Any] = dict(pretrained_cfg=pretrained_cfg)
-    names = model.pretrained_cfg.get("label_names")
+    architecture = pretrained_cfg(model)["architecture"].partition(".")[0]  # without the tag of timm's weights
+    config: dict[str, Any] = dict(pretrained_cfg=dict(architecture=architecture, license=license, tag=None))
+    names = pretrained_cfg(model).get("label_names")
     if names and len(names) == model.num_classes:
         config["label_names"] = list(names)
     save_for_hf(model, str(folder), model_config=config, safe_serialization=True)

@@ -16,6 +16,7 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from tabulate import tabulate
@@ -23,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from svit import published
-from svit.checkpoints import class_names
+from svit.checkpoints import class_names, pretrained_cfg
 from svit.errors import InputError
 from svit.files import atomic_write
 from svit.training.data import Loader, classes_of, eval_transform, image_mode, open_dataset, print_contents
@@ -96,7 +97,7 @@ def validate(args: argparse.Namespace) -> dict:
     names = names_of_classes(model, classes_of(loader.dataset))
     autocast = partial(torch.autocast, device.type, getattr(torch, args.amp)) if args.amp else nullcontext
     batches = tqdm(loader.epoch(), total=len(loader), disable=None, desc="evaluating", unit="batch")
-    found = evaluate(model, batches, model.num_classes, device, autocast, args.flip, channels_last=True)
+    found = evaluate(model, batches, cast(int, model.num_classes), device, autocast, args.flip, channels_last=True)
     height, width = preprocessing["input_size"][1:]
     result = {
         "model": args.model,
@@ -115,8 +116,8 @@ def validate(args: argparse.Namespace) -> dict:
         },
     }
     if model.num_classes == 1000:
-        architecture = model.pretrained_cfg.get("architecture") or args.model
-        as_trained = (height, width) == tuple(model.pretrained_cfg["input_size"][1:])  # the paper's 384 is fine-tuned
+        architecture = pretrained_cfg(model).get("architecture") or args.model
+        as_trained = (height, width) == tuple(pretrained_cfg(model)["input_size"][1:])  # the paper's 384 is fine-tuned
         name, size = architecture.partition(".")[0], (height, width)
         result["paper_top1"] = published.value(name, "ImageNet-1K", size, "top1") if as_trained else None
     return result
@@ -130,7 +131,7 @@ def names_of_classes(model: nn.Module, found: list[str] | None) -> list[str]:
     Raises:
         InputError: it has others.
     """
-    stored = model.pretrained_cfg.get("label_names")
+    stored = pretrained_cfg(model).get("label_names")
     if found and stored and list(stored) != found:
         raise InputError(f"data_dir: its classes are {found[:10]}, expected the checkpoint's {list(stored)[:10]}")
     if found and not stored and len(found) != model.num_classes:

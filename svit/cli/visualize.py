@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from html import escape
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -194,7 +195,7 @@ def make_folder(folder: Path) -> None:
 
 
 def look(
-    model: nn.Module, photo: Image.Image, img_size: Sequence[int] | None, point: tuple[float, float], n_iter: int
+    model: Any, photo: Image.Image, img_size: Sequence[int] | None, point: tuple[float, float], n_iter: int
 ) -> tuple[str, dict]:
     """What the model makes of one image: facts in words, and figures of matplotlib by what they show."""
     config = resolve_data_config({}, model=model)
@@ -207,9 +208,9 @@ def look(
     if model.num_classes:
         facts += f", classified as {prediction(logits, class_names(model))}"
 
-    shown = photo.convert("RGB")
-    shown.thumbnail((SHOWN, SHOWN))
-    shown = torch.from_numpy(np.array(shown)).float() / 255
+    small = photo.convert("RGB")
+    small.thumbnail((SHOWN, SHOWN))
+    shown = torch.from_numpy(np.array(small)).float() / 255
     stages = last_of_stages(layers)
     first = next(watched for watched in stages.values() if watched.samples)
     return facts, {

@@ -41,6 +41,7 @@ from svit.images import EXTENSIONS, UnreadableImageError, mode_of, read_image
 from .digits import digits, write_images
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+Transform = Callable[[Image.Image], torch.Tensor]
 
 # Names of a folder of class folders or a tar file, and how names of timm's other data start.
 FOLDERS = ("folder", "torch/folder", "torch/image_folder")
@@ -162,11 +163,11 @@ class TarReader(ReaderImageInTar):
 
     def __init__(self, root: str, class_map: str | dict[str, int] | None = None) -> None:
         try:
-            packed, _, _, tarfiles = extract_tarinfos(root, extensions=EXTENSIONS, sort=False)
+            packed, _, _, tarfiles = extract_tarinfos(root, extensions=set(EXTENSIONS), sort=False)
         except ValueError as error:  # timm's, where there is none
             raise FolderError(f"{root}: no images in it ({error})") from error
         self.root, self.root_is_tar, self.cache_tarfiles, self.tar_state = root, True, True, tarfiles[0][1]
-        self.left_out = Counter()
+        self.left_out: Counter[str] = Counter()
         files, names = [], []
         for file, _, inner in sorted(packed, key=lambda item: natural_key(item[0].path)):
             # A tar file within the tar file is a folder.
@@ -215,16 +216,16 @@ def classes_of(dataset: Dataset) -> list[str] | None:
     reader = getattr(dataset, "reader", dataset)
     numbers = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # of a tar file
     if numbers:
-        names = {}
+        named: dict[int, str] = {}
         for name, number in numbers.items():
-            names.setdefault(number, name)  # the first: torchvision's ImageNet has several names for a class
-        return [names[number] for number in sorted(names)]
+            named.setdefault(number, name)  # the first: torchvision's ImageNet has several names for a class
+        return [named[number] for number in sorted(named)]
     features = getattr(getattr(reader, "dataset", None), "features", None) or {}  # Hugging Face
     names = getattr(features.get("label"), "names", None)
     return list(names) if names else None
 
 
-def print_contents(split: str, dataset: Dataset, file: TextIO | None = None) -> None:
+def print_contents(split: str, dataset: Any, file: TextIO | None = None) -> None:
     """Prints the classes of a split and their images, as far as the data tells, and warns of what was left out.
 
     Args:
@@ -296,7 +297,9 @@ class Images(Dataset):
     `read_image`.
     """
 
-    def __init__(self, dataset: Dataset, transform, seed: int, training: bool, limit: int, mode: str = "RGB") -> None:
+    def __init__(
+        self, dataset: Any, transform: Transform, seed: int, training: bool, limit: int, mode: str = "RGB"
+    ) -> None:
         self.dataset, self.transform, self.seed, self.training, self.limit = dataset, transform, seed, training, limit
         self.mode = mode
         self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # by all processes that read
@@ -350,7 +353,14 @@ class ResumableBatchSampler:
     """
 
     def __init__(
-        self, size: int, batch_size: int, rank: int, world: int, seed: int | None, repeats: int = 1, drop_last=True
+        self,
+        size: int,
+        batch_size: int,
+        rank: int,
+        world: int,
+        seed: int | None,
+        repeats: int = 1,
+        drop_last: bool = True,
     ) -> None:
         self.size, self.batch_size, self.rank, self.world = size, batch_size, rank, world
         self.seed, self.repeats, self.drop_last = seed, repeats, drop_last
@@ -379,7 +389,14 @@ class Stream(IterableDataset):
     """
 
     def __init__(
-        self, dataset: IterableDataset, transform, seed: int, epoch: int, rank: int, repeats: int, mode: str = "RGB"
+        self,
+        dataset: IterableDataset,
+        transform: Transform,
+        seed: int,
+        epoch: int,
+        rank: int,
+        repeats: int,
+        mode: str = "RGB",
     ) -> None:
         self.dataset, self.transform, self.seed, self.epoch, self.rank = dataset, transform, seed, epoch, rank
         self.repeats, self.mode = repeats, mode
@@ -418,11 +435,11 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
-        transform: Callable[[Image.Image], torch.Tensor],
+        dataset: Any,
+        transform: Transform,
         batch_size: int,
         training: bool,
-        reopen: Callable[[], Dataset] | None = None,
+        reopen: Callable[[], Any] | None = None,
         rank: int = 0,
         world: int = 1,
         seed: int = 0,
@@ -484,7 +501,7 @@ class Loader:
             raise InputError(str(error).strip().rpartition("InputError: ")[2]) from error
 
 
-def eval_transform(preprocessing: dict[str, Any]):
+def eval_transform(preprocessing: dict[str, Any]) -> Transform:
     """timm's transform for evaluation from what `timm.data.resolve_data_config` gives."""
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     return create_transform(**{key: preprocessing[key] for key in keys}, is_training=False)
@@ -494,7 +511,7 @@ def eval_transform(preprocessing: dict[str, Any]):
 MOVES = ("Rotate", "Shear", "Translate")
 
 
-def train_transform(preprocessing: dict[str, Any], **augmentation: Any):
+def train_transform(preprocessing: dict[str, Any], **augmentation: Any) -> Transform:
     """timm's transform for training from what `timm.data.resolve_data_config` gives, for images of 1 to 4 channels.
 
     Args:

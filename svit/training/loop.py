@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from timm.data import resolve_data_config
 from timm.layers import DropPath
 from timm.utils import ModelEmaV3
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -60,7 +61,7 @@ class Training:
         if start is not None:
             self.state, tensors = states.read(start, settings, global_batch_size)
             saved = self.state.epoch, self.state.update
-        self.best = states.find_best(start, self.state) if self.moves else None
+        self.best = states.find_best(start, self.state) if start is not None and self.moves else None
 
         main = self.accelerator.is_main_process
         self.splits = open_splits(recipe, main, self.accelerator.main_process_first)
@@ -92,7 +93,7 @@ class Training:
         seed_all(r.seed)
         model = make_model(r, self.splits)
         if r.channels_last and not sharded:  # shards are of contiguous weights; the images' format decides then
-            model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         preprocessing = resolve_data_config({}, model=model)
         self.train, self.val = make_loaders(r, self.splits, preprocessing, self.rank, self.world)
         self.updates = len(self.train) // r.grad_accum  # an epoch
@@ -165,7 +166,7 @@ class Training:
                 self.scheduler.step_update(self.total)
             loss = self.step(batches)
             state.update += 1
-            state.loss = state.loss + loss
+            state.loss = state.loss + loss  # type: ignore[assignment]  # a tensor, for which nothing waits
             state.seconds = before + time.perf_counter() - start
             log.update()
             if state.update % r.log_every == 0 or state.update == self.updates:
@@ -199,12 +200,12 @@ class Training:
                 memory_format=torch.channels_last if r.channels_last else torch.contiguous_format,
             )
             classes = classes.to(self.accelerator.device, non_blocking=True)
-            soft = self.mixup is not None and not (r.mixup_off_epoch and self.state.epoch >= r.mixup_off_epoch)
-            if soft:
-                images, classes = self.mixup(images, classes)
+            mixup = None if r.mixup_off_epoch and self.state.epoch >= r.mixup_off_epoch else self.mixup
+            if mixup is not None:
+                images, classes = mixup(images, classes)
             with self.accelerator.accumulate(self.model):
                 with self.accelerator.autocast():
-                    part_loss = self.tasks[soft](images, classes)["loss"]
+                    part_loss = self.tasks[mixup is not None](images, classes)["loss"]
                 self.accelerator.backward(part_loss)
                 if r.clip_grad and self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), r.clip_grad)
@@ -277,10 +278,10 @@ class Training:
     def evaluate(self) -> Accuracy:
         # Processes may have different numbers of batches, and one may have none. So not the wrapped model, which may
         # wait for the others; and one in shards is put together beforehand, and stays so until the next update.
-        model = self.ema.module if self.recipe.evaluate == "ema" else self.plain
+        model: nn.Module = self.ema.module if self.ema and self.recipe.evaluate == "ema" else self.plain
         if isinstance(model, FSDPModule):
             model.unshard()
-            for buffer in model.buffers():  # BatchNorm's statistics, which DDP keeps equal
+            for buffer in self.plain.buffers():  # BatchNorm's statistics, which DDP keeps equal
                 broadcast(buffer)
         return evaluate(
             model,

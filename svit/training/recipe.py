@@ -4,9 +4,10 @@ A recipe may start from another one: `base: NAME_OR_FILE`.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -121,7 +122,7 @@ AT_LEAST_ONE = ("epochs", "batch_size", "grad_accum", "repeated_augmentation", "
 AT_LEAST_ZERO = ("workers", "max_unreadable", "seed", "warmup_epochs", "lr", "weight_decay", "drop_path")
 
 
-def load_recipe(name: str, changes: list[str] = (), data_dir: str | None = None) -> Recipe:
+def load_recipe(name: str, changes: Sequence[str] = (), data_dir: str | None = None) -> Recipe:
     """Reads a recipe and checks it.
 
     Args:
@@ -137,7 +138,7 @@ def load_recipe(name: str, changes: list[str] = (), data_dir: str | None = None)
         if "=" not in change:
             raise InputError(f"--set: expected KEY=VALUE, got {change!r}")
     try:
-        read = OmegaConf.merge(read_yaml(name), with_new_keys(OmegaConf.from_dotlist(list(changes)), "--set"))
+        read: Any = OmegaConf.merge(read_yaml(name), with_new_keys(OmegaConf.from_dotlist(list(changes)), "--set"))
         if data_dir is not None:
             read["data_dir"] = data_dir.replace("${", "\\${")  # no name of another key
         for key in read:
@@ -145,7 +146,7 @@ def load_recipe(name: str, changes: list[str] = (), data_dir: str | None = None)
                 raise InputError(f"{name}: no recipe has a key {key!r}{did_you_mean(str(key), known)}")
             if OmegaConf.is_missing(read, key):
                 raise InputError(f"{name}: {key}: expected a value, which --set {key}=... gives, got none")
-        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), read))
+        recipe = cast(Recipe, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), read)))
     except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError(f"{name}: {what}{where(error)}") from error
@@ -163,7 +164,7 @@ def read_yaml(name: str, seen: tuple[Path, ...] = ()) -> DictConfig:
         raise InputError(f"{name}: expected keys and values, got a list")
     base = read.pop("base", None)
     read = with_new_keys(read, name)
-    return OmegaConf.merge(read_yaml(base, (*seen, path)), read) if base else read
+    return cast(DictConfig, OmegaConf.merge(read_yaml(base, (*seen, path)), read)) if base else read
 
 
 def with_new_keys(read: DictConfig, name: str) -> DictConfig:
@@ -213,7 +214,7 @@ def check(recipe: Recipe, name: str) -> None:
             raise InputError(f"{name}: {key}: expected {lengths[-1]} numbers, got {numbers}")
     if recipe.std and min(recipe.std) <= 0:
         raise InputError(f"{name}: std: expected numbers above 0, got {recipe.std}")
-    optimizers = list_optimizers()
+    optimizers = cast(list[str], list_optimizers())
     if recipe.opt.lower().removeprefix("lookahead_") not in optimizers:
         raise InputError(f"{name}: opt: no optimizer {recipe.opt!r} in timm{did_you_mean(recipe.opt, optimizers)}")
     if recipe.evaluate == "ema" and recipe.ema is None:
@@ -228,7 +229,7 @@ def check(recipe: Recipe, name: str) -> None:
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """A recipe's keys and values, of types that YAML and JSON know."""
-    return OmegaConf.to_container(OmegaConf.structured(recipe))
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(recipe)))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

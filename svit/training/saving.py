@@ -81,12 +81,12 @@ class Saver:
         lost = [float(not is_finite(part)) for part in parts.values()]
         # One reduction for everything: the processes find out together, or one would wait for the others.
         numbers = torch.tensor([float(self.state.loss), *lost], device=self.accelerator.device)
-        loss, *lost = self.accelerator.reduce(numbers, "mean").tolist()
-        lost = [f"the {name}" for name, share in zip(parts, lost, strict=True) if share]
+        loss, *shares = self.accelerator.reduce(numbers, "mean").tolist()
+        broken = [f"the {name}" for name, share in zip(parts, shares, strict=True) if share]
         if not math.isfinite(loss):
             raise self.diverged(f"the loss is {loss}")
-        if lost:
-            raise self.diverged(f"not all numbers of {' and '.join(lost)} are finite")
+        if broken:
+            raise self.diverged(f"not all numbers of {' and '.join(broken)} are finite")
         return loss
 
     def diverged(self, what: str) -> InputError:

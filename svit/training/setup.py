@@ -16,7 +16,7 @@ from timm.task import ClassificationTask, DistillationTeacher, LogitDistillation
 from torch import nn
 from torch.utils.data import Dataset
 
-from svit.checkpoints import create_model, start_from
+from svit.checkpoints import create_model, pretrained_cfg, start_from
 from svit.errors import InputError
 
 from .data import (
@@ -91,11 +91,11 @@ def make_model(r: Recipe, splits: Splits) -> nn.Module:
         arguments["drop_path_rate"] = r.drop_path
     overlay = {"pretrained_cfg_overlay": overlay} if overlay else {}
     create = partial(create_model, r.model, pretrained=r.pretrained, num_classes=splits.num_classes, **overlay)
-    model = create(**arguments)
-    if model.pretrained_cfg.get("fixed_input_size") and r.img_size:
+    model: Any = create(**arguments)
+    if pretrained_cfg(model).get("fixed_input_size") and r.img_size:
         model = create(img_size=r.img_size, **arguments)
     if r.img_size:
-        model.pretrained_cfg["input_size"] = (model.pretrained_cfg["input_size"][0], r.img_size, r.img_size)
+        pretrained_cfg(model)["input_size"] = (pretrained_cfg(model)["input_size"][0], r.img_size, r.img_size)
     if r.checkpoint:
         start_from(model, r.checkpoint, arguments)
     if r.grad_checkpointing:
@@ -107,7 +107,7 @@ def make_loaders(
     r: Recipe, splits: Splits, preprocessing: dict[str, Any], rank: int, world: int
 ) -> tuple[Loader, Loader]:
     """The batches of training and evaluation, for one of `world` processes."""
-    common = dict(rank=rank, world=world, seed=r.seed, workers=r.workers, limit=r.max_unreadable)
+    common: dict[str, Any] = dict(rank=rank, world=world, seed=r.seed, workers=r.workers, limit=r.max_unreadable)
     common["mode"] = image_mode(preprocessing)
     transform = eval_transform(preprocessing)
     val = Loader(splits.val, transform, r.batch_size, training=False, reopen=splits.reopen_val, **common)
@@ -159,7 +159,7 @@ def make_optimizer(
         optimizer,
         r.sched,
         num_epochs=r.epochs,
-        warmup_epochs=r.warmup_epochs,
+        warmup_epochs=r.warmup_epochs,  # type: ignore[arg-type]  # a fraction of an epoch will do
         warmup_lr=r.warmup_lr,
         min_lr=r.min_lr,
         step_on_epochs=False,
@@ -176,7 +176,7 @@ def make_tasks(
     """What computes the loss of a batch: True: of soft targets, as mixup gives them; False: of classes."""
     # Mixup gives soft targets with the smoothing in them; where it is off, timm's loss takes classes.
     loss = partial(create_classification_loss, "ce", smoothing=r.label_smoothing)
-    task = ClassificationTask
+    task: Callable[..., nn.Module] = ClassificationTask
     if r.teacher:
         teacher = DistillationTeacher(make_teacher(r, splits, preprocessing).requires_grad_(False)).to(device)
         task = partial(
@@ -196,6 +196,7 @@ def make_teacher(r: Recipe, splits: Splits, preprocessing: dict[str, Any]) -> nn
     Raises:
         InputError: it has other classes or channels than the model that learns.
     """
+    assert r.teacher is not None
     if r.teacher_checkpoint:
         teacher = create_model(r.teacher, r.teacher_checkpoint, num_classes=splits.num_classes)
     else:
@@ -206,10 +207,10 @@ def make_teacher(r: Recipe, splits: Splits, preprocessing: dict[str, Any]) -> nn
                 f"teacher: expected one of the data's {splits.num_classes} classes, got {r.teacher} of "
                 f"{teacher.num_classes}; teacher_checkpoint names weights of your own"
             )
-    channels, expected = (config["input_size"][0] for config in (teacher.pretrained_cfg, preprocessing))
+    channels, expected = (config["input_size"][0] for config in (pretrained_cfg(teacher), preprocessing))
     if channels != expected:
         raise InputError(f"teacher: expected one for images of {expected} channels, as the model, got {channels}")
-    names = teacher.pretrained_cfg.get("label_names")
+    names = pretrained_cfg(teacher).get("label_names")
     if names and splits.classes and sorted(names) == sorted(splits.classes) and list(names) != splits.classes:
         raise InputError(f"teacher: its classes are in another order than the data's: {list(names)[:10]}")
     return teacher
