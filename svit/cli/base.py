@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import resolve_data_config
@@ -13,6 +13,9 @@ from torch import nn
 from svit.checkpoints import create_model, has_fixed_size
 from svit.errors import InputError
 from svit.images import MODES
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -93,6 +96,20 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # PyTorch's words for an unknown device, and for one not there
         raise InputError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def this_process(args: argparse.Namespace) -> "PartialState":
+    """This process, alone or among those that torchrun started: its rank, and how many there are.
+
+    Where `--device` names no GPU by number, it is set to the GPU of this process.
+    """
+    from accelerate import PartialState
+
+    cpu = not torch.accelerator.is_available() or str(args.device).startswith("cpu")
+    process = PartialState(cpu=cpu)
+    if process.num_processes > 1 and args.device in (None, "cuda"):
+        args.device = str(process.device)
+    return process
 
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}

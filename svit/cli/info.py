@@ -27,6 +27,7 @@ EXTRAS = {
     "train": "svit train, validate, infer",
     "visualize": "svit visualize, svit.visualize",
     "export": "svit export --format onnx",
+    "parquet": "svit infer --format parquet",
     "profile": "svit flops, benchmark, svit.profiling",
     "mm": "svit mm-train, mm-test, mm-infer, svit.adapters",
 }

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
@@ -40,6 +42,7 @@ from .base import (
     open_model,
     out_of_memory_as_error,
     share,
+    this_process,
 )
 
 # Of tables: figures as they are written, with all their digits.
@@ -69,10 +72,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     args = parser().parse_args(argv)
+    process = this_process(args)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     with out_of_memory_as_error("lower --batch-size or --img-size"):
-        result = validate(args)
+        result = validate(args, process)
+    if not process.is_main_process:
+        return 0
     print_result(result, args.per_class)
     if args.json:
         with atomic_write(args.json) as part:
@@ -80,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def validate(args: argparse.Namespace) -> dict:
-    """What the command line asks for, as numbers: accuracy in per cent."""
+def validate(args: argparse.Namespace, process: PartialState) -> dict:
+    """What the command line asks for, as numbers: accuracy in per cent. Each process takes a share of the images."""
     model, device, preprocessing = open_model(args, crop_pct=args.crop_pct)
     options = {"download": args.download} if args.dataset.startswith("torch/") else {}
     loader = Loader(
@@ -89,15 +95,26 @@ def validate(args: argparse.Namespace) -> dict:
         eval_transform(preprocessing),
         args.batch_size,
         training=False,
+        rank=process.process_index,
+        world=process.num_processes,
         workers=args.workers,
         limit=args.max_unreadable,
         mode=image_mode(preprocessing),
     )
-    print_contents(args.split, loader.dataset, sys.stderr)
+    if process.is_main_process:
+        print_contents(args.split, loader.dataset, sys.stderr)
     names = names_of_classes(model, classes_of(loader.dataset))
     autocast = partial(torch.autocast, device.type, getattr(torch, args.amp)) if args.amp else nullcontext
-    batches = tqdm(loader.epoch(), total=len(loader), disable=None, desc="evaluating", unit="batch")
-    found = evaluate(model, batches, cast(int, model.num_classes), device, autocast, args.flip, channels_last=True)
+    batches = tqdm(
+        loader.epoch(),
+        total=len(loader),
+        disable=not process.is_main_process or None,
+        desc="evaluating",
+        unit="batch",
+    )
+    found = evaluate(
+        model, batches, cast(int, model.num_classes), device, autocast, args.flip, channels_last=True, reduce=reduce
+    )
     height, width = preprocessing["input_size"][1:]
     result = {
         "model": args.model,

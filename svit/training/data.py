@@ -9,7 +9,7 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -547,7 +547,7 @@ def image_mode(preprocessing: dict[str, Any]) -> str:
     return mode_of(preprocessing["input_size"][0])
 
 
-def report_unreadable(errors: list[UnreadableImageError], images: int) -> None:
+def report_unreadable(errors: Sequence[UnreadableImageError | str], images: int) -> None:
     """Names the images that cannot be read, and among several says how many they are."""
     for error in errors:
         print(f"error: {error}", file=sys.stderr)

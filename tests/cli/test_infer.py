@@ -3,19 +3,29 @@
 import csv
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
+from safetensors import safe_open
 
 import image_data
+from svit import inference
 from svit.cli import command
-from svit.cli.infer import find_images
+from svit.folders import find_images
 
 main = command("infer")
+
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "svit")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -77,6 +87,116 @@ def test_csv_and_table_say_the_same_as_json(digits, run):
     for line, image in zip(lines, found, strict=True):
         assert line.split()[0] == image["image"]
         assert line.endswith(", ".join(f"{top['class']} {top['probability']:.1%}" for top in image["classes"]))
+
+
+def test_formats_of_files_say_the_same_as_json(digits, run, tmp_path):
+    files = digits.files[::11]
+    found = json.loads(run(*files, "--top", 2, "--format", "json")[1])
+    for name in ("classes.jsonl", "classes.csv", "classes.parquet", "classes.json", "classes.txt"):
+        assert run(*files, "--top", 2, "--out", tmp_path / name) == (0, "", "")
+    assert [json.loads(line) for line in (tmp_path / "classes.jsonl").read_text().splitlines()] == found
+    assert json.loads((tmp_path / "classes.json").read_text()) == found
+    assert (tmp_path / "classes.csv").read_text() == run(*files, "--top", 2, "--format", "csv")[1]
+    assert (tmp_path / "classes.txt").read_text() == run(*files, "--top", 2)[1]
+    rows = parquet.read_table(tmp_path / "classes.parquet").to_pylist()
+    flat = [{"image": image["image"], "rank": n, **top} for image in found for n, top in enumerate(image["classes"], 1)]
+    assert rows == [{**row, "probability": pytest.approx(row["probability"])} for row in flat]
+    assert len(list(tmp_path.iterdir())) == 5  # nothing of a run that ended
+
+
+def test_features_are_what_the_classifier_gets(digits, run, see, tmp_path):
+    with torch.no_grad():
+        expected = digits.model.forward_head(digits.model.forward_features(see(digits.files)), pre_logits=True)
+    expected = expected.flatten(1)
+    assert run(digits.root / "val", "--features", "--out", tmp_path / "a.safetensors") == (0, "", "")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["images"]) == [str(file) for file in digits.files]
+        torch.testing.assert_close(file.get_tensor("features"), expected, atol=1e-4, rtol=1e-4)
+    assert run(digits.root / "val", "--features", "--out", tmp_path / "a.parquet") == (0, "", "")
+    table = parquet.read_table(tmp_path / "a.parquet")
+    assert table["image"].to_pylist() == [str(file) for file in digits.files]
+    torch.testing.assert_close(torch.tensor(table["features"].to_pylist()), expected, atol=1e-4, rtol=1e-4)
+    lines = run(digits.files[0], "--features")[1].splitlines()
+    torch.testing.assert_close(torch.tensor(json.loads(lines[0])["features"]), expected[0], atol=1e-4, rtol=1e-4)
+
+
+def test_lists_patterns_and_tar_files(digits, run, tmp_path, monkeypatch):
+    files = digits.files[:6]
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for number, file in enumerate(files[:2]):
+            tar.add(file, f"{number:05d}.png")
+        tar.addfile(tarfile.TarInfo("00000.cls"))
+        tar.addfile(tarfile.TarInfo("00002.png"))  # empty
+    (tmp_path / "list.txt").write_text(f"{files[2]}\n\n{tmp_path}/*.tar\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{files[4]}\n"))
+    pattern = str(files[5].with_name(f"[{files[5].name[0]}]{files[5].name[1:]}"))
+    status, out, err = run(f"@{tmp_path}/list.txt", files[3], "-", pattern, "--format", "json")
+    names = [image["image"] for image in json.loads(out)]
+    shard = [f"{tmp_path}/shard.tar/{number:05d}.png" for number in range(2)]
+    assert names == [str(files[2]), *shard, str(files[3]), str(files[4]), str(files[5])]
+    direct = json.loads(run(files[2], *files[:2], *files[3:], "--format", "json")[1])
+    assert [image["classes"] for image in json.loads(out)] == [image["classes"] for image in direct]
+    assert status == 1
+    assert err.startswith(f"error: {tmp_path}/shard.tar/00002.png: cannot be read")
+
+
+class Broken(Exception):
+    """The end of a process, in a test."""
+
+
+@pytest.mark.parametrize("out", ["a.csv", "a.parquet"])
+def test_a_run_that_broke_off_continues(digits, run, tmp_path, monkeypatch, out):
+    whole = tmp_path / f"whole{out[1:]}"
+    arguments = [digits.root / "val", tmp_path / "no.png", "--batch-size", 4]
+    (tmp_path / "no.png").write_text("no image")
+    assert run(*arguments, "--out", whole)[0] == 1
+
+    def broken(*arguments):
+        seen.append(arguments)
+        if len(seen) == 4:
+            raise Broken
+        return records(*arguments)
+
+    records, seen = inference.records, []
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "records", broken)
+        with pytest.raises(Broken):
+            run(*arguments, "--out", tmp_path / out)
+    part = tmp_path / f"{out}.part"
+    assert not (tmp_path / out).exists()
+    assert part.read_bytes().count(b"\n") == 1 + 12
+    with part.open("a") as file:
+        file.write('{"image": "cut sho')
+
+    status, _, err = run(*arguments, "--out", tmp_path / out)
+    assert (status, err) == (
+        1,
+        f"error: --out: {part} is of a run that broke off; --resume continues it, or delete it\n",
+    )
+    status, _, err = run(*arguments, "--top", 1, "--out", tmp_path / out, "--resume")
+    assert (status, err.startswith(f"error: --resume: {part} is of another run, ")) == (1, True)
+
+    status, _, err = run(*arguments, "--out", tmp_path / out, "--resume")
+    assert (status, err.splitlines()[-1]) == (1, f"error: 1 of {len(digits.files) + 1} images cannot be read")
+    assert (tmp_path / out).read_bytes() == whole.read_bytes()
+    assert not part.exists()
+    assert run(*arguments[:1], "--out", tmp_path / out, "--resume")[0] == 0  # nothing broke off: from the start
+
+
+def test_two_processes_share_the_images(digits, tmp_path):
+    options = ["--model", "test_svit", "--checkpoint", digits.checkpoint, "--batch-size", 4, "--workers", 0]
+    command = [digits.root / "val", *options, "--out", tmp_path / "two.jsonl"]
+    done = subprocess.run([*TWO_PROCESSES, "infer", *map(str, command)], capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert main([*map(str, [digits.root / "val", *options, "--out", tmp_path / "one.jsonl"])]) == 0
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("one.jsonl", "two.jsonl")
+    )
+    assert len(one) == len(digits.files)
+    for image, same in zip(one, two, strict=True):
+        assert image["image"] == same["image"]
+        for top, other in zip(image["classes"], same["classes"], strict=True):
+            assert other == {**top, "probability": pytest.approx(top["probability"], abs=1e-5)}
 
 
 def test_unreadable_images_are_named_and_the_others_classified(digits, run, tmp_path):

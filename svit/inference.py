@@ -1,0 +1,222 @@
+"""Runs a model over many images, in batches and in order. `svit infer` writes what it gives.
+
+    photos = find_photos(["photos/", "more/*.jpg", "shard-0000.tar"])
+    for records in infer(model, photos, timm.data.resolve_data_config({}, model=model)):
+        for record in records:
+            print(record["image"], record["classes"][0]["class"])
+
+An image is read when its batch comes, so the memory does not grow with the number of images, but for their names.
+"""
+
+import glob
+import io
+import sys
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from os.path import isfile
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from svit.checkpoints import class_names
+from svit.folders import FolderError, find_images, is_clutter, natural_key
+from svit.images import EXTENSIONS, UnreadableImageError, read_image
+from svit.training.data import Transform, eval_transform, image_mode, leave_group
+
+__all__ = ["Photo", "find_photos", "infer"]
+
+# image: its name; and classes, features or error
+Record = dict[str, Any]
+
+
+class Photo(NamedTuple):
+    """An image file, or the part of a tar file that is one.
+
+    Attributes:
+        name: the path; of a part, the tar file's path and the part's, with a slash between.
+        file: the file that it lies in.
+        start: the part's first byte.
+        size: the part's number of bytes, or None for a whole file.
+    """
+
+    name: str
+    file: str
+    start: int = 0
+    size: int | None = None
+
+    def read(self, mode: str) -> Image.Image:
+        """The image, as `svit.images.read_image` reads it.
+
+        Raises:
+            UnreadableImageError: the file is no image or is damaged. The message names the photo.
+        """
+        if self.size is None:
+            return read_image(self.file, mode)
+        try:
+            with open(self.file, "rb") as file:
+                file.seek(self.start)
+                return read_image(io.BytesIO(file.read(self.size)), mode)
+        except (OSError, UnreadableImageError) as error:
+            raise UnreadableImageError(f"{self.name}: cannot be read ({error})") from error
+
+
+def find_photos(sources: Iterable[str], warn: Callable[[str], None] | None = None) -> list[Photo]:
+    """The images that `sources` name, in that order; those of a folder or a pattern are in natural order.
+
+    Args:
+        sources: files; folders, with all below; uncompressed tar files, such as shards of webdataset; patterns of files
+            with `*`, `?`, `[]` or `**`; `@FILE`, a file with one of these on each line; `-`, such lines on standard
+            input.
+        warn: as of `svit.folders.find_images`.
+
+    Raises:
+        FolderError: a source does not exist, cannot be read or holds no image.
+    """
+    photos: list[Photo] = []
+    for source in sources:
+        if source == "-":
+            for line in lines(sys.stdin):
+                photos += photos_of(line, warn)
+        elif source.startswith("@") and not Path(source).exists():
+            try:
+                listed = list(lines(Path(source[1:]).read_text(encoding="utf-8").splitlines()))
+            except (OSError, UnicodeDecodeError) as error:
+                raise FolderError(f"{source}: the list cannot be read ({error})") from error
+            for line in listed:
+                photos += photos_of(line, warn)
+        else:
+            photos += photos_of(source, warn)
+    return photos
+
+
+def lines(file: Iterable[str]) -> Iterator[str]:
+    return (line.rstrip("\r\n") for line in file if line.strip())
+
+
+def photos_of(source: str, warn: Callable[[str], None] | None) -> list[Photo]:
+    """The images of a file, folder, tar file or pattern."""
+    path = Path(source)
+    if path.suffix == ".tar" and path.is_file():
+        return tar_photos(path)
+    if glob.has_magic(source) and not path.exists():
+        named = [file for file in glob.glob(source, recursive=True) if isfile(file)]
+        if not named:
+            raise FolderError(f"{source}: no file has such a name")
+        return [photo for file in sorted(named, key=natural_key) for photo in photos_of(file, warn)]
+    return [Photo(str(image), str(image)) for image in find_images([path], warn)]
+
+
+def tar_photos(path: Path) -> list[Photo]:
+    """The images in an uncompressed tar file, in its order."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            photos = [
+                Photo(f"{path}/{member.name}", str(path), member.offset_data, member.size)
+                for member in tar
+                if member.isfile()
+                and PurePath(member.name).suffix.lower() in EXTENSIONS
+                and not any(map(is_clutter, PurePath(member.name).parts))
+            ]
+    except (tarfile.TarError, OSError) as error:
+        raise FolderError(f"{path}: expected an uncompressed tar file ({error})") from error
+    if not photos:
+        raise FolderError(f"{path}: no images in this tar file")
+    return photos
+
+
+class Photos(Dataset[tuple[int, torch.Tensor | str]]):
+    """Photos by number: the number, and the preprocessed image (C, H, W) or why it cannot be read."""
+
+    def __init__(self, photos: Sequence[Photo], transform: Transform, mode: str) -> None:
+        self.photos, self.transform, self.mode = photos, transform, mode
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, number: int) -> tuple[int, torch.Tensor | str]:
+        try:
+            return number, self.transform(self.photos[number].read(self.mode))
+        except UnreadableImageError as error:
+            return number, str(error)
+
+
+def unchanged(items: list[tuple[int, torch.Tensor | str]]) -> list[tuple[int, torch.Tensor | str]]:
+    return items
+
+
+def infer(
+    model: nn.Module,
+    photos: Sequence[Photo],
+    preprocessing: dict[str, Any],
+    features: bool = False,
+    top: int = 5,
+    batch_size: int = 32,
+    workers: int = 0,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[list[Record]]:
+    """The records of a batch at a time: {"image": name} with one more key.
+
+    - "classes": the best first, {"class": name, "index": int, "probability": float} each.
+    - "features", where these are asked for: (D,) float32 on the CPU, pooled, what the classifier gets.
+    - "error": why the image cannot be read.
+
+    Args:
+        model: (B, C, H, W) to logits (B, num_classes), a model of timm, in eval mode.
+        photos: the images.
+        preprocessing: what `timm.data.resolve_data_config` gives.
+        top: how many classes, at most.
+        workers: processes that read images, 0 for this one.
+        start: the number of the first photo.
+        rank: of this process, one of `world` that share the photos: `rank` takes the batches rank, rank + world, ...
+            All give the same number of lists, the last of which may be empty, so that the lists of all processes for a
+            step, one after the other, are in the photos' order.
+    """
+    first = range(start, len(photos), batch_size)
+    batches = [list(range(n, min(n + batch_size, len(photos)))) for n in first[rank::world]]
+    loader = DataLoader(
+        Photos(photos, eval_transform(preprocessing), image_mode(preprocessing)),
+        batch_sampler=batches,
+        num_workers=min(workers, len(batches) - 1) if batches else 0,
+        collate_fn=unchanged,
+        worker_init_fn=leave_group,
+    )
+    names = class_names(model)
+    for items in loader:
+        yield records(model, items, photos, names, features, top)
+    if len(batches) < -(-len(first) // world):
+        yield []
+
+
+@torch.inference_mode()
+def records(
+    model: Any,
+    items: list[tuple[int, torch.Tensor | str]],
+    photos: Sequence[Photo],
+    names: list[str],
+    features: bool,
+    top: int,
+) -> list[Record]:
+    """The records of the images of one batch, in their order."""
+    found: Iterator[Record] = iter(())
+    readable = [image for _, image in items if isinstance(image, torch.Tensor)]
+    if readable:
+        images = torch.stack(readable).to(next(model.parameters()).device, memory_format=torch.channels_last)
+        if features:
+            pooled = model.forward_head(model.forward_features(images), pre_logits=True).flatten(1).float().cpu()
+            found = ({"features": row} for row in pooled)
+        else:
+            best = model(images).float().softmax(1).topk(min(top, model.num_classes))
+            found = (
+                {"classes": [{"class": names[c], "index": c, "probability": p} for p, c in zip(*row, strict=True)]}
+                for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            )
+    return [
+        {"image": photos[number].name, **(next(found) if isinstance(image, torch.Tensor) else {"error": image})}
+        for number, image in items
+    ]
