@@ -2,11 +2,16 @@
 
 import importlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from filelock import FileLock  # with torch
+
+# Starts two processes: a script and its arguments follow, or -m and a module.
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def missing(what: str) -> None:

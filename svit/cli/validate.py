@@ -112,8 +112,9 @@ def validate(args: argparse.Namespace, process: PartialState) -> dict:
         desc="evaluating",
         unit="batch",
     )
+    total = partial(reduce, reduction="sum")
     found = evaluate(
-        model, batches, cast(int, model.num_classes), device, autocast, args.flip, channels_last=True, reduce=reduce
+        model, batches, cast(int, model.num_classes), device, autocast, args.flip, channels_last=True, reduce=total
     )
     height, width = preprocessing["input_size"][1:]
     result = {

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,14 +17,12 @@ from pyarrow import parquet
 from safetensors import safe_open
 
 import image_data
+from helpers import ONE_THREAD, TWO_PROCESSES
 from svit import inference
 from svit.cli import command
 from svit.folders import find_images
 
 main = command("infer")
-
-TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "svit")
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -186,7 +183,9 @@ def test_a_run_that_broke_off_continues(digits, run, tmp_path, monkeypatch, out)
 def test_two_processes_share_the_images(digits, tmp_path):
     options = ["--model", "test_svit", "--checkpoint", digits.checkpoint, "--batch-size", 4, "--workers", 0]
     command = [digits.root / "val", *options, "--out", tmp_path / "two.jsonl"]
-    done = subprocess.run([*TWO_PROCESSES, "infer", *map(str, command)], capture_output=True, text=True, env=ONE_THREAD)
+    done = subprocess.run(
+        [*TWO_PROCESSES, "-m", "svit", "infer", *map(str, command)], capture_output=True, text=True, env=ONE_THREAD
+    )
     assert done.returncode == 0, done.stderr
     assert main([*map(str, [digits.root / "val", *options, "--out", tmp_path / "one.jsonl"])]) == 0
     one, two = (

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import image_data
+from helpers import TWO_PROCESSES
 from svit import processes
 from svit.checkpoints import create_model, read_metadata, save_model
 from svit.cli import command
@@ -32,7 +33,6 @@ from svit.training.evaluation import Accuracy
 TOOLS = Path(__file__).parents[2] / "tools"
 ENDS_THREADS = Path(__file__).with_name("ends_threads.py")
 
-TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 # All that is random at once: whatever does not come back exactly after a kill changes the weights.
 RECIPE = """

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import image_data
+from helpers import ONE_THREAD, TWO_PROCESSES
 from svit.checkpoints import save_model
 from svit.cli import command, validate
 from svit.training.evaluation import Accuracy
@@ -70,6 +72,20 @@ def test_figures_of_all_and_of_each_class(digits, run, see, capsys):
     listed = [float(share) for _, share, _ in rows]
     assert listed == sorted(listed)
     assert listed[0] < listed[-1]
+
+
+def test_two_processes_share_the_images(digits, run, tmp_path):
+    _, one = run("--batch-size", 7)
+    arguments = ["validate", "test_svit", "--data-dir", digits.root, "--checkpoint", digits.checkpoint]
+    arguments += ["--workers", 0, "--batch-size", 7, "--json", tmp_path / "two.json"]
+    done = subprocess.run(
+        [*TWO_PROCESSES, "-m", "svit", *map(str, arguments)], capture_output=True, text=True, env=ONE_THREAD
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two == {**one, "loss": pytest.approx(one["loss"], rel=1e-5)}
+    assert two["images"] == len(digits.files) == 40  # none twice, though the last batches are not full
+    assert done.stdout.count("top-1 (paper)") == 1  # one process prints
 
 
 @torch.no_grad()
