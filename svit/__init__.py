@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 __all__ = ["models"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class _AfterTimm:
