@@ -252,7 +252,11 @@ def test_what_has_no_classes_is_refused(tmp_path):
         ("folder", "flat.tar", "flat.tar: no class folders in it, only 1 images beside the class folders"),
         ("folder", "empty.tar", "empty.tar: no images in it"),
         ("folder", "photos.zip", "expected a folder or a .tar file, got .*photos.zip"),
-        ("flder", "flat", "dataset: expected folder, digits, or a name that starts with one of torch/, .*, got 'flder'"),
+        (
+            "flder",
+            "flat",
+            "dataset: expected folder, digits, or a name that starts with one of torch/, .*, got 'flder'",
+        ),
         ("wsd/x", "flat", "dataset: expected folder, .*got 'wsd/x'"),
         ("torch", "flat", "dataset: expected folder, .*got 'torch'"),
         ("wds/x", "flat", "wds/x .*flat, split 'train': cannot be used"),

@@ -1,0 +1,72 @@
+from itertools import chain
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import resolve_data_config
+
+import svit  # noqa: F401
+from svit.folders import FolderError
+from svit.inference import Photo, find_photos, infer
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    overlay = {"input_size": (3, 32, 32), "crop_pct": 1.0}
+    return timm.create_model("test_svit", num_classes=4, pretrained_cfg_overlay=overlay).eval()
+
+
+@pytest.fixture
+def photos(tmp_path) -> list[Photo]:
+    rng = np.random.default_rng(0)
+    for number in range(7):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_text("no image")
+    return find_photos([str(tmp_path)])
+
+
+def test_records_are_of_each_photo_in_order(model, photos):
+    records = list(chain(*infer(model, photos, resolve_data_config({}, model=model), top=2, batch_size=3)))
+    assert [record["image"] for record in records] == [photo.name for photo in photos]
+    assert records[3].keys() == {"image", "error"}
+    pixels = torch.tensor(np.asarray(Image.open(photos[6].name))).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        shares = model((pixels - mean) / std).softmax(1)[0]
+    best = shares.argsort(descending=True)[:2].tolist()
+    expected = [{"class": str(n), "index": n, "probability": pytest.approx(shares[n].item(), abs=1e-5)} for n in best]
+    assert records[6]["classes"] == expected
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_processes_share_the_batches(model, photos, start):
+    options = dict(preprocessing=resolve_data_config({}, model=model), features=True, batch_size=2, start=start)
+    alone = list(chain(*infer(model, photos, **options)))
+    assert [record["image"] for record in alone] == [photo.name for photo in photos[start:]]
+    for world in (2, 3):
+        steps = zip(*(infer(model, photos, rank=rank, world=world, **options) for rank in range(world)), strict=True)
+        together = [record for step in steps for records in step for record in records]
+        assert [record["image"] for record in together] == [record["image"] for record in alone]
+        for record, same in zip(together, alone, strict=True):
+            assert ("error" in record) == ("error" in same)
+            if "features" in record:
+                torch.testing.assert_close(record["features"], same["features"])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no.png", "no.png: no such file or folder"),
+        ("no*.png", r"no\*.png: no file has such a name"),
+        ("@no.txt", "@no.txt: the list cannot be read"),
+        ("damaged.tar", "damaged.tar: expected an uncompressed tar file"),
+    ],
+)
+def test_sources_that_cannot_be_used(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged.tar").write_text("no tar file")
+    with pytest.raises(FolderError, match=message):
+        find_photos([source])
