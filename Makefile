@@ -60,7 +60,7 @@ check: lint
 	OMP_NUM_THREADS=1 $(TESTENV)/bin/python -m pytest -q $(QUICK)
 
 test: lint $(SDIST)
-	SVIT_TIMM_SDIST=$(abspath $(SDIST)) OMP_NUM_THREADS=1 $(TESTENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+	SVIT_TIMM_SDIST=$(abspath $(SDIST)) OMP_NUM_THREADS=1 $(TESTENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-newest: .venv-test-newest/installed
 	OMP_NUM_THREADS=1 .venv-test-newest/bin/python -m pytest -n $(JOBS) --dist loadfile tests/ops/triton tests/layers \

@@ -147,7 +147,7 @@ class TestWeights:
             timm.create_model(name, pretrained=True)
         message = str(error.value)
         assert "https://github.com/hhb072/STViT" in message
-        assert f"tools/convert_checkpoint.py {file}" in message
+        assert f"svit convert {file}" in message
         assert "checkpoint_path=" in message
         assert len(message) < 400
 
