@@ -1,6 +1,6 @@
 # Commands that do everything on a fresh machine, in environments of their own:
 #   make demo   train, evaluate and look at a small SViT on real images
-#   make check  lint, types and the quick tests, in two minutes: for every change
+#   make check  lint, types and the quick tests, in a minute and a half: for every change
 #   make test   lint and all tests; MM=onedl: those of detection and segmentation, with the maintained forks
 #   make test-newest   what compilers decide, with the newest PyTorch and its Triton; a release needs it
 #   make matrix the quick tests with each Python and PyTorch that the package supports; a release needs it
