@@ -45,7 +45,8 @@ GROUPS = {
         "mm-test": Command("evaluate one", "mm"),
         "mm-infer": Command("draw what one finds in images", "mm"),
     },
-    "this machine": {
+    "this machine, and other people's scripts": {
+        "exec": Command("run a script with the models registered in timm, such as timm's own"),
         "info": Command("show versions, devices, backends, and extras that are missing"),
     },
 }
