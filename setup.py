@@ -1,4 +1,7 @@
-"""Builds the CUDA backend where SVIT_BUILD_CUDA=1 asks for it; everything else stands in setup.cfg."""
+"""Makes the long description of README.md, and builds the CUDA backend where SVIT_BUILD_CUDA=1 asks for it.
+
+Everything else stands in setup.cfg.
+"""
 
 import os
 import re
@@ -90,4 +93,15 @@ def cuda_backend() -> dict:
     }
 
 
-setup(**(cuda_backend() if os.environ.get("SVIT_BUILD_CUDA") == "1" else {}))
+def long_description() -> str:
+    """README.md for readers without the repository: links into it become text, paragraphs with its pictures go."""
+    paragraphs = Path("README.md").read_text(encoding="utf-8").split("\n\n")
+    inside = r"\[([^][]+)\]\((?!https?://)[^)\s]+\)"
+    return "\n\n".join(re.sub(inside, r"\1", text) for text in paragraphs if not re.search(f"!{inside}", text))
+
+
+setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    **(cuda_backend() if os.environ.get("SVIT_BUILD_CUDA") == "1" else {}),
+)

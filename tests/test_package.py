@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import email
 import os
 import re
 import shutil
@@ -162,6 +163,25 @@ def test_commands(wheels, kind, tmp_path):
         assert len(list(csv.DictReader(file))) == 1
     names = {"digits", "outputs", "page", "m.pt2"}
     assert {path.name for path in folder.iterdir()} == names
+
+
+def test_metadata(built):
+    """Its long description is README.md for readers without the repository: no link or picture leads into that."""
+    (archive,) = built.glob("*.whl")
+    with zipfile.ZipFile(archive) as content:
+        (name,) = (name for name in content.namelist() if name.endswith(".dist-info/METADATA"))
+        found = email.message_from_bytes(content.read(name))
+    assert found["Description-Content-Type"] == "text/markdown"
+    assert found["License"] == "MIT"
+    assert found["License-File"] == "LICENSE"
+    assert found["Project-URL"] == "Paper, https://arxiv.org/abs/2211.11167"
+    text = found.get_payload(decode=True).decode()
+    assert {link.partition(":")[0] for link in re.findall(r"\]\(([^)]*)\)", text)} == {"https"}
+    assert len(re.findall(r"\]\((?!https:)", (ROOT / "README.md").read_text())) > 15
+    assert "![" not in text
+    assert "| classify an image, get feature maps | Quickstart |" in text
+    # What an installed package can do comes first.
+    assert text.index("pip install svit") < text.index("svit train digits") < text.index("make demo")
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +16,18 @@ import pytest
 import timm
 import torch
 from timm.layers import set_exportable, set_fused_attn, set_scriptable
+from timm.models._features_fx import create_feature_extractor as timm_extractor
 from timm.utils import AttentionExtract
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
 
 from helpers import missing
 from svit.models import SViT
 from svit.ops import _dispatch, _self_check, reference
 
 NAMES = ["test_svit", "svit_nano"]
+ARCHITECTURES = timm.list_models(module="svit")
 
 # Batch, height, width. The first is what a model is traced with; no stage's map of the second is a multiple of a cell.
 SIZES = [(2, 64, 80), (3, 50, 71)]
@@ -176,14 +179,23 @@ def test_script(scriptable: bool, name: str) -> None:
         assert error(scripted(x), model(x)) < 1e-5
 
 
-def test_legacy_onnx(tmp_path: Path) -> None:
-    """Which other tools still call."""
+def one_block_a_stage(name: str) -> SViT:
+    """A registered model with every kind of layer that it has, in seconds; logits of order 1."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, depths=(1, 1, 1, 1)).eval()
+    nn.init.normal_(model.get_classifier().weight)
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_legacy_onnx(tmp_path: Path, name: str) -> None:
+    """Which other tools still call, on models as they are as well as exportable ones."""
     try:
         import onnxruntime
     except ModuleNotFoundError as e:
         missing(e.name)
-    with set_exportable(True):
-        model = timm.create_model("test_svit").eval()
+    with set_exportable(name in NAMES):
+        model = one_block_a_stage(name)
     path = tmp_path / "model.onnx"
     axes = {"image": {0: "batch", 2: "height", 3: "width"}}
     with warnings.catch_warnings():
@@ -194,6 +206,30 @@ def test_legacy_onnx(tmp_path: Path) -> None:
         x = image(*size)
         (found,) = session.run(None, {"image": x.numpy()})
         assert error(torch.from_numpy(found), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("create", [timm_extractor, torchvision_extractor], ids=["timm", "torchvision"])
+def test_feature_extractors_pickle(create: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs that torch.fx makes for feature maps of stages."""
+    model = one_block_a_stage(name)
+    extractor = create(model, ["stages.0", "stages.3"])
+    file = io.BytesIO()
+    torch.save(extractor, file)
+    file.seek(0)
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # the adapters set it
+    loaded = torch.load(file, weights_only=False)
+    x = image(*SIZES[1])
+    expected = model.forward_intermediates(x, indices=[0, 3], intermediates_only=True)
+    for found, maps in zip(loaded(x).values(), expected, strict=True):
+        assert error(found, maps) < 1e-5
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_vmap_of_the_stem(name: str) -> None:
+    stem = one_block_a_stage(name).stem
+    x = image(*SIZES[1])
+    assert error(torch.func.vmap(stem)(x[:, None])[:, 0], stem(x)) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
