@@ -54,7 +54,7 @@ COMMANDS = {name: command for group in GROUPS.values() for name, command in grou
 
 EXAMPLES = """
 first steps:
-  svit train digits                   a model of handwritten digits, in a minute
+  svit train digits                   a model of handwritten digits, in two minutes
   svit train --list                   all recipes
   svit infer photo.jpg --model svit_nano_32.cifar10 --pretrained
                                       with weights that come with the package
