@@ -139,7 +139,7 @@ def test_int8_runtime():
     x = torch.randn(2, 3, 32, 48)
     with torch.inference_mode():
         expected, found = eager(x), model(x)
-    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.2  # noise as that of the calibration
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.4  # noise, as that of the calibration
 
 
 def test_runtimes_of_onnx_get_the_file_of_the_export_tool(monkeypatch):
