@@ -15,8 +15,8 @@ the model adds: to a process of its own, or on a GPU to what the allocator gave 
 
 `--runtime` runs each model in each of these, in turn as well: `eager` PyTorch, `compile` (torch.compile, in inference
 with its weights frozen), and on a CPU, in inference, `onnxruntime` and `openvino` (pip install openvino), which get the
-ONNX file that `svit export` makes for this batch and image size, and `onnxruntime-int8`, which gets it as `--int8` makes
-it, but calibrated with noise.
+ONNX file that `svit export` makes for this batch and image size. `onnxruntime-int8` gets the file of `--int8`, but
+calibrated with noise.
 """
 
 import argparse
