@@ -15,7 +15,8 @@ the model adds: to a process of its own, or on a GPU to what the allocator gave 
 
 `--runtime` runs each model in each of these, in turn as well: `eager` PyTorch, `compile` (torch.compile, in inference
 with its weights frozen), and on a CPU, in inference, `onnxruntime` and `openvino` (pip install openvino), which get the
-ONNX file that `svit export` makes for this batch and image size.
+ONNX file that `svit export` makes for this batch and image size. `onnxruntime-int8` gets the file of `--int8`, but
+calibrated with noise.
 """
 
 import argparse
@@ -72,7 +73,7 @@ class Setting:
         return torch.autocast(self.device, dtype, enabled=self.amp is not None, cache_enabled=False)
 
 
-OF_ONNX = ("onnxruntime", "openvino")
+OF_ONNX = ("onnxruntime", "onnxruntime-int8", "openvino")
 RUNTIMES = ("eager", "compile", *OF_ONNX)
 
 PREFIXES = ("upstream", "reference", "cuda", "folded", "maps", "compiled", "graph")
@@ -132,7 +133,7 @@ def in_runtime(model: nn.Module, spec: str, setting: Setting) -> nn.Module:
         return compiled(model)
     if setting.device != "cpu" or setting.train or setting.amp or setting.dtype != "float32":
         raise InputError(f"{spec}: --runtime {setting.runtime} is for inference in float32 on a CPU")
-    runtime = {"onnxruntime": InOnnxRuntime, "openvino": InOpenVino}[setting.runtime]
+    runtime = {"onnxruntime": InOnnxRuntime, "onnxruntime-int8": InInt8, "openvino": InOpenVino}[setting.runtime]
     try:
         return runtime(model, (setting.batch_size, 3, *setting.size))
     except InputError as error:
@@ -195,6 +196,7 @@ class InOnnxRuntime(nn.Module):
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...]) -> None:
         super().__init__()
+        self.shape = shape
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.onnx")
             with export.in_words("the model"), torch.no_grad():
@@ -211,6 +213,14 @@ class InOnnxRuntime(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.session.run(None, {"image": x.numpy()})[0])
+
+
+class InInt8(InOnnxRuntime):
+    """A model in ONNX Runtime in int8. Its outputs mean nothing, since the scales are those of noise."""
+
+    def load(self, path: Path) -> None:
+        export.quantize(path, [torch.randn(self.shape)])
+        super().load(path)
 
 
 class InOpenVino(InOnnxRuntime):

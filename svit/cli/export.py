@@ -298,7 +298,7 @@ def quantize(path: Path, batches: list[torch.Tensor]) -> None:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
-    class Batches(CalibrationDataReader):
+    class Batches(CalibrationDataReader):  # type: ignore[misc]  # which has no types
         def __init__(self) -> None:
             self.rest = iter(batches)
 

@@ -129,12 +129,25 @@ def test_runtimes_compute_the_same(runtime):
     assert benchmark.Candidate(model, "NCHW", setting).run() > 0
 
 
+def test_int8_runtime():
+    pytest.importorskip("onnxruntime")
+    setting = benchmark.Setting((32, 48), 2, False, None, "cpu", runtime="onnxruntime-int8")
+    torch.manual_seed(0)
+    eager = benchmark.build("folded:test_svit", SETTING)
+    torch.manual_seed(0)
+    model = benchmark.build("folded:test_svit", setting)
+    x = torch.randn(2, 3, 32, 48)
+    with torch.inference_mode():
+        expected, found = eager(x), model(x)
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.4  # noise, as that of the calibration
+
+
 def test_runtimes_of_onnx_get_the_file_of_the_export_tool(monkeypatch):
     made = []
     monkeypatch.setattr(benchmark, "in_runtime", lambda model, spec, setting: made.append(model))
     for runtime in benchmark.RUNTIMES:
         benchmark.build("test_svit", replace(SETTING, runtime=runtime))
-    assert [model.stages[0].blocks[0].attn.fused_attn for model in made] == [True, True, False, False]
+    assert [model.stages[0].blocks[0].attn.fused_attn for model in made] == [True, True, False, False, False]
 
 
 def test_rows_of_runtimes(monkeypatch):

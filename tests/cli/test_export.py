@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -9,8 +10,10 @@ import pytest
 import timm
 import torch
 import torch.nn.utils.prune
+from PIL import Image
 from torch._inductor import cpp_builder
 
+import image_data
 from helpers import missing
 from svit.checkpoints import save_model
 from svit.cli import command, export
@@ -169,6 +172,122 @@ def test_onnx_quantizes(run, two_stages):
         found = export.load_onnx(Path(file))(x)
         difference = (found - expected).norm() / expected.norm()
         assert 1e-5 < difference < 0.1, (file, difference)
+
+
+WEIGHTED = ("Conv", "Gemm", "MatMul", "ConvTranspose")
+
+
+def nodes_in_int8(model) -> set[str]:
+    """The names of nodes whose weight is in int8, with a scale for each channel."""
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = {
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in values and len(values[node.input[1]].dims) == 1
+    }
+    return {node.name for node in model.graph.node if node.op_type in WEIGHTED and node.input[1] in weights}
+
+
+def test_int8(run, digits, see):
+    """Dense convolutions and the last linear layer; the scales are those of the images as the model sees them."""
+    needs_onnx()
+    import onnx
+
+    options = ["--checkpoint", str(digits.checkpoint), "--static", "--batch-size", "3"]
+    status, out, err = run("test_svit", *options, "--int8", str(digits.root / "val"))
+    assert (status, err) == (0, "")
+    assert os.listdir() == ["test_svit_int8.onnx"]
+    line = re.search(r"^int8: the class of float32 on (\d+) of (\d+) images, .* outputs (\S+)$", out, re.MULTILINE)
+    assert int(line[2]) == len(digits.files)
+
+    model = onnx.load("test_svit_int8.onnx")
+    told = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    assert told.keys() == TOLD.keys()
+    assert (told["input_size"], told["class_names"]) == ([3, 16, 16], list(image_data.CLASSES))
+    nodes = [node for node in model.graph.node if node.op_type in WEIGHTED]
+    dense = {node.name for node in nodes if not any(a.name == "group" and a.i > 1 for a in node.attribute)}
+    expected = {node.name for node in nodes if node.op_type in ("Conv", "Gemm")} & dense
+    assert nodes_in_int8(model) == expected
+    assert 20 < len(expected) < len(nodes) - 10
+
+    (first,) = (node for node in model.graph.node if "image" in node.input)
+    assert first.op_type == "QuantizeLinear"
+    (scale,) = (onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name == first.input[1])
+    images = see(digits.files)
+    assert scale.item() == pytest.approx((images.max() - images.min()).item() / 255, rel=1e-3)
+
+    quantized = export.load_onnx(Path("test_svit_int8.onnx"))
+    with torch.no_grad():
+        expected = digits.model(images[:39])
+    found = torch.cat([quantized(batch) for batch in images[:39].split(3)])
+    error = ((found - expected).norm() / expected.norm()).item()
+    assert 1e-3 < error < 0.2
+    assert float(line[3]) == pytest.approx(error, rel=0.1)  # printed for one image more
+    same = (found.argmax(1) == expected.argmax(1)).sum().item()
+    assert int(line[1]) - 1 <= same <= int(line[1])
+
+
+def test_int8_that_finds_other_classes_is_not_kept(run, digits, monkeypatch):
+    needs_onnx()
+    quantize = export.quantize
+
+    def with_zeros(path: Path, batches: list[torch.Tensor]) -> None:
+        import onnx
+
+        quantize(path, batches)
+        model = onnx.load(path)
+        for tensor in model.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.INT8:
+                values = onnx.numpy_helper.to_array(tensor)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(values * 0, tensor.name))
+        onnx.save(model, path)
+
+    monkeypatch.setattr(export, "quantize", with_zeros)
+    options = ["--checkpoint", str(digits.checkpoint), "--static", "--int8", str(digits.root / "val")]
+    status, out, err = run("test_svit", *options)
+    assert (status, "wrote" in out) == (1, False)
+    found = re.match(r"error: the file is not kept; int8: the class of float32 on (\d+) of (\d+) images, relative", err)
+    assert int(found[1]) < 0.8 * int(found[2])
+    assert err.endswith("; expected 80% of the images\n")
+    assert os.listdir() == []
+
+
+def test_int8_takes_images_of_all_parts_of_a_folder(tmp_path, monkeypatch):
+    for i in range(10):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(export, "CALIBRATION_IMAGES", 4)
+    assert [path.stem for path in export.calibration_images(tmp_path)] == ["0", "2", "5", "7"]
+    monkeypatch.setattr(export, "CALIBRATION_IMAGES", 40)
+    assert len(export.calibration_images(tmp_path)) == 10
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("empty", "--int8: empty: no images in this folder"),
+        ("text", "--int8: text: no images in this folder; left out 1 .txt"),
+        ("none", "--int8: expected a folder of images, got none"),
+        ("damaged", "damaged/x.png: cannot be read (not an image of a format that Pillow reads)"),
+    ],
+)
+def test_int8_without_images(run, two_stages, folder, message):
+    needs_onnx()
+    for name, file in (("empty", None), ("text", "x.txt"), ("damaged", "x.png")):
+        Path(name).mkdir()
+        if file:
+            Path(name, file).write_text("no image")
+    before = sorted(os.listdir())
+    status, out, err = run("test_svit", "--checkpoint", "c.safetensors", "--int8", folder)
+    assert (status, out, err) == (1, "", f"error: {message}\n")
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("form", ["torch", "aoti"])
+def test_int8_is_onnx(run, form, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("test_svit", "--format", form, "--int8", ".")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: --int8: writes ONNX, got --format {form}\n")
 
 
 def test_model_that_does_not_fuse(run, two_stages, monkeypatch):
