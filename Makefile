@@ -4,6 +4,7 @@
 #   make test   lint and all tests; MM=onedl: those of detection and segmentation, with the maintained forks
 #   make test-newest   what compilers decide, with the newest PyTorch and its Triton; a release needs it
 #   make matrix the quick tests with each Python and PyTorch that the package supports; a release needs it
+#   make clients   the examples of docs/clients.md, with other libraries; a release needs it
 #   make docs   the documentation as pages of a website, into site/
 # On a machine with an NVIDIA GPU:
 #   make gpu-check   checks and measures the fused ops, into docs/benchmarks; ARGS="--minutes 9" and other options
@@ -40,10 +41,13 @@ OLDEST := torch==2.10.0 torchvision==0.25.0
 JOBS ?= 2
 
 # `make check` and `make matrix` run all tests but these.
-SLOW := tests/adapters tests/cli tests/tools tests/ops/cuda tests/ops/triton tests/ops/test_registration.py \
+SLOW := tests/adapters tests/clients tests/cli tests/tools tests/ops/cuda tests/ops/triton tests/ops/test_registration.py \
 	tests/models/test_deployment.py tests/models/test_fused.py tests/models/test_svit.py tests/test_gpu.py \
 	tests/test_package.py tests/test_profiling.py
 QUICK := -n $(JOBS) --dist load tests $(SLOW:%=--ignore=%)
+
+# What docs/clients.md uses.
+CLIENTS := anomalib captum fastai grad-cam lightning openvino peft segmentation-models-pytorch torchao transformers ultralytics
 
 # Python and PyTorch together, each with an environment of its own.
 MATRIX := $(foreach python,3.10 3.11 3.12 3.13,$(python)-oldest $(python)-newest)
@@ -51,7 +55,7 @@ MATRIX := $(foreach python,3.10 3.11 3.12 3.13,$(python)-oldest $(python)-newest
 ARGS ?=
 
 .SECONDARY: $(MATRIX:%=.venv-matrix/%/installed)
-.PHONY: demo check test test-newest matrix docs gpu-check lint format clean
+.PHONY: demo check test test-newest matrix clients docs gpu-check lint format clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/python tools/demo.py
@@ -74,6 +78,10 @@ matrix:
 matrix-%: .venv-matrix/%/installed
 	OMP_NUM_THREADS=1 .venv-matrix/$*/bin/python -m pytest -q $(QUICK)
 
+# Of docs/clients.md, with the libraries that the tests' environment lacks.
+clients: .venv-clients/installed
+	OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest tests/clients
+
 docs: .venv-docs/installed
 	.venv-docs/bin/mkdocs build --strict
 	@echo "Open site/index.html; the search needs a server: .venv-docs/bin/mkdocs serve"
@@ -94,7 +102,7 @@ format: $(TESTENV)/installed
 	$(TESTENV)/bin/ruff format
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-test-onedl .venv-test-newest .venv-matrix .venv-docs .venv-gpu site outputs/demo build dist *.egg-info
+	rm -rf .venv-demo .venv-test .venv-test-onedl .venv-test-newest .venv-matrix .venv-clients .venv-docs .venv-gpu site outputs/demo build dist *.egg-info
 
 .venv-demo/installed: $(PROJECT)
 	@echo "Installing the demo's environment into .venv-demo; PyTorch is a large download."
@@ -121,6 +129,12 @@ clean:
 	grep -vE '^(torch|torchvision)==' constraints.txt > .venv-matrix/$*/constraints.txt
 	.venv-matrix/bin/uv pip install --python .venv-matrix/$* --constraint .venv-matrix/$*/constraints.txt \
 		$(if $(filter %-oldest,$*),$(OLDEST),$(NEWEST)) --editable ".[dev]"
+	touch $@
+
+# Each library takes the versions that it wants of what svit's constraints.txt pins, but of PyTorch and timm.
+.venv-clients/installed: tests/clients/constraints.txt $(PROJECT)
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --constraint tests/clients/constraints.txt --editable ".[train,export]" pytest $(CLIENTS)
 	touch $@
 
 # The project itself is not installed: the check runs from the checkout.
