@@ -245,6 +245,29 @@ def test_imports_point_one_way():
             assert not {name for name in imports(file) if inside(name, forbidden)}, file
 
 
+def messages(file: Path) -> list[str]:
+    """The strings of a file that a user may read: all but docstrings, which are the help of a command in svit/cli."""
+    tree = ast.parse(file.read_text())
+    kinds = (
+        (ast.ClassDef, ast.FunctionDef) if file.parent.name == "cli" else (ast.Module, ast.ClassDef, ast.FunctionDef)
+    )
+    first = [node.body[0] for node in ast.walk(tree) if isinstance(node, kinds) and node.body]
+    docstrings = {id(statement.value) for statement in first if isinstance(statement, ast.Expr)}
+    strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return [node.value for node in strings if id(node) not in docstrings]
+
+
+def test_messages_name_nothing_that_the_wheel_lacks():
+    pattern = re.compile(
+        r"\b(tools|docs|tests|mm_configs)/|constraints\.txt|CONTRIBUTING|Makefile|\bmake (demo|test|docs)"
+    )
+    files = [*(ROOT / "svit").rglob("*.py"), *(ROOT / "mm_configs").rglob("*.py")]
+    assert sum(len(messages(file)) for file in files) > 1000
+    for file in files:
+        found = [text for text in messages(file) if pattern.search(text)]
+        assert not found, f"{file.relative_to(ROOT)}: {found}"
+
+
 def test_the_package_knows_no_tool():
     tools = {
         file.stem for file in (ROOT / "tools").iterdir() if file.suffix == ".py" or (file / "__init__.py").exists()

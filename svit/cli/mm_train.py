@@ -1,7 +1,7 @@
 """Trains a detector of MMDetection or a segmentor of MMSegmentation from a config.
 
     svit mm-train mask-rcnn_svit-s_fpn_1x_coco --data-root data/coco
-    svit mm-train mm_configs/mmseg/svit-s_upernet_8xb2-160k_ade20k-512x512.py --amp --resume
+    svit mm-train svit-s_upernet_8xb2-160k_ade20k-512x512 --amp --resume
     torchrun --nproc-per-node 8 -m svit mm-train mask-rcnn_svit-s_fpn_1x_coco
 
 CONFIG is a file or the name of one that comes with the package. One command serves a CPU, a GPU, many GPUs and many
