@@ -208,6 +208,11 @@ def test_peft(run):
         assert not torch.allclose(found["create"]().eval()(x), expected, atol=1e-2)  # it learned something
         merged = found["model"].merge_and_unload()
         torch.testing.assert_close(merged(x), expected, atol=1e-4, rtol=1e-4)
+    example = Path("example.py")
+    example.write_text(example.read_text().replace('["head.fc", *norms]', '["head.fc"]'))
+    found = runpy.run_path(str(example))
+    with torch.no_grad():  # without the norms it is another model, which is why the page has them
+        assert (found["again"](x) - found["model"].eval()(x)).abs().max() > 0.05
 
 
 def test_torchao(run):
