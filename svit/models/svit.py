@@ -582,6 +582,10 @@ def _create_svit(variant: str, pretrained: bool, **kwargs: Any) -> SViT:
     )
 
 
+# Libraries that ask for weights by default, too.
+_UNTRAINED = "pretrained=False (encoder_weights=None in segmentation_models_pytorch)"
+
+
 def _require_weights(variant: str, cfg: str | dict[str, Any] | None, overlay: dict[str, Any] | None) -> None:
     """Raises a RuntimeError that says where the weights are, if timm would find none."""
     found = resolve_pretrained_cfg(variant, cfg, overlay)
@@ -589,13 +593,13 @@ def _require_weights(variant: str, cfg: str | dict[str, Any] | None, overlay: di
         return
     name = f"{variant}.{found.tag}" if found.tag else variant
     if found.origin_url is None:
-        raise RuntimeError(f"{name}: no pretrained weights exist; use pretrained=False.")
+        raise RuntimeError(f"{name}: no pretrained weights exist; use {_UNTRAINED}.")
     size = "384" if found.input_size[-1] == 384 else "224"
     theirs = f"{variant.replace('svit_', 'stvit-')}-{size}.pth"
     raise RuntimeError(
         f"{name}: the weights cannot be downloaded automatically. Get {theirs} from the links at {found.origin_url}, "
         f"then run `svit convert {theirs} {name}.safetensors` and pass "
-        f"checkpoint_path='{name}.safetensors' instead of pretrained=True."
+        f"checkpoint_path='{name}.safetensors' instead of pretrained=True. For random weights use {_UNTRAINED}."
     )
 
 

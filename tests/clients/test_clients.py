@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +53,20 @@ def hub_folder(tmp_path):
     return tmp_path / "svit_nano_cifar10"
 
 
-@pytest.fixture
-def onnx_file(tmp_path):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The ONNX file of the shipped model, and the model's logits of a black image."""
     needs("onnx", "onnxscript", "onnxruntime")
-    out = tmp_path / "model.onnx"
+    out = tmp_path_factory.mktemp("onnx") / "model.onnx"
     assert command("export")(["svit_nano_32.cifar10", "--pretrained", "--out", str(out)]) == 0
     with torch.no_grad():
-        return create_model("svit_nano_32.cifar10", pretrained=True)(torch.zeros(1, 3, 32, 32)).numpy()
+        return out, create_model("svit_nano_32.cifar10", pretrained=True)(torch.zeros(1, 3, 32, 32)).numpy()
+
+
+@pytest.fixture
+def onnx_file(exported, tmp_path):
+    shutil.copy(exported[0], tmp_path)
+    return exported[1]
 
 
 def photo(path: Path, seed: int = 0) -> Path:
