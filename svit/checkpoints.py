@@ -19,6 +19,20 @@ from svit.images import channel_values
 from svit.models.original import from_original, is_original
 from svit.names import did_you_mean, distinct
 
+__all__ = [
+    "adapt_preprocessing",
+    "class_names",
+    "create_model",
+    "has_fixed_size",
+    "load_weights",
+    "pretrained_cfg",
+    "read_metadata",
+    "read_weights",
+    "save_model",
+    "start_from",
+    "trained_arguments",
+]
+
 # What a checkpoint tells of its model, as timm's pretrained_cfg names it.
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 

@@ -1,6 +1,8 @@
 """What the documents say exists: files and headings behind links, pages of the site, tools and their options."""
 
+import ast
 import importlib
+import importlib.util
 import pkgutil
 import re
 import subprocess
@@ -125,11 +127,16 @@ def site(tmp_path_factory) -> Path:
 
 
 def public_names() -> set[str]:
-    """What the modules `svit.NAME` offer in their `__all__`, each with the module's name before it."""
+    """What the modules `svit.NAME` offer in their `__all__`, each with the module's name before it.
+
+    They are not imported, since some need packages of an extra.
+    """
     found = set()
     for module in pkgutil.iter_modules(svit.__path__, "svit."):
-        offered = importlib.import_module(module.name)
-        found |= {f"{module.name}.{name}" for name in getattr(offered, "__all__", ())}
+        tree = ast.parse(Path(importlib.util.find_spec(module.name).origin).read_text())
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                found |= {f"{module.name}.{name}" for name in ast.literal_eval(node.value)}
     return found
 
 
