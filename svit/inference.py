@@ -76,25 +76,24 @@ def find_photos(sources: Iterable[str], warn: Callable[[str], None] | None = Non
     Raises:
         FolderError: a source does not exist, cannot be read or holds no image.
     """
-    photos: list[Photo] = []
-    for source in sources:
-        if source == "-":
-            for line in lines(sys.stdin):
-                photos += photos_of(line, warn)
-        elif source.startswith("@") and not Path(source).exists():
-            try:
-                listed = list(lines(Path(source[1:]).read_text(encoding="utf-8").splitlines()))
-            except (OSError, UnicodeDecodeError) as error:
-                raise FolderError(f"{source}: the list cannot be read ({error})") from error
-            for line in listed:
-                photos += photos_of(line, warn)
-        else:
-            photos += photos_of(source, warn)
-    return photos
+    return [photo for source in sources for line in listed(source) for photo in photos_of(line, warn)]
 
 
-def lines(file: Iterable[str]) -> Iterator[str]:
-    return (line.rstrip("\r\n") for line in file if line.strip())
+def listed(source: str) -> list[str]:
+    """The lines of a list, or the source itself."""
+    if source == "-":
+        return lines(sys.stdin)
+    if not source.startswith("@") or Path(source).exists():
+        return [source]
+    try:
+        with open(source[1:], encoding="utf-8") as file:
+            return lines(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise FolderError(f"{source}: the list cannot be read ({error})") from error
+
+
+def lines(file: Iterable[str]) -> list[str]:
+    return [line.rstrip("\r\n") for line in file if line.strip()]
 
 
 def photos_of(source: str, warn: Callable[[str], None] | None) -> list[Photo]:

@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="FILE", type=Path, help="default: standard output")
     parser.add_argument(
         "--format",
-        choices=list(dict.fromkeys(FORMATS + FEATURE_FORMATS)),
+        choices=[*WRITERS],
         help="default: by the end of --out's name, else table",
     )
     parser.add_argument(
@@ -96,7 +96,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     formats = FEATURE_FORMATS if args.features else FORMATS
     if args.format is None:
         suffix = args.out.suffix[1:].lower() if args.out else ""
-        args.format = suffix if suffix in FORMATS + FEATURE_FORMATS else formats[0]
+        args.format = suffix if suffix in WRITERS else formats[0]
     if args.format not in formats:
         what = "features" if args.features else "classes"
         command.error(f"--format: expected one of {', '.join(formats)} for {what}, got {args.format}")
