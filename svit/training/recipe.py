@@ -45,6 +45,7 @@ class Recipe:
     train_samples: int | None = None  # images an epoch, of streams that do not say
     val_samples: int | None = None
     img_size: int | None = None  # pixels; null: the model's own
+    train_size: int | None = None  # pixels in training alone: a smaller one is faster; null: img_size
     crop_pct: float | None = None  # of the evaluation; null: the model's own
     interpolation: str | None = None
     mean: list[float] | None = None
@@ -118,7 +119,16 @@ CHOICES = {
     "sched": ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"),
     "interpolation": (None, "nearest", "bilinear", "bicubic", "lanczos"),
 }
-AT_LEAST_ONE = ("epochs", "batch_size", "grad_accum", "repeated_augmentation", "log_every", "img_size", "save_every")
+AT_LEAST_ONE = (
+    "epochs",
+    "batch_size",
+    "grad_accum",
+    "repeated_augmentation",
+    "log_every",
+    "img_size",
+    "train_size",
+    "save_every",
+)
 AT_LEAST_ZERO = ("workers", "max_unreadable", "seed", "warmup_epochs", "lr", "weight_decay", "drop_path")
 
 

@@ -92,8 +92,11 @@ def make_model(r: Recipe, splits: Splits) -> nn.Module:
     overlay = {"pretrained_cfg_overlay": overlay} if overlay else {}
     create = partial(create_model, r.model, pretrained=r.pretrained, num_classes=splits.num_classes, **overlay)
     model: Any = create(**arguments)
-    if pretrained_cfg(model).get("fixed_input_size") and r.img_size:
-        model = create(img_size=r.img_size, **arguments)
+    if pretrained_cfg(model).get("fixed_input_size"):
+        if r.train_size:
+            raise InputError(f"train_size: expected null, since {r.model} takes images of one size, got {r.train_size}")
+        if r.img_size:
+            model = create(img_size=r.img_size, **arguments)
     if r.img_size:
         pretrained_cfg(model)["input_size"] = (pretrained_cfg(model)["input_size"][0], r.img_size, r.img_size)
     if r.checkpoint:
@@ -106,11 +109,14 @@ def make_model(r: Recipe, splits: Splits) -> nn.Module:
 def make_loaders(
     r: Recipe, splits: Splits, preprocessing: dict[str, Any], rank: int, world: int
 ) -> tuple[Loader, Loader]:
-    """The batches of training and evaluation, for one of `world` processes."""
+    """The batches of training and evaluation, for one of `world` processes. Only those of training have `train_size`."""
     common: dict[str, Any] = dict(rank=rank, world=world, seed=r.seed, workers=r.workers, limit=r.max_unreadable)
     common["mode"] = image_mode(preprocessing)
     transform = eval_transform(preprocessing)
     val = Loader(splits.val, transform, r.batch_size, training=False, reopen=splits.reopen_val, **common)
+    if r.train_size:
+        preprocessing = {**preprocessing, "input_size": (preprocessing["input_size"][0], r.train_size, r.train_size)}
+        transform = eval_transform(preprocessing)
     if r.augment:
         transform = train_transform(
             preprocessing,

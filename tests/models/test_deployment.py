@@ -210,14 +210,13 @@ def test_legacy_onnx(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("create", [timm_extractor, torchvision_extractor], ids=["timm", "torchvision"])
-def test_feature_extractors_pickle(create: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feature_extractors_pickle(create: Callable, name: str) -> None:
     """The graphs that torch.fx makes for feature maps of stages."""
     model = one_block_a_stage(name)
     extractor = create(model, ["stages.0", "stages.3"])
     file = io.BytesIO()
     torch.save(extractor, file)
     file.seek(0)
-    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # the adapters set it
     loaded = torch.load(file, weights_only=False)
     x = image(*SIZES[1])
     expected = model.forward_intermediates(x, indices=[0, 3], intermediates_only=True)

@@ -113,8 +113,7 @@ def test_other_weights_and_other_convolutions_count():
     assert len(seen) == 1
 
 
-def test_copies_and_files_hold_no_layout(monkeypatch):
-    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # the adapters set it
+def test_copies_and_files_hold_no_layout():
     model, x = build().fuse(), torch.randn(1, 3, 64, 64)
     keys = list(build().fuse().state_dict())
     with torch.no_grad():
