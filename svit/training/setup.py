@@ -109,7 +109,7 @@ def make_model(r: Recipe, splits: Splits) -> nn.Module:
 def make_loaders(
     r: Recipe, splits: Splits, preprocessing: dict[str, Any], rank: int, world: int
 ) -> tuple[Loader, Loader]:
-    """The batches of training and evaluation, for one of `world` processes. Only those of training have `train_size`."""
+    """The batches of training, which alone have `train_size`, and of evaluation, for one of `world` processes."""
     common: dict[str, Any] = dict(rank=rank, world=world, seed=r.seed, workers=r.workers, limit=r.max_unreadable)
     common["mode"] = image_mode(preprocessing)
     transform = eval_transform(preprocessing)
