@@ -14,9 +14,10 @@ a slow moment of the machine meets them all; each runs in the memory format in w
 the model adds: to a process of its own, or on a GPU to what the allocator gave out before.
 
 `--runtime` runs each model in each of these, in turn as well: `eager` PyTorch, `compile` (torch.compile, in inference
-with its weights frozen), and on a CPU, in inference, `onnxruntime` and `openvino` (pip install openvino), which get the
-ONNX file that `svit export` makes for this batch and image size. `onnxruntime-int8` gets the file of `--int8`, but
-calibrated with noise.
+with its weights frozen), and on a CPU, in inference, `onnxruntime`, `openvino` and `executorch` (pip install openvino
+or executorch) and `aotinductor` (needs a C++ compiler). These four get the program that `svit export` makes for this
+batch and image size, the first two as its ONNX file; with `-int8` as the file of `svit export --int8`, but calibrated
+with noise. ExecuTorch runs on all cores, whatever --threads says.
 """
 
 import argparse
@@ -30,9 +31,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +43,7 @@ from typing import Any, cast
 import timm
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 import svit
 from svit.checkpoints import create_model, has_fixed_size
@@ -73,9 +77,6 @@ class Setting:
         return torch.autocast(self.device, dtype, enabled=self.amp is not None, cache_enabled=False)
 
 
-OF_ONNX = ("onnxruntime", "onnxruntime-int8", "openvino")
-RUNTIMES = ("eager", "compile", *OF_ONNX)
-
 PREFIXES = ("upstream", "reference", "cuda", "folded", "maps", "compiled", "graph")
 
 # What makes another form of an SViT, by its prefix. A clone of the repository adds "upstream".
@@ -95,7 +96,7 @@ def build(spec: str, setting: Setting) -> nn.Module:
     arguments: dict[str, Any] = {}
     for backend in {"reference", "cuda"} & set(prefixes):
         arguments["backend"] = backend
-    if setting.runtime in OF_ONNX:
+    if setting.runtime in EXPORTED:
         arguments["exportable"] = True  # as `svit export` makes it
     model: Any
     try:
@@ -133,13 +134,12 @@ def in_runtime(model: nn.Module, spec: str, setting: Setting) -> nn.Module:
         return compiled(model)
     if setting.device != "cpu" or setting.train or setting.amp or setting.dtype != "float32":
         raise InputError(f"{spec}: --runtime {setting.runtime} is for inference in float32 on a CPU")
-    runtime = {"onnxruntime": InOnnxRuntime, "onnxruntime-int8": InInt8, "openvino": InOpenVino}[setting.runtime]
     try:
-        return runtime(model, (setting.batch_size, 3, *setting.size))
+        return Exported(model, (setting.batch_size, 3, *setting.size), EXPORTED[setting.runtime])
     except InputError as error:
         raise InputError(f"{spec}: {error}") from error
     except ModuleNotFoundError as error:
-        raise InputError(f"--runtime {setting.runtime}: pip install {error.name}") from error
+        raise InputError(f"--runtime {setting.runtime}: pip install {(error.name or '').partition('.')[0]}") from error
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -191,50 +191,84 @@ class Replayed(nn.Module):
         return graph
 
 
-class InOnnxRuntime(nn.Module):
-    """A model in ONNX Runtime, for inputs of one shape, on as many threads as PyTorch has."""
+class Exported(nn.Module):
+    """What `load` makes of a model's program, for inputs of one shape, on as many threads as PyTorch has."""
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...]) -> None:
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], load: Callable[[ExportedProgram], export.Run]) -> None:
         super().__init__()
-        self.shape = shape
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "model.onnx")
-            with export.in_words("the model"), torch.no_grad():
-                export.check_onnx()
-                export.write_onnx(export.trace(model, shape, ()), path, {})
-            self.load(path)
-
-    def load(self, path: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        with export.in_words("the model"), torch.no_grad():
+            program = export.trace(model, shape, ())
+        self.run = load(program)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.session.run(None, {"image": x.numpy()})[0])
+        return self.run(x)
 
 
-class InInt8(InOnnxRuntime):
-    """A model in ONNX Runtime in int8. Its outputs mean nothing, since the scales are those of noise."""
+def in_onnxruntime(program: ExportedProgram, int8: bool = False) -> export.Run:
+    import onnxruntime
 
-    def load(self, path: Path) -> None:
-        export.quantize(path, [torch.randn(self.shape)])
-        super().load(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with onnx_file(program, int8) as path:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
 
 
-class InOpenVino(InOnnxRuntime):
-    """A model in OpenVINO, as `InOnnxRuntime`."""
+def in_openvino(program: ExportedProgram, int8: bool = False) -> export.Run:
+    import openvino
 
-    def load(self, path: Path) -> None:
-        import openvino
-
-        options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    with onnx_file(program, int8) as path:
         # In float32, where a processor would make it bfloat16.
-        self.model = openvino.compile_model(path, "CPU", {**options, "INFERENCE_PRECISION_HINT": "f32"})
+        model = openvino.compile_model(path, "CPU", {**options, "INFERENCE_PRECISION_HINT": "f32"})
+    return lambda x: torch.from_numpy(model({"image": x.numpy()})[0])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.model({"image": x.numpy()})[0])
+
+def in_aotinductor(program: ExportedProgram) -> export.Run:
+    export.check_compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.pt2")
+        with export.in_words("the model"):
+            export.write_aoti(program, path, {})
+        return export.load_aoti(path)
+
+
+def in_executorch(program: ExportedProgram) -> export.Run:
+    """By XNNPACK, as far as that takes the operations; the portable kernels have the others."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    with export.in_words("the model"):
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    loaded = Runtime.get().load_program(lowered.buffer)
+    forward = loaded.load_method("forward")
+    return lambda x, kept=(lowered, loaded): forward.execute([x])[0]  # the method refers to both and owns neither
+
+
+@contextmanager
+def onnx_file(program: ExportedProgram, int8: bool) -> Iterator[Path]:
+    """The file that `svit export` makes, for as long as the block runs. In int8 its outputs mean nothing."""
+    export.check_onnx()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        with export.in_words("the model"):
+            export.write_onnx(program, path, {})
+            if int8:
+                export.quantize(path, [torch.randn(export.image(program).shape)])  # the scales are those of noise
+        yield path
+
+
+# What runs an exported program.
+EXPORTED: dict[str, Callable[[ExportedProgram], export.Run]] = {
+    "onnxruntime": in_onnxruntime,
+    "onnxruntime-int8": partial(in_onnxruntime, int8=True),
+    "openvino": in_openvino,
+    "openvino-int8": partial(in_openvino, int8=True),
+    "aotinductor": in_aotinductor,
+    "executorch": in_executorch,
+}
+RUNTIMES = ("eager", "compile", *EXPORTED)
 
 
 class Candidate:
@@ -278,7 +312,7 @@ def better_format(spec: str, setting: Setting) -> str:
     Two more compilations take longer than all of the runs: what is compiled or captured for a GPU runs channels-last.
     Other runtimes than PyTorch take NCHW, and lay it out as they like.
     """
-    if setting.runtime in OF_ONNX:
+    if setting.runtime in EXPORTED:
         return "NCHW"
     if setting.device == "cuda" and ({"compiled", "graph"} & set(spec.split(":")) or setting.runtime == "compile"):
         return "channels-last"

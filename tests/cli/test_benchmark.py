@@ -114,9 +114,9 @@ def test_compare_relates_rows_to_the_first(monkeypatch):
     assert rows[0]["max"] == pytest.approx(1e3 * 0.3 / 2)
 
 
-@pytest.mark.parametrize("runtime", ["compile", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", ["compile", "onnxruntime", "openvino", "aotinductor", "executorch"])
 def test_runtimes_compute_the_same(runtime):
-    if runtime != "compile":
+    if runtime not in ("compile", "aotinductor"):
         pytest.importorskip(runtime)
     setting = benchmark.Setting((32, 48), 2, False, None, "cpu", runtime=runtime)
     torch.manual_seed(0)
@@ -129,9 +129,10 @@ def test_runtimes_compute_the_same(runtime):
     assert benchmark.Candidate(model, "NCHW", setting).run() > 0
 
 
-def test_int8_runtime():
-    pytest.importorskip("onnxruntime")
-    setting = benchmark.Setting((32, 48), 2, False, None, "cpu", runtime="onnxruntime-int8")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_int8_runtimes(runtime):
+    pytest.importorskip(runtime)
+    setting = benchmark.Setting((32, 48), 2, False, None, "cpu", runtime=f"{runtime}-int8")
     torch.manual_seed(0)
     eager = benchmark.build("folded:test_svit", SETTING)
     torch.manual_seed(0)
@@ -142,12 +143,12 @@ def test_int8_runtime():
     assert 1e-4 < (found - expected).norm() / expected.norm() < 0.4  # noise, as that of the calibration
 
 
-def test_runtimes_of_onnx_get_the_file_of_the_export_tool(monkeypatch):
+def test_runtimes_of_exported_programs_get_that_of_the_export_tool(monkeypatch):
     made = []
     monkeypatch.setattr(benchmark, "in_runtime", lambda model, spec, setting: made.append(model))
     for runtime in benchmark.RUNTIMES:
         benchmark.build("test_svit", replace(SETTING, runtime=runtime))
-    assert [model.stages[0].blocks[0].attn.fused_attn for model in made] == [True, True, False, False, False]
+    assert [model.stages[0].blocks[0].attn.fused_attn for model in made] == [True, True, *[False] * 6]
 
 
 def test_rows_of_runtimes(monkeypatch):
@@ -179,7 +180,6 @@ def test_other_runtimes_are_for_inference_in_float32_on_a_cpu(change):
 
 def test_runtime_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.setattr(benchmark.export, "write_onnx", lambda *_: None)
     with pytest.raises(InputError, match="--runtime openvino: pip install openvino"):
         benchmark.in_runtime(torch.nn.Identity(), "x", replace(SETTING, runtime="openvino"))
 
