@@ -36,8 +36,12 @@ def blocks(section: str, language: str = "python") -> list[str]:
 def run(tmp_path, monkeypatch):
     """Runs an example of a section in an empty folder; what its names are bound to."""
 
-    def run(section: str, number: int = 0) -> dict:
-        (tmp_path / "example.py").write_text(blocks(section)[number])
+    def run(section: str, number: int = 0, changes: dict[str, str] | None = None) -> dict:
+        text = blocks(section)[number]
+        for old, new in (changes or {}).items():
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "example.py").write_text(text)
         torch.manual_seed(0)
         return runpy.run_path(str(tmp_path / "example.py"))
 
@@ -69,8 +73,10 @@ def onnx_file(exported, tmp_path):
     return exported[1]
 
 
-def photo(path: Path, seed: int = 0) -> Path:
+def photo(path: Path, seed: int = 0, light: int = 0) -> Path:
+    """A noisy image, with `light` rows of white in it."""
     pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8)
+    pixels[12 : 12 + light] = 255
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
     return path
@@ -95,6 +101,11 @@ def test_segmentation_models_pytorch(run):
     needs("segmentation_models_pytorch")
     found = run("segmentation_models_pytorch")
     assert found["masks"].shape == (2, 3, 128, 128)
+    encoder = found["model"].encoder
+    x = torch.rand(2, 3, 128, 128)
+    assert [m.shape[-1] for m in encoder(x)] == [128, 64, 32, 16, 8, 8]  # stride 16 at the end
+    found["masks"].sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in encoder.parameters())
     for decoder in (
         "Unet",
         "UnetPlusPlus",
@@ -137,8 +148,8 @@ def test_transformers_detr(run):
     found = run("transformers", 2)
     assert found["outputs"].logits.shape == (1, 100, 4)
     assert found["outputs"].pred_boxes.shape == (1, 100, 4)
-    found["outputs"].logits.sum().backward()
-    assert any(p.grad is not None and p.grad.any() for p in found["model"].model.backbone.parameters())
+    found["outputs"].pred_boxes.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in found["model"].model.backbone.parameters())
 
 
 def test_lightning(run):
@@ -152,30 +163,65 @@ def test_fastai(run, tmp_path):
     needs("fastai")
     for number in range(16):
         photo(tmp_path / "photos" / "ab"[number % 2] / f"{number}.png", number)
-    values = run("fastai")["learner"].recorder.values
-    assert len(values) == 1
-    assert np.isfinite(values[0]).all()
+    learner = run("fastai")["learner"]
+    assert len(learner.recorder.values) == 1
+    assert np.isfinite(learner.recorder.values[0]).all()
+    body, x = learner.model[0].eval(), torch.rand(2, 3, 32, 32)
+    weights = {key.removeprefix("model."): value for key, value in body.state_dict().items()}
+    model = timm.create_model("svit_nano_32", num_classes=0)
+    model.load_state_dict(weights)
+    torch.testing.assert_close(body(x), model.eval().forward_features(x))
 
 
-def test_anomalib(run):
-    needs("anomalib")
-    found = run("anomalib")
-    model, backbone = found["model"].model, found["backbone"].eval()
+@pytest.mark.parametrize("model", ["Padim", "Patchcore"])
+def test_anomalib(run, tmp_path, model):
+    needs("anomalib", "openvino")
+    import onnxruntime
+    import openvino
+
+    for number in range(8):
+        photo(tmp_path / "parts" / "good" / f"{number}.png", number, light=number % 2)
+        photo(tmp_path / "parts" / "bad" / f"{number}.png", number, light=8)
+    found = run("anomalib", changes={"Padim": model, "n_features=40, ": "n_features=40, " if model == "Padim" else ""})
+    model, backbone = found["model"].eval(), found["backbone"].eval()
     x = torch.rand(1, 3, 64, 64)
-    features = model.feature_extractor(x)
+    features = model.model.feature_extractor(x)
     for name, expected in zip(("stages_1", "stages_2"), backbone(x), strict=True):
         torch.testing.assert_close(features[name], expected)
+    x = torch.rand(2, 3, 256, 256)
+    with torch.no_grad():
+        expected = model(x)
+    in_onnxruntime = onnxruntime.InferenceSession(found["files"][0])
+    outputs = [output.name for output in in_onnxruntime.get_outputs()]
+    in_openvino = openvino.compile_model(found["files"][1], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for values in (in_onnxruntime.run(None, {"input": x.numpy()}), in_openvino(x.numpy()).to_tuple()):
+        values = dict(zip(outputs, values, strict=True))
+        np.testing.assert_allclose(values["anomaly_map"], expected.anomaly_map, atol=1e-3)
+        np.testing.assert_allclose(values["pred_score"].ravel(), expected.pred_score.ravel(), atol=1e-3)
 
 
 def test_ultralytics(run, tmp_path, monkeypatch):
     needs("ultralytics")
+    import onnxruntime
+
     monkeypatch.setenv("YOLO_OFFLINE", "1")
     (tmp_path / "svit_nano.yaml").write_text(blocks("Ultralytics", "yaml")[0])
+    (tmp_path / "cells.yaml").write_text(f"path: {tmp_path}\ntrain: images\nval: images\nnames: [a, b, c]\n")
+    for number in range(4):
+        photo(tmp_path / "images" / f"{number}.png", number)
+        label = tmp_path / "labels" / f"{number}.txt"
+        label.parent.mkdir(exist_ok=True)
+        label.write_text(f"{number % 3} 0.5 0.5 0.4 0.6\n")
     found = run("Ultralytics")
-    model = found["model"].model
+    model = found["model"].model.eval()
     assert len(found["results"]) == 1
+    assert found["metrics"].box.map50 >= 0
     assert model.stride.tolist() == [8, 16, 32]
     assert isinstance(model.model[0].m, timm.models.FeatureListNet)
+    x = torch.rand(1, 3, 160, 160)
+    (boxes,) = onnxruntime.InferenceSession(found["file"]).run(None, {"images": x.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(boxes, model(x)[0], atol=1e-2)
 
 
 def test_openvino(run, onnx_file):
