@@ -196,8 +196,9 @@ def test_anomalib(run, tmp_path, model):
     in_openvino = openvino.compile_model(found["files"][1], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for values in (in_onnxruntime.run(None, {"input": x.numpy()}), in_openvino(x.numpy()).to_tuple()):
         values = dict(zip(outputs, values, strict=True))
-        np.testing.assert_allclose(values["anomaly_map"], expected.anomaly_map, atol=1e-3)
-        np.testing.assert_allclose(values["pred_score"].ravel(), expected.pred_score.ravel(), atol=1e-3)
+        # In float32 PatchCore's distances, small differences of large squares, are known to a few 1e-3.
+        np.testing.assert_allclose(values["anomaly_map"], expected.anomaly_map, atol=1e-2)
+        np.testing.assert_allclose(values["pred_score"].ravel(), expected.pred_score.ravel(), atol=1e-2)
 
 
 def test_ultralytics(run, tmp_path, monkeypatch):
