@@ -86,6 +86,30 @@ class Association:
         labels = (row * ww + col).gather(2, nearest)
         return from_cells(labels[None, ..., None], self.cell, self.size)[0, ..., 0]
 
+    def partition(self, size: tuple[int, int]) -> torch.Tensor:
+        """(height, width) int64: the super token of each pixel of the image, numbered as in `assignment`.
+
+        The shares are interpolated between the pixels of the map (bilinear), and the largest one wins. With the stem's
+        strides, pixel (i, j) of the map lies at (i, j) times the stride in the image.
+
+        Args:
+            size: height and width of the image that the feature map is of.
+        """
+        hh, ww = self.q.shape[:2]
+        rows, columns = (interpolation(n, m) for n, m in zip(self.size, size, strict=True))
+        best = torch.full(size, -1.0)
+        labels = torch.zeros(size, dtype=torch.long)
+        for row in range(hh):
+            # The tokens of a row of cells have shares in that row and its neighbours alone.
+            shares = torch.stack([self.weights(row, col) for col in range(ww)])  # (ww, H, W)
+            near = shares.sum((0, 2)).nonzero().flatten()
+            band = (rows[:, near] > 0).any(1).nonzero().flatten()
+            largest, col = (rows[band][:, near] @ shares[:, near] @ columns.T).max(0)
+            better = largest > best[band]
+            labels[band] = torch.where(better, row * ww + col, labels[band])
+            best[band] = torch.where(better, largest, best[band])
+        return labels
+
     def cells(self) -> torch.Tensor:
         """(H, W) int64: the cell of each pixel, numbered as the super tokens of `assignment`."""
         hh, ww = self.q.shape[:2]
@@ -215,6 +239,13 @@ def check_point(point: Point) -> None:
     """Raises an InputError unless both coordinates are fractions between 0 and 1."""
     if not all(0 <= value <= 1 for value in point):
         raise InputError(f"point: expected two fractions between 0 and 1, got {point[0]:g} {point[1]:g}")
+
+
+def interpolation(n: int, size: int) -> torch.Tensor:
+    """(size, n) weights of linear interpolation from n values, of which value i lies at i * (size / n, rounded)."""
+    stride = max(round(size / n), 1)
+    place = (torch.arange(size) / stride).clamp(max=n - 1)
+    return (1 - (place[:, None] - torch.arange(n)).abs()).clamp(min=0)
 
 
 def mean_colours(photo: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
