@@ -226,3 +226,29 @@ def test_figures_show_what_was_found(layers):
 
     with pytest.raises(ValueError, match="cells of more than one pixel"):
         draw_super_tokens(photo, {"stage 4": layers[3]})
+
+
+def test_partition_of_a_map_of_the_image_s_size_is_the_assignment(layers):
+    for watched in layers[:2]:
+        found = watched.association()
+        assert torch.equal(found.partition(found.size), found.assignment())
+
+
+def test_partition_interpolates_the_shares():
+    """Two cells of one pixel, at 0 and 4 of the image's columns: 0.3 and 0.8 of the second token's share, so half of
+    the way from one pixel to the other is 0.55, and it goes over one half at 0.4 of the way."""
+    q = torch.zeros(1, 2, 9, 1)
+    q[0, 0, [4, 5], 0] = torch.tensor([0.7, 0.3])
+    q[0, 1, [3, 4], 0] = torch.tensor([0.2, 0.8])
+    found = Association(q, (1, 1), (1, 2))
+    assert found.partition((3, 8)).tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]] * 3
+
+
+def test_partition_numbers_tokens_as_the_assignment_does(model):
+    image = torch.randn(1, 3, 72, 104)
+    with watch(model) as layers:
+        model(image)
+    found = layers[0].association()
+    labels = found.partition((72, 104))
+    assert labels.shape == (72, 104)
+    assert torch.equal(labels[::4, ::4], found.assignment())  # the pixels of the map lie there
