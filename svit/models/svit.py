@@ -547,8 +547,40 @@ default_cfgs = generate_default_cfgs(
         "svit_large.in1k": _cfg(),
         "svit_large.in1k_384": _cfg_384(),
         "svit_tiny.untrained": _cfg(license="mit", origin_url=None),
-        "svit_nano.untrained": _cfg(license="mit", origin_url=None),
-        # These weights come with the package. docs/cifar10.md says how they were trained.
+        # These weights come with the package. docs/photos20.md and docs/cifar10.md say how they were trained.
+        "svit_nano.photos20": _cfg(
+            license="other",  # the photographs are ImageNet's
+            origin_url=None,
+            file=str(WEIGHTS / "svit_nano.photos20.safetensors"),
+            input_size=(3, 128, 128),
+            pool_size=(4, 4),
+            crop_pct=1.0,
+            num_classes=20,
+            label_names=[
+                "australian_terrier",
+                "beagle",
+                "border_terrier",
+                "cassette_player",
+                "chain_saw",
+                "church",
+                "dingo",
+                "english_foxhound",
+                "english_springer",
+                "french_horn",
+                "garbage_truck",
+                "gas_pump",
+                "golden_retriever",
+                "golf_ball",
+                "old_english_sheepdog",
+                "parachute",
+                "rhodesian_ridgeback",
+                "samoyed",
+                "shih_tzu",
+                "tench",
+            ],
+        ),
+        # The star, after what has weights, makes it the default: `svit_nano` means 224 pixels and 1000 classes.
+        "svit_nano.untrained*": _cfg(license="mit", origin_url=None),
         "svit_nano_32.cifar10": _cfg(
             license="mit",
             origin_url=None,
@@ -593,7 +625,9 @@ def _require_weights(variant: str, cfg: str | dict[str, Any] | None, overlay: di
         return
     name = f"{variant}.{found.tag}" if found.tag else variant
     if found.origin_url is None:
-        raise RuntimeError(f"{name}: no pretrained weights exist; use {_UNTRAINED}.")
+        others = [f"{variant}.{tag}" for tag, cfg in default_cfgs[variant].cfgs.items() if cfg.has_weights]
+        which = f"name its weights, {' or '.join(others)}, or" if others else "no pretrained weights exist;"
+        raise RuntimeError(f"{name}: {which} use {_UNTRAINED}.")
     size = "384" if found.input_size[-1] == 384 else "224"
     theirs = f"{variant.replace('svit_', 'stvit-')}-{size}.pth"
     raise RuntimeError(
