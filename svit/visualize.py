@@ -89,8 +89,7 @@ class Association:
     def partition(self, size: tuple[int, int]) -> torch.Tensor:
         """(height, width) int64: the super token of each pixel of the image, numbered as in `assignment`.
 
-        The shares are interpolated between the pixels of the map (bilinear), and the largest one wins. With the stem's
-        strides, pixel (i, j) of the map lies at (i, j) times the stride in the image.
+        The shares are interpolated between the centres of the map's pixels (bilinear), and the largest one wins.
 
         Args:
             size: height and width of the image that the feature map is of.
@@ -242,9 +241,8 @@ def check_point(point: Point) -> None:
 
 
 def interpolation(n: int, size: int) -> torch.Tensor:
-    """(size, n) weights of linear interpolation from n values, of which value i lies at i * (size / n, rounded)."""
-    stride = max(round(size / n), 1)
-    place = (torch.arange(size) / stride).clamp(max=n - 1)
+    """(size, n) weights of linear interpolation from n pixels to `size`, both over the same length."""
+    place = ((torch.arange(size) + 0.5) * n / size - 0.5).clamp(0, n - 1)
     return (1 - (place[:, None] - torch.arange(n)).abs()).clamp(min=0)
 
 

@@ -235,13 +235,13 @@ def test_partition_of_a_map_of_the_image_s_size_is_the_assignment(layers):
 
 
 def test_partition_interpolates_the_shares():
-    """Two cells of one pixel, at 0 and 4 of the image's columns: 0.3 and 0.8 of the second token's share, so half of
-    the way from one pixel to the other is 0.55, and it goes over one half at 0.4 of the way."""
+    """Two cells of one pixel, with centres at columns 1.5 and 5.5 of the image and shares of 0.3 and 0.8 in the second
+    token. From one to the other the share passes one half at 0.4 of the way: at 3.1."""
     q = torch.zeros(1, 2, 9, 1)
     q[0, 0, [4, 5], 0] = torch.tensor([0.7, 0.3])
     q[0, 1, [3, 4], 0] = torch.tensor([0.2, 0.8])
     found = Association(q, (1, 1), (1, 2))
-    assert found.partition((3, 8)).tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]] * 3
+    assert found.partition((3, 8)).tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 3
 
 
 def test_partition_numbers_tokens_as_the_assignment_does(model):
@@ -249,6 +249,6 @@ def test_partition_numbers_tokens_as_the_assignment_does(model):
     with watch(model) as layers:
         model(image)
     found = layers[0].association()
-    labels = found.partition((72, 104))
-    assert labels.shape == (72, 104)
-    assert torch.equal(labels[::4, ::4], found.assignment())  # the pixels of the map lie there
+    labels = found.partition((54, 78))  # three times the map
+    assert labels.shape == (54, 78)
+    assert torch.equal(labels[1::3, 1::3], found.assignment())  # the centres of its pixels
