@@ -27,7 +27,7 @@ model = dict(
 )
 del channels, WEIGHTS
 
-max_epochs = 60
+max_epochs = 40
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=5)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

@@ -13,14 +13,14 @@ load = [
 # A smear has no up and no down.
 train_pipeline = [
     *load,
-    dict(type="RandomResize", scale=(640, 480), ratio_range=(0.7, 1.1), keep_ratio=True),
+    dict(type="RandomResize", scale=(512, 384), ratio_range=(0.8, 1.25), keep_ratio=True),
     dict(type="RandomFlip", prob=0.75, direction=["horizontal", "vertical", "diagonal"]),
     dict(type="PhotoMetricDistortion", brightness_delta=16, hue_delta=6),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
     load[0],
-    dict(type="Resize", scale=(640, 480), keep_ratio=True),
+    dict(type="Resize", scale=(512, 384), keep_ratio=True),
     load[1],
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
