@@ -549,7 +549,7 @@ default_cfgs = generate_default_cfgs(
         "svit_tiny.untrained": _cfg(license="mit", origin_url=None),
         # These weights come with the package. docs/photos20.md and docs/cifar10.md say how they were trained.
         "svit_nano.photos20": _cfg(
-            license="other",  # the photographs are ImageNet's
+            license="mit",  # of the weights; the photographs are ImageNet's
             origin_url=None,
             file=str(WEIGHTS / "svit_nano.photos20.safetensors"),
             input_size=(3, 128, 128),
