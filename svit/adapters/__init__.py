@@ -3,11 +3,11 @@
 Importing this package registers `TimmBackbone`, `LayerDecayOptimWrapperConstructor`, `CheckImagesHook` and
 `FiniteCheckpointHook` in mmengine's root registries, so that configs of all these packages find them by name. It
 imports neither mmdet nor mmseg. It also lets `torch.load` read mmengine's checkpoints without executing code from them,
-and lets mmengine's FLOP counter count attention.
+and lets mmengine read safetensors and its FLOP counter count attention.
 """
 
 from .backbone import TimmBackbone
-from .checkpoints import allow_mmengine_checkpoints
+from .checkpoints import allow_mmengine_checkpoints, allow_safetensors, to_safetensors
 from .configs import ConfigError, config_names, find_config, load_config
 from .counting import register_flop_handles
 from .images import CheckImagesHook
@@ -23,7 +23,9 @@ __all__ = [
     "config_names",
     "find_config",
     "load_config",
+    "to_safetensors",
 ]
 
 allow_mmengine_checkpoints()
+allow_safetensors()
 register_flop_handles()

@@ -1,15 +1,33 @@
-"""Lets `torch.load(weights_only=True)`, PyTorch's default, read mmengine's checkpoints."""
+"""Checkpoints of whole detectors and segmentors: reads them safely, and keeps them as safetensors.
 
+`torch.load(weights_only=True)`, PyTorch's default, reads mmengine's own, and mmengine reads safetensors.
+"""
+
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
 
-__all__ = ["allow_mmengine_checkpoints", "refuse_foreign_objects"]
+from svit.convert import CheckpointError, read_state_dict
+from svit.files import atomic_write
+from svit.models.svit import WEIGHTS
+
+__all__ = [
+    "allow_mmengine_checkpoints",
+    "allow_safetensors",
+    "find_checkpoint",
+    "refuse_foreign_objects",
+    "to_safetensors",
+]
 
 
 def allow_mmengine_checkpoints() -> None:
@@ -24,6 +42,59 @@ def allow_mmengine_checkpoints() -> None:
     kinds = {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64)}
     arrays = [np.ndarray, np.dtype, core._reconstruct, core.scalar, *kinds]
     torch.serialization.add_safe_globals([HistoryBuffer, (method_of_history, "builtins.getattr"), *arrays])
+
+
+def allow_safetensors() -> None:
+    """Lets mmengine load safetensors wherever it takes a checkpoint, by the end of the file's name."""
+    CheckpointLoader.register_scheme(r"(?!https?://).*\.safetensors$", load_safetensors, force=True)
+
+
+def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """What mmengine expects of a checkpoint: the weights and, under "meta", the classes if the file names them.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    path = Path(filename).expanduser()
+    state_dict = {key: value.to(map_location) for key, value in read_state_dict(path).items()}
+    with safetensors.safe_open(path, "pt") as file:
+        found = json.loads((file.metadata() or {}).get("dataset_meta", "null"))
+    return {"state_dict": state_dict, "meta": {"dataset_meta": found} if found else {}}
+
+
+def to_safetensors(checkpoint: str | Path, target: str | Path, dtype: torch.dtype = torch.float16) -> None:
+    """Keeps the weights and the names of the classes of a checkpoint of mmengine, whole or not at all.
+
+    Where the training kept a moving average of the weights (EMAHook), these are the weights.
+
+    Args:
+        checkpoint: the .pth file of a whole detector or segmentor.
+        target: the .safetensors file. `svit mm-test` and `svit mm-infer`, and mmengine's `load_from`, read it.
+        dtype: of the floating-point tensors.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or the target's name has another end.
+    """
+    target = Path(target)
+    if target.suffix != ".safetensors":
+        raise CheckpointError(f"target: expected a name that ends in .safetensors, got {target}")
+    allow_mmengine_checkpoints()
+    weights = {
+        key: (value.to(dtype) if value.is_floating_point() else value).contiguous()
+        for key, value in read_state_dict(Path(checkpoint)).items()
+    }
+    meta = torch.load(checkpoint, map_location="cpu", weights_only=True).get("meta", {}).get("dataset_meta", {})
+    with atomic_write(target) as part:
+        part.write_bytes(safetensors.torch.save(weights, {"format": "pt", "dataset_meta": json.dumps(meta)}))
+
+
+def find_checkpoint(name: str) -> str:
+    """`name` itself if it is a file or address; else the file of that name among those that come with the package.
+
+    A name that is neither comes back as it is: whoever loads the file says that there is none.
+    """
+    ours = WEIGHTS / f"{name}.safetensors"
+    return str(ours) if not Path(name).exists() and Path(name).name == name and ours.is_file() else name
 
 
 def refuse_foreign_objects() -> None:

@@ -243,7 +243,12 @@ def in_executorch(program: ExportedProgram) -> export.Run:
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
     loaded = Runtime.get().load_program(lowered.buffer)
     forward = loaded.load_method("forward")
-    return lambda x, kept=(lowered, loaded): forward.execute([x])[0]  # the method refers to both and owns neither
+
+    # `forward` refers to the two and does not own them.
+    def run(x: torch.Tensor, kept: object = (lowered, loaded)) -> torch.Tensor:
+        return forward.execute([x])[0]
+
+    return run
 
 
 @contextmanager

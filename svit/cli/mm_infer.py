@@ -3,8 +3,8 @@
     svit mm-infer mask-rcnn_svit-s_fpn_1x_coco epoch_12.pth street.jpg --out found.png
     svit mm-infer svit-s_upernet_8xb2-160k_ade20k-512x512 iter_160000.pth a.jpg photos/ --out pictures/
 
-Boxes, masks and scores, or the classes laid over the image. CONFIG is a file or the name of one that comes with the
-package.
+Boxes, masks and scores, or the classes laid over the image. CONFIG and CHECKPOINT are files, or names of those that
+come with the package.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 from mmengine.config import Config, DictAction
 from PIL import Image
 
-from svit.adapters.checkpoints import refuse_foreign_objects
+from svit.adapters.checkpoints import find_checkpoint, refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint
 from svit.adapters.configs import load_config
 from svit.adapters.images import first, problem_with
@@ -39,7 +39,9 @@ Look = Callable[[np.ndarray], tuple[np.ndarray, str]]
 def parser() -> argparse.ArgumentParser:
     parser = make_parser("mm-infer", __doc__)
     parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of the whole model, as svit mm-train writes it")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="of the whole model: a file, or the name of one of the package"
+    )
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a file, or a folder with all below it")
     parser.add_argument(
         "--out", metavar="PATH", type=Path, required=True, help="a picture, or a folder, where several are drawn"
@@ -56,15 +58,16 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     args = parser().parse_args(argv)
     refuse_foreign_objects()
+    checkpoint = find_checkpoint(args.checkpoint)
     with refusals_as_errors(ValueError, UnpicklingError):
         targets = plan(args.images, args.out)
         device = str(choose_device(args.device))
         config = load_config(args.config, args.cfg_options)
         drop_start_weights(config)
         check_backbone(config)
-        check_checkpoint(config, args.checkpoint)
+        check_checkpoint(config, checkpoint)
         draw = segmentor if config.get("default_scope") == "mmseg" else detector
-        look = draw(config, args.checkpoint, device, args.score)
+        look = draw(config, checkpoint, device, args.score)
     unreadable = 0
     for image, target in targets.items():
         try:

@@ -2,9 +2,10 @@
 
     svit mm-test mask-rcnn_svit-s_fpn_1x_coco work_dirs/mask-rcnn_svit-s_fpn_1x_coco/epoch_12.pth
     svit mm-test svit-s_upernet_8xb2-160k_ade20k-512x512 iter_160000.pth --tta --out metrics.json
+    svit mm-test retinanet_svit-nano_fpn_bccd retinanet_svit-nano_fpn_bccd
     torchrun --nproc-per-node 8 -m svit mm-test mask-rcnn_svit-s_fpn_1x_coco epoch_12.pth
 
-CONFIG is a file or the name of one that comes with the package.
+CONFIG is a file or the name of one that comes with the package, and so is CHECKPOINT.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pickle import UnpicklingError
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from svit.adapters.checkpoints import refuse_foreign_objects
+from svit.adapters.checkpoints import find_checkpoint, refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint, check_data
 from svit.adapters.configs import load_config
 from svit.errors import InputError
@@ -28,7 +29,9 @@ from .mm_train import add_common_arguments, drop_start_weights, refusals_as_erro
 def parser() -> argparse.ArgumentParser:
     parser = make_parser("mm-test", __doc__)
     parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of the whole model, as svit mm-train writes it")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="of the whole model: a file, or the name of one of the package"
+    )
     parser.add_argument("--work-dir", metavar="DIR", help="logs; default: work_dirs/NAME_OF_CONFIG/test")
     parser.add_argument("--data-root", metavar="DIR", help="the data, in place of the config's data_root")
     parser.add_argument("--tta", action="store_true", help="several sizes and flips, if the config has tta_pipeline")
@@ -41,16 +44,17 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     args = parser().parse_args(argv)
     refuse_foreign_objects()
+    checkpoint = find_checkpoint(args.checkpoint)
     with refusals_as_errors(ValueError):
         if args.out and not args.out.parent.is_dir():  # before the work, not after
             raise InputError(f"--out: there is no folder {args.out.parent}")
         config = load_config(args.config, args.cfg_options, args.data_root)
         config.work_dir = args.work_dir or str(Path("work_dirs", Path(args.config).stem, "test"))
         config.launcher = args.launcher
-        config.load_from, config.resume = args.checkpoint, False
+        config.load_from, config.resume = checkpoint, False
         drop_start_weights(config)
         check_backbone(config)
-        check_checkpoint(config, args.checkpoint)
+        check_checkpoint(config, checkpoint)
         if args.tta:
             check_tta(config)
             config.test_dataloader.dataset.pipeline = config.tta_pipeline

@@ -14,7 +14,7 @@ needs_mm()
 
 from mmengine.registry import MODELS  # noqa: E402
 
-from svit.adapters import find_config, load_config  # noqa: E402
+from svit.adapters import find_config, load_config, to_safetensors  # noqa: E402
 from svit.cli import command  # noqa: E402
 
 SEGMENTOR = """
@@ -157,6 +157,20 @@ def test_depth_and_format(segmentor, tmp_path, capsys):
     assert len(set(shares(capsys.readouterr().out))) == 1
     drawn = [np.asarray(Image.open(out / f"{i}.png")) for i in range(1, 7)]
     assert all(np.array_equal(picture, drawn[0]) for picture in drawn)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_safetensors(kind, request, tmp_path, capsys):
+    """The same finds as of mmengine's file, whose weights and classes it holds."""
+    config, weights = request.getfixturevalue(kind)
+    photo().save(tmp_path / "a.png")
+    to_safetensors(weights, tmp_path / "model.safetensors", torch.float32)
+    for checkpoint in (weights, str(tmp_path / "model.safetensors")):
+        arguments = [config, checkpoint, str(tmp_path / "a.png"), "--out", str(tmp_path / "found.png"), "--score", "0"]
+        assert command("mm-infer")([*arguments, "--device", "cpu"]) == 0
+    first, second = shares(capsys.readouterr().out)
+    assert first == second != ""
+    assert ("crane" if kind == "detector" else "class") in first
 
 
 def test_two_classes_of_the_same_name(detector, tmp_path, capsys):
