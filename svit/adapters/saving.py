@@ -8,18 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, barrier, get_comm_device, get_world_size, is_main_process
+from mmengine.config import Config
+from mmengine.dist import all_reduce, barrier, get_comm_device, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
-from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.registry import FUNCTIONS, HOOKS
+from mmengine.runner import Runner, set_random_seed
 
 from svit.convert import is_finite
 from svit.errors import InputError
 from svit.files import atomic_write
 
-__all__ = ["DivergedError", "FiniteCheckpointHook", "StopHook", "Stopped"]
+__all__ = ["DivergedError", "FiniteCheckpointHook", "SeedHook", "StopHook", "Stopped", "seed_epochs"]
 
 
 class DivergedError(InputError):
@@ -137,6 +138,44 @@ class StopHook(Hook):
         # Processes may have different numbers of images, so each one decides for itself.
         if self.signals:
             raise Stopped(self.signals[0])
+
+
+class SeedHook(Hook):
+    """Gives each epoch random states of its own, so that a resumed run goes on as if nothing had stopped it.
+
+    mmengine saves no random states. Those of an epoch follow from the run's seed, which a checkpoint holds, from the
+    number of the epoch and from that of the process. `seed_epochs` makes the processes that read images follow.
+    """
+
+    priority = "VERY_HIGH"  # the epoch's first random number is drawn after this
+
+    def before_train(self, runner: Runner) -> None:
+        loader = runner.train_dataloader
+        sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+        if hasattr(sampler, "seed"):  # it was built before the checkpoint gave the seed
+            sampler.seed = runner.seed
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        state = np.random.SeedSequence((runner.seed, runner.epoch, get_rank())).generate_state(1)
+        set_random_seed(int(state[0]))
+
+
+@FUNCTIONS.register_module()
+def keep_seeds(worker_id: int) -> None:
+    """In place of mmengine's function, which gives the processes that read images the same seeds at each start.
+
+    PyTorch has seeded this process by the random state of the one that trains.
+    """
+
+
+def seed_epochs(config: Config) -> bool:
+    """Lets the processes that read images start anew, with new seeds, in each epoch. False if the run counts none."""
+    loader = config.get("train_dataloader")
+    if not loader or not (config.get("train_cfg") or {}).get("max_epochs"):
+        return False
+    loader.persistent_workers = False
+    loader.setdefault("worker_init_fn", dict(type="keep_seeds"))
+    return True
 
 
 def own_file(stored: Path, folder: Path) -> str | None:

@@ -27,7 +27,7 @@ from svit import processes
 from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint, check_data
 from svit.adapters.configs import fit_to_machine, load_config
-from svit.adapters.saving import StopHook, Stopped
+from svit.adapters.saving import SeedHook, StopHook, Stopped, seed_epochs
 from svit.errors import InputError
 
 from .base import add_amp, make_parser
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         config.launcher = args.launcher
         set_resume(config, args.resume)
         guard_checkpoints(config)
+        by_epoch = seed_epochs(config)
         if args.amp:
             use_amp(config, args.amp)
         if args.auto_scale_lr:
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with processes.stop_signals() as signals, refusals_as_errors(UnpicklingError):
             runner.register_hook(StopHook(signals))
+            if by_epoch:
+                runner.register_hook(SeedHook())
             runner.train()
     except Stopped as stopped:
         if is_main_process():

@@ -34,19 +34,15 @@ from svit.errors import InputError  # noqa: E402
 TOOLS = Path(__file__).parents[2] / "tools"
 ENDS_THREADS = Path(__file__).with_name("ends_threads.py")
 
-# No random augmentation, no drop path, every region and anchor in the loss: what mmengine resumes exactly.
+# Random in all places: order, flips, colours, drop path and the sampled regions; and a moving average.
 DETECTION = """
 _base_ = {base!r}
 data_root = {root!r}
 classes = ("coin",)
 model = dict(
-    backbone=dict(norm_eval=False),
+    backbone=dict(norm_eval=False, drop_path_rate=0.1),
     roi_head=dict(bbox_head=dict(num_classes=1), mask_head=dict(num_classes=1)),
-    train_cfg=dict(
-        rpn=dict(sampler=dict(num=100000)),
-        rpn_proposal=dict(nms_pre=200, max_per_img=50),
-        rcnn=dict(sampler=dict(num=1000)),
-    ),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=200, max_per_img=50)),
     test_cfg=dict(rpn=dict(max_per_img=50)),
 )
 load = [
@@ -54,11 +50,13 @@ load = [
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
+augmentation = [dict(type="RandomFlip", prob=0.5), dict(type="PhotoMetricDistortion", brightness_delta=8)]
+pipeline = [*load[:2], *augmentation, dict(type="PackDetInputs")]
 train_dataloader = dict(
     batch_size=2,
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(data_root=data_root, metainfo=dict(classes=classes), pipeline=[*load[:2], dict(type="PackDetInputs")]),
+    num_workers=1,
+    persistent_workers=True,
+    dataset=dict(data_root=data_root, metainfo=dict(classes=classes), pipeline=pipeline),
 )
 resize = dict(type="Resize", scale=(96, 96), keep_ratio=True)
 val_dataloader = dict(
@@ -74,9 +72,11 @@ test_evaluator = val_evaluator
 train_cfg = dict(max_epochs=16, val_interval=16)
 param_scheduler = [dict(type="LinearLR", start_factor=0.2, by_epoch=False, begin=0, end=8)]
 default_hooks = dict(logger=dict(interval=1))
+custom_hooks = [dict(type="CheckImagesHook"), dict(type="EMAHook", momentum=0.2, update_buffers=True)]
 randomness = dict(seed=0)
 """
 
+# No random augmentation and no drop path: what resumes exactly in a run that counts iterations.
 SEGMENTATION = """
 _base_ = {base!r}
 data_root = {root!r}
@@ -160,7 +160,7 @@ def test_learns(trained):
     log = scalars(config.parent / "work")
     losses = [line["loss"] for line in log if "loss" in line]
     assert len(losses) == {"detection": 64, "segmentation": 60}[kind]
-    assert losses[-1] < losses[0] / 2
+    assert np.mean(losses[-4:]) < losses[0] * 0.6
     (score,) = [line[METRIC[kind]] for line in log if METRIC[kind] in line]
     assert score > {"detection": 0.05, "segmentation": 40}[kind], log[-1]
 
