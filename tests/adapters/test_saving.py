@@ -1,9 +1,11 @@
-"""FiniteCheckpointHook in small runs of mmengine: one weight that learns a number, and falls ill when told to."""
+"""The hooks in small runs of mmengine: one weight that learns a number, and falls ill when told to."""
 
 import math
+import random
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,13 +13,14 @@ from helpers import needs_mm
 
 needs_mm()
 
+from mmengine.config import Config  # noqa: E402
 from mmengine.evaluator import BaseMetric  # noqa: E402
 from mmengine.hooks import EMAHook, Hook  # noqa: E402
 from mmengine.model import BaseModel  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
 from svit.adapters.checkpoints import allow_mmengine_checkpoints  # noqa: E402
-from svit.adapters.saving import DivergedError, StopHook, Stopped  # noqa: E402
+from svit.adapters.saving import DivergedError, SeedHook, StopHook, Stopped, seed_epochs  # noqa: E402
 
 
 class Model(BaseModel):
@@ -233,3 +236,42 @@ def test_what_diverges_when_a_signal_comes_is_not_saved(tmp_path):
     with pytest.raises(DivergedError):
         make(tmp_path, Ill(3, both), StopHook(signals), by_epoch=False).train()
     assert names(tmp_path) == ["best_score_iter_2.pth", "iter_2.pth"]
+
+
+class Draws(Hook):
+    """Notes the order of the images in each epoch, and a random number of each kind in each iteration."""
+
+    def __init__(self) -> None:
+        self.found = []
+
+    def before_train_epoch(self, runner) -> None:
+        self.found.append(list(runner.train_dataloader.sampler))
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        self.found.append((random.random(), np.random.rand(), torch.rand(()).item()))
+
+
+def test_a_resumed_run_draws_what_the_other_one_drew(tmp_path):
+    """Without a seed in the config: that of the checkpoint counts."""
+    images = dict(batch_size=1, num_workers=0, dataset=[torch.zeros(1)] * 6, sampler=dict(type="DefaultSampler"))
+    whole, resumed, other = Draws(), Draws(), Draws()
+    keep = dict(checkpoint=dict(type="CheckpointHook", interval=1))
+    make(tmp_path, whole, SeedHook(), train_dataloader=images, default_hooks=keep).train()
+    arguments = dict(train_dataloader=images, load_from=str(tmp_path / "epoch_2.pth"), resume=True)
+    make(tmp_path / "resumed", resumed, SeedHook(), **arguments).train()
+    assert len(whole.found) == 4 * 7
+    assert resumed.found == whole.found[2 * 7 :]
+    assert len({draws for draws in whole.found if isinstance(draws, tuple)}) == 4 * 6  # no epoch repeats another
+    make(tmp_path / "other", other, SeedHook(), train_dataloader=images).train()
+    assert other.found != whole.found  # another run, another seed
+
+
+def test_seed_epochs():
+    config = Config(dict(train_dataloader=dict(num_workers=1, persistent_workers=True), train_cfg=dict(max_epochs=2)))
+    assert seed_epochs(config)
+    assert config.train_dataloader == dict(
+        num_workers=1, persistent_workers=False, worker_init_fn=dict(type="keep_seeds")
+    )
+    config = Config(dict(train_dataloader=dict(persistent_workers=True), train_cfg=dict(max_iters=2)))
+    assert not seed_epochs(config)
+    assert config.train_dataloader == dict(persistent_workers=True)
