@@ -253,17 +253,21 @@ class Draws(Hook):
 
 def test_a_resumed_run_draws_what_the_other_one_drew(tmp_path):
     """Without a seed in the config: that of the checkpoint counts."""
-    images = dict(batch_size=1, num_workers=0, dataset=[torch.zeros(1)] * 6, sampler=dict(type="DefaultSampler"))
-    whole, resumed, other = Draws(), Draws(), Draws()
-    keep = dict(checkpoint=dict(type="CheckpointHook", interval=1))
-    make(tmp_path, whole, SeedHook(), train_dataloader=images, default_hooks=keep).train()
-    arguments = dict(train_dataloader=images, load_from=str(tmp_path / "epoch_2.pth"), resume=True)
-    make(tmp_path / "resumed", resumed, SeedHook(), **arguments).train()
-    assert len(whole.found) == 4 * 7
-    assert resumed.found == whole.found[2 * 7 :]
-    assert len({draws for draws in whole.found if isinstance(draws, tuple)}) == 4 * 6  # no epoch repeats another
-    make(tmp_path / "other", other, SeedHook(), train_dataloader=images).train()
-    assert other.found != whole.found  # another run, another seed
+
+    def draws(folder, **changes) -> list:
+        found, images = Draws(), dict(batch_size=1, num_workers=0, dataset=[torch.zeros(1)] * 6)
+        loader = dict(images, sampler=dict(type="DefaultSampler"))
+        keep = dict(checkpoint=dict(type="CheckpointHook", interval=1))
+        arguments = dict(train_dataloader=loader, default_hooks=keep, randomness=dict(seed=None), **changes)
+        make(folder, found, SeedHook(), **arguments).train()
+        return found.found
+
+    whole = draws(tmp_path / "whole")
+    resumed = draws(tmp_path / "resumed", load_from=str(tmp_path / "whole" / "epoch_2.pth"), resume=True)
+    assert len(whole) == 4 * 7
+    assert resumed == whole[2 * 7 :]
+    assert len({drawn for drawn in whole if isinstance(drawn, tuple)}) == 4 * 6  # no epoch repeats another
+    assert draws(tmp_path / "other") != whole  # another run, another seed
 
 
 def test_seed_epochs():
