@@ -1,4 +1,4 @@
-"""Draws the curves of docs/cifar10.md and docs/photos20.md into docs/images, from the logs of the trainings.
+"""Draws the curves of docs/cifar10.md, photos20.md and bccd.md into docs/images, from the logs of the trainings.
 
 python docs/training_plots.py
 """
@@ -60,3 +60,17 @@ for model, rows in groupby(read("2026-11-23-cifar10-peers.csv"), key=lambda row:
 axes.set(xlabel="minutes of training", ylabel="top-1 on the test images, %", xlim=0)
 axes.legend(frameon=False, loc="lower right")
 save(figure, "cifar10-peers.svg")
+
+rows = read("2026-11-27-bccd.csv")
+epochs = [int(row["epoch"]) for row in rows]
+figure, (loss, precision) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
+for key, label in (("loss", "sum"), ("loss_cls", "classes"), ("loss_bbox", "boxes")):
+    loss.plot(epochs, [float(row[key]) for row in rows], label=label)
+loss.set(xlabel="epoch", ylabel="training loss", ylim=0)
+loss.legend(frameon=False)
+evaluated = [row for row in rows if row["AP"]]
+for key in ("AP50", "AP"):
+    precision.plot([int(row["epoch"]) for row in evaluated], [float(row[key]) for row in evaluated], label=key)
+precision.set(xlabel="epoch", ylabel="on the validation images", ylim=(0, 1), xlim=0)
+precision.legend(frameon=False, loc="lower right")
+save(figure, "bccd-curve.svg")

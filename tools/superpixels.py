@@ -151,7 +151,7 @@ def methods(model: torch.nn.Module, untrained: torch.nn.Module, photo: np.ndarra
 def parser() -> argparse.ArgumentParser:
     parser = make_parser("superpixels", __doc__)
     parser.add_argument("folder", type=Path, help="images and segmentations")
-    parser.add_argument("--model", default="svit_nano_32.cifar10", help="an SViT with weights (%(default)s)")
+    parser.add_argument("--model", default="svit_nano.photos20", help="an SViT with weights (%(default)s)")
     parser.add_argument("--checkpoint", help="its weights (those that come with the package)")
     parser.add_argument("--cells", nargs="+", type=at_least(2), default=[10, 8, 6, 5, 4], help="%(default)s")
     parser.add_argument("--limit", metavar="N", type=at_least(1), help="the first N images alone")

@@ -46,10 +46,10 @@ def allow_mmengine_checkpoints() -> None:
 
 def allow_safetensors() -> None:
     """Lets mmengine load safetensors wherever it takes a checkpoint, by the end of the file's name."""
-    CheckpointLoader.register_scheme(r"(?!https?://).*\.safetensors$", load_safetensors, force=True)
+    CheckpointLoader.register_scheme(r"(?!https?://).*\.safetensors$", load_from_safetensors, force=True)
 
 
-def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
+def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
     """What mmengine expects of a checkpoint: the weights and, under "meta", the classes if the file names them.
 
     Raises:
@@ -59,6 +59,8 @@ def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
     state_dict = {key: value.to(map_location) for key, value in read_state_dict(path).items()}
     with safetensors.safe_open(path, "pt") as file:
         found = json.loads((file.metadata() or {}).get("dataset_meta", "null"))
+    if found and found.get("palette"):
+        found["palette"] = [tuple(colour) for colour in found["palette"]]  # mmdet takes a list for several colours
     return {"state_dict": state_dict, "meta": {"dataset_meta": found} if found else {}}
 
 

@@ -63,7 +63,7 @@ def checkpoint(folder: Path) -> Path:
     history = HistoryBuffer()
     history.update(1.5)
     state_dict = {"head.weight": torch.tensor([[1.0, 2.0, 1 / 3]]), "bn.num_batches_tracked": torch.tensor(70000)}
-    meta = {"dataset_meta": {"classes": ("WBC", "RBC"), "palette": [[1, 2, 3], [4, 5, 6]]}, "epoch": 4}
+    meta = {"dataset_meta": {"classes": ("WBC", "RBC"), "palette": [(1, 2, 3), (4, 5, 6)]}, "epoch": 4}
     whole = {"state_dict": state_dict, "meta": meta, "message_hub": {"loss": history}, "optimizer": {"state": {}}}
     torch.save(whole, folder / "epoch_4.pth")
     return folder / "epoch_4.pth"
@@ -75,7 +75,7 @@ def test_to_safetensors_and_back(tmp_path, monkeypatch, dtype, third):
     monkeypatch.chdir(tmp_path)
     for name in (str(tmp_path / "a.safetensors"), "a.safetensors"):
         found = CheckpointLoader.load_checkpoint(name, map_location="cpu")
-        assert found["meta"] == {"dataset_meta": {"classes": ["WBC", "RBC"], "palette": [[1, 2, 3], [4, 5, 6]]}}
+        assert found["meta"] == {"dataset_meta": {"classes": ["WBC", "RBC"], "palette": [(1, 2, 3), (4, 5, 6)]}}
         assert list(found["state_dict"]) == ["bn.num_batches_tracked", "head.weight"]
         assert found["state_dict"]["head.weight"].tolist() == [[1.0, 2.0, pytest.approx(third, abs=1e-8)]]
         assert found["state_dict"]["head.weight"].dtype == dtype

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 
 from helpers import needs_mm
 
@@ -171,6 +171,24 @@ def test_safetensors(kind, request, tmp_path, capsys):
     first, second = shares(capsys.readouterr().out)
     assert first == second != ""
     assert ("crane" if kind == "detector" else "class") in first
+
+
+def test_blood_cells(tmp_path, capsys):
+    """The detector that comes with the package, by its name: four red cells, a white one and a platelet, all drawn."""
+    image = Image.new("RGB", (640, 480), (225, 215, 205))
+    draw = ImageDraw.Draw(image)
+    for x, y in ((100, 100), (500, 120), (120, 380), (520, 380)):
+        draw.ellipse((x - 50, y - 50, x + 50, y + 50), (205, 150, 150))
+        draw.ellipse((x - 18, y - 18, x + 18, y + 18), (222, 200, 195))
+    draw.ellipse((235, 155, 405, 325), (205, 180, 205))
+    draw.ellipse((260, 190, 350, 280), (110, 80, 190))
+    draw.ellipse((310, 210, 380, 300), (120, 90, 200))
+    draw.ellipse((225, 58, 255, 86), (150, 130, 190))
+    image.filter(ImageFilter.GaussianBlur(3)).save(tmp_path / "a.png")
+    name = "retinanet_svit-nano_fpn_bccd"
+    arguments = [name, name, str(tmp_path / "a.png"), "--out", str(tmp_path / "found.png"), "--score", "0.5"]
+    assert command("mm-infer")([*arguments, "--device", "cpu"]) == 0
+    assert shares(capsys.readouterr().out) == ["4 RBC, 1 WBC, 1 Platelets"]
 
 
 def test_two_classes_of_the_same_name(detector, tmp_path, capsys):

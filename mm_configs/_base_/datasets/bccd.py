@@ -2,7 +2,7 @@
 data_root = "data/bccd/"
 metainfo = dict(
     classes=("WBC", "RBC", "Platelets"),
-    palette=[[70, 130, 255], [230, 60, 60], [60, 200, 90]],
+    palette=[(70, 130, 255), (230, 60, 60), (60, 200, 90)],
 )
 dataset = dict(type="CocoDataset", data_root=data_root, metainfo=metainfo, data_prefix=dict(img="images/"))
 load = [
@@ -44,6 +44,6 @@ test_dataloader = dict(
     val_dataloader, dataset=dict(dataset, ann_file="test.json", test_mode=True, pipeline=test_pipeline)
 )
 
-val_evaluator = dict(type="CocoMetric", ann_file=data_root + "val.json", metric="bbox")
+val_evaluator = dict(type="CocoMetric", ann_file=data_root + "val.json", metric="bbox", classwise=True)
 test_evaluator = dict(val_evaluator, ann_file=data_root + "test.json")
 del dataset, load
