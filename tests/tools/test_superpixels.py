@@ -63,17 +63,14 @@ def folder(tmp_path):
 
 def test_command(folder, capsys):
     out, picture = folder / "table.md", folder / "plot.svg"
-    command = [str(folder), "--cells", "8", "4", "--report", str(out), "--plot", str(picture)]
+    command = [str(folder), "--cells", "4", "2", "--report", str(out), "--plot", str(picture)]
     assert superpixels.main(command) == 0
     lines = [line.split("|")[1:-1] for line in out.read_text().splitlines()]
     names = [cell.strip() for cell in lines[0]]
     rows = [dict(zip(names, (cell.strip() for cell in line), strict=True)) for line in lines[2:]]
     assert [row["method"] for row in rows[::2]] == ["super tokens", "super tokens, random weights", "SLIC", "grid"]
     grid = [row for row in rows if row["method"] == "grid"]
-    assert [int(row["regions"]) for row in grid] == [
-        3 * 4,
-        5 * 8,
-    ]  # of a map of 20 x 32
+    assert [int(row["regions"]) for row in grid] == [3 * 4, 5 * 8]  # of a map of 10 x 16
     for row in rows:
         assert 0.5 < float(row["ASA"]) <= 1
     assert float(grid[1]["recall"]) == 1  # 24 is a border of 8 columns of cells
