@@ -45,7 +45,9 @@ def build(site: Path, packages: Path) -> None:
 
 def add_runtime(folder: Path, packages: Path) -> None:
     if shutil.which("npm") is None:
-        sys.exit("explorer: needs npm, which comes with Node.js 20 or later: apt-get install npm, or https://nodejs.org")
+        sys.exit(
+            "explorer: needs npm, which comes with Node.js 20 or later: apt-get install npm, or https://nodejs.org"
+        )
     packages.mkdir(parents=True, exist_ok=True)
     for name in ("package.json", "package-lock.json"):
         shutil.copy(SOURCES / name, packages)

@@ -9,6 +9,8 @@ import { readLink, writeLink } from "./state.js";
  *
  * @typedef {object} Result
  * @property {string} name of the photo
+ * @property {number} width of the photo in pixels, upright
+ * @property {number} height of the photo
  * @property {number} size height and width in pixels
  * @property {Uint8ClampedArray} pixels (size, size, 4)
  * @property {number[]} logits one for each class
@@ -51,10 +53,8 @@ worker.addEventListener("message", ({ data }) => {
   busy = false;
   if (data.model) {
     classes = data.model.class_names.map((/** @type {string} */ name) => name.replaceAll("_", " "));
-    say("");
   } else if (data.error) {
     say(data.error, true);
-    if (!result) root.dataset.state = "error";
   } else {
     result = data;
     showResult();
@@ -65,7 +65,7 @@ worker.addEventListener("error", () => say("This browser cannot run the model: i
 
 /** @param {string} text @param {boolean} error */
 function say(text, error = false) {
-  status.textContent = text;
+  if (status.textContent !== text) status.textContent = text; // else screen readers would say it again
   status.classList.toggle("explorer-error", error);
 }
 
@@ -138,7 +138,8 @@ function stopCamera() {
 function showResult() {
   if (!result) return;
   root.dataset.state = "ready";
-  say("");
+  const { name, width, height } = result;
+  say(`${name}, ${width} x ${height} pixels${width === height ? "" : ": the model sees the square in the centre"}.`);
   const largest = Math.max(...result.logits);
   const exps = result.logits.map((logit) => Math.exp(logit - largest));
   const sum = exps.reduce((a, b) => a + b);
@@ -179,7 +180,7 @@ function draw() {
   drawPicture(picture, result, state, seen);
   const { found, token, near, x, y } = seen;
   part("near").querySelectorAll("td").forEach((cell, k) => {
-    cell.textContent = near[k].token < 0 ? "–" : percent(near[k].share);
+    cell.textContent = near[k].token < 0 ? "-" : percent(near[k].share);
     cell.classList.toggle("explorer-owner", near[k].token === token);
     cell.style.setProperty("--share", String(near[k].token < 0 ? 0 : near[k].share));
   });
@@ -223,7 +224,7 @@ function keepLink() {
   clearTimeout(keepLink.timer);
   keepLink.timer = setTimeout(() => history.replaceState(null, "", writeLink(state)), 250);
 }
-/** @type {number | undefined} */
+/** @type {ReturnType<typeof setTimeout> | undefined} */
 keepLink.timer = undefined;
 
 /** @param {Partial<import("./state.js").State>} change */

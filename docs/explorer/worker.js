@@ -36,7 +36,7 @@ addEventListener("message", async ({ data }) => {
 async function look({ source, name, size }) {
   const { ort, session, model } = await loaded;
   let start = performance.now();
-  const pixels = await read(source, name, size);
+  const { pixels, width, height } = await read(source, name, size);
   const image = new Float32Array(3 * size * size);
   for (let c = 0; c < 3; c++) {
     for (let i = 0; i < size * size; i++) {
@@ -54,14 +54,14 @@ async function look({ source, name, size }) {
     const grid = side / model.cells[stage][0];
     return { q: values(`${stage}_association`), attention: values(`${stage}_attention`), side, grid };
   });
-  return { name, size, pixels, logits: [...values("logits")], stages, reading, running };
+  return { name, width, height, size, pixels, logits: [...values("logits")], stages, reading, running };
 }
 
 /**
  * @param {Blob | ImageBitmap} source
  * @param {string} name
  * @param {number} size
- * @returns {Promise<Uint8ClampedArray>} (size, size, 4)
+ * @returns the square that the model sees, (size, size, 4), and the size of the photo
  */
 async function read(source, name, size) {
   const bitmap = source instanceof Blob ? await decode(source, name) : source;
@@ -70,12 +70,13 @@ async function read(source, name, size) {
     if (width * height > MOST_PIXELS) {
       throw new Error(`${name}: has ${width} x ${height} pixels, ${millions(width * height)}; expected at most ${millions(MOST_PIXELS)}`);
     }
-    return resizeAndCrop(width, height, size, (x, y, w, h) => {
+    const pixels = resizeAndCrop(width, height, size, (x, y, w, h) => {
       const canvas = new OffscreenCanvas(w, h);
       const context = /** @type {OffscreenCanvasRenderingContext2D} */ (canvas.getContext("2d", { willReadFrequently: true }));
       context.drawImage(bitmap, x, y, w, h, 0, 0, w, h);
       return context.getImageData(0, 0, w, h).data;
     });
+    return { pixels, width, height };
   } finally {
     bitmap.close();
   }

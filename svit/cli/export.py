@@ -482,7 +482,9 @@ def compare(model: nn.Module, run: Run, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         pairs = zip(outputs(model(x)), outputs(run(x)), strict=True)
-    for name, (expected, actual) in zip(model.names if isinstance(model, WithSuperTokens) else [""], pairs, strict=True):
+    for name, (expected, actual) in zip(
+        model.names if isinstance(model, WithSuperTokens) else [""], pairs, strict=True
+    ):
         largest = expected.abs().max().item()
         difference = (actual - expected).abs().max().item()
         words = f"max difference from PyTorch {difference:.1e}, largest output {largest:.2g}"
@@ -502,9 +504,7 @@ def compare_classes(run: Run, quantized: Run, batches: list[torch.Tensor], count
     Raises:
         InputError: on too few.
     """
-    expected, actual = (
-        torch.cat([outputs(run(batch))[0] for batch in batches])[:count] for run in (run, quantized)
-    )
+    expected, actual = (torch.cat([outputs(run(batch))[0] for batch in batches])[:count] for run in (run, quantized))
     same = int((actual.argmax(1) == expected.argmax(1)).sum())
     error = ((actual - expected).norm() / expected.norm()).item()
     result = f"int8: the class of float32 on {same} of {count} images, relative error of the outputs {error:.1e}"
