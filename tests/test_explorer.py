@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -97,45 +98,54 @@ class Plain(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def serve(site):
-    """Starts a server with a handler; returns the address of the page."""
-    servers = []
-
-    def serve(handler=Plain) -> str:
-        # A folder below the root, as on GitHub Pages.
-        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=site.parent)))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}/{site.name}/explorer.html"
-
-    yield serve
-    for server in servers:
+@contextmanager
+def serving(site: Path, handler=Plain):
+    """The address of the page, in a folder below the server's root, as on GitHub Pages."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=site.parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/{site.name}/explorer.html"
         server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture
-def visit(browser, serve):
-    """Opens the page in a new window and waits for the classes; an error in the console fails the test."""
-    contexts, problems = [], []
-    address = serve()
+def visit(browser, site):
+    """Opens the page in a window of its own and waits for the classes; an error in the console fails the test."""
+    problems = []
+    with serving(site) as address, ExitStack() as stack:
 
-    def visit(link: str = "", wait: bool = True, at: str = address, **options):
-        context = browser.new_context(viewport=options.pop("viewport", {"width": 1280, "height": 900}), **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
-        page.goto(at + link)
-        if wait:
-            page.wait_for_selector(".explorer[data-state=ready]")
-        return page
+        def visit(link: str = "", wait: bool = True, at: str = address, **options):
+            options = {"viewport": {"width": 1280, "height": 1300}, **options}
+            context = browser.new_context(**options)
+            stack.callback(context.close)
+            page = context.new_page()
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
+            page.goto(at + link)
+            if wait:
+                page.wait_for_selector(".explorer[data-state=ready]")
+            return page
 
-    visit.problems = problems
-    yield visit
-    for context in contexts:
-        context.close()
+        visit.problems = problems
+        yield visit
     assert not problems
+
+
+@pytest.fixture(scope="module")
+def page(browser, site):
+    """A page that tests share; each starts from a link of its own."""
+    with serving(site) as address:
+        page = browser.new_page(viewport={"width": 1280, "height": 1300})
+        page.goto(address)
+        page.wait_for_selector(".explorer[data-state=ready]")
+        yield page
+        page.close()
+
+
+def follow(page, sample: str, size: int, rest: str = "") -> None:
+    script = "link => { before = explorer.result; history.replaceState(null, '', '#'); location.hash = link; }"
+    page.evaluate(script, f"#sample={sample}&size={size}{rest}")
+    page.wait_for_function(f"explorer.result !== before && explorer.result.name === '{sample}'")
+    assert page.evaluate("explorer.result.size") == size
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +197,9 @@ def encoded(image: Image.Image, form: str, **options) -> bytes:
 
 @pytest.mark.parametrize("size", [128, 512])
 @pytest.mark.parametrize("name", SAMPLES)
-def test_samples(visit, model, site, name, size):
+def test_samples(page, model, site, name, size):
     """Logits, association and attention of each sample are Python's, and so are the texts and the regions."""
-    page = visit(f"#sample={name}&size={size}&x=0.3&y=0.6")
+    follow(page, name, size, "&x=0.3&y=0.6")
     pixels, logits, layers = look(model, site / "explorer" / "samples" / f"{name}.jpg", size)
     assert torch.equal(seen(page), pixels)
     torch.testing.assert_close(numbers(page, "explorer.result.logits"), logits, rtol=0, atol=1e-3)
@@ -231,10 +241,9 @@ def check_stage(page, expected: Association, layer: WatchedLayer, point: tuple[f
     torch.testing.assert_close(numbers(page, "explorer.look().attention"), attention, rtol=0, atol=1e-3)
 
 
-def test_picture(visit, model, site):
+def test_picture(page, model, site):
     """What is drawn: cells, learned regions, mean colours, heat."""
-    link = "#sample=coffee&size=128&x=0.1&y=0.1&shares=0&borders=0&stage=1"
-    page = visit(link)
+    follow(page, "coffee", 128, "&x=0.1&y=0.1&shares=0&borders=0")
     pixels, _, (layer, _) = look(model, site / "explorer" / "samples" / "coffee.jpg", 128)
     found = layer.association()
     unit = 896 // 128
@@ -267,7 +276,7 @@ def test_picture(visit, model, site):
     expected = (1 - share[..., None]) * grey + share[..., None] * colour
     torch.testing.assert_close(drawn(), expected[below], rtol=0, atol=1.5)
 
-    page.get_by_label("the photo").check()
+    page.get_by_role("radio", name="the photo").check()
     page.get_by_label("borders of the regions").check()
     picture, yellow = canvas(page), torch.tensor([255, 236, 60])
     edges = borders(found.assignment())
@@ -289,12 +298,12 @@ def heat(values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "size", [(1, 1), (33, 700), (131, 128), (128, 129), (20000, 1000), (301, 450), (450, 301), (4001, 3003)]
 )
-def test_pixels_are_those_of_pillow(visit, model, size):
+def test_pixels_are_those_of_pillow(page, model, size):
     """The resize is exact, smaller and larger, wide and high."""
     noise = np.random.default_rng(0).integers(0, 256, (min(size[1], 300), min(size[0], 300), 3), np.uint8)
     image = Image.fromarray(noise).resize(size, Image.Resampling.NEAREST)
-    page = visit("#size=128")
     content = encoded(image, "PNG")
+    follow(page, "retina", 128)
     upload(page, "noise.png", content)
     assert torch.equal(seen(page), look(model, io.BytesIO(content), 128)[0])
     assert f"noise.png, {size[0]} x {size[1]} pixels" in page.inner_text("#explorer-status")
@@ -311,7 +320,7 @@ def exif(orientation: int) -> Image.Exif:
 
 
 @pytest.mark.parametrize("kind", ["cmyk", "orientation 6", "orientation 3", "progressive", "webp", "grey", "palette"])
-def test_kinds_of_photos(visit, model, site, kind):
+def test_kinds_of_photos(page, model, site, kind):
     """They are read as Python reads them."""
     image, options, form = photo(site), {}, "JPEG"
     if kind == "cmyk":
@@ -325,7 +334,7 @@ def test_kinds_of_photos(visit, model, site, kind):
     else:
         image, form = image.convert("L" if kind == "grey" else "P"), "PNG"
     content = encoded(image, form, **options)
-    page = visit()
+    follow(page, "retina", 256)
     upload(page, "my photo.jpg", content)
     pixels, logits, _ = look(model, io.BytesIO(content), 256)
     torch.testing.assert_close(seen(page), pixels, rtol=0, atol=2)
@@ -335,9 +344,9 @@ def test_kinds_of_photos(visit, model, site, kind):
     assert page.inner_text("#explorer-status") == expected
 
 
-def test_bad_photos(visit, site):
+def test_bad_photos(page, site):
     """A message names the file; the picture stays, and the next photo is shown."""
-    page = visit("#sample=retina&size=128")
+    follow(page, "retina", 128)
     jpeg = encoded(photo(site), "JPEG")
     unreadable = "the browser cannot read it as an image; expected a photo, such as a JPEG, PNG or WebP file"
     for name, content, message in (
@@ -356,8 +365,8 @@ def test_bad_photos(visit, site):
     assert not page.locator("#explorer-status").evaluate("e => e.classList.contains('explorer-error')")
 
 
-def test_drop_and_paste(visit, site):
-    page = visit("#size=128")
+def test_drop_and_paste(page, site):
+    follow(page, "retina", 128)
     content = list(encoded(photo(site), "PNG"))
     for name, event in (("dropped.png", "DragEvent('drop', {dataTransfer: t, bubbles: true})"),
                         ("pasted.png", "ClipboardEvent('paste', {clipboardData: t, bubbles: true})")):  # fmt: skip
@@ -373,8 +382,8 @@ def test_drop_and_paste(visit, site):
     assert page.evaluate("explorer.result.width") == 640
 
 
-def test_pointer_and_keys(visit):
-    page = visit("#size=128")
+def test_pointer_and_keys(page):
+    follow(page, "retina", 128)
     picture = page.locator("#explorer-picture")
     box = picture.bounding_box()
 
@@ -481,15 +490,16 @@ def test_sample_that_does_not_exist(visit):
     visit.problems.clear()
 
 
-def test_model_that_does_not_load(visit, browser, serve):
-    context = browser.new_context()
-    page = context.new_page()
-    context.route("**/model.onnx", lambda route: route.fulfill(status=404))
-    page.goto(serve())
-    page.wait_for_selector(".explorer-error")
-    assert page.inner_text("#explorer-status").startswith("The model does not load: http")
-    assert "model.onnx: 404" in page.inner_text("#explorer-status")
-    context.close()
+def test_model_that_does_not_load(browser, site):
+    with serving(site) as address:
+        context = browser.new_context()
+        context.route("**/model.onnx", lambda route: route.fulfill(status=404))
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector(".explorer-error")
+        expected = f"The model does not load: {address.replace('explorer.html', 'explorer/model.onnx')}: 404 Not Found"
+        assert page.inner_text("#explorer-status") == expected
+        context.close()
 
 
 def test_camera(visit):
@@ -512,7 +522,9 @@ def test_camera(visit):
 
 def test_no_camera(visit):
     page = visit("#size=128")
-    page.evaluate("navigator.mediaDevices.getUserMedia = async () => { throw new Error('Permission denied'); }")
+    page.evaluate(
+        "() => { navigator.mediaDevices.getUserMedia = async () => { throw new Error('Permission denied'); }; }"
+    )
     page.get_by_role("button", name="Camera").click()
     page.wait_for_selector(".explorer-error")
     assert page.inner_text("#explorer-status") == "The camera does not start: Permission denied"
@@ -551,12 +563,13 @@ def contrast(page, selector: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_threads(visit, serve, site, model):
+def test_threads(visit, site, model):
     """With the headers of `make explorer` the model runs in threads, with the same numbers."""
-    page = visit("#sample=coffee&size=128", at=serve(load("serve").Handler))
-    assert page.evaluate("crossOriginIsolated")
-    _, logits, _ = look(model, site / "explorer" / "samples" / "coffee.jpg", 128)
-    torch.testing.assert_close(numbers(page, "explorer.result.logits"), logits, rtol=0, atol=1e-3)
+    with serving(site, load("serve").Handler) as address:
+        page = visit("#sample=coffee&size=128", at=address)
+        assert page.evaluate("crossOriginIsolated")
+        _, logits, _ = look(model, site / "explorer" / "samples" / "coffee.jpg", 128)
+        torch.testing.assert_close(numbers(page, "explorer.result.logits"), logits, rtol=0, atol=1e-3)
 
 
 def test_download_size(site):

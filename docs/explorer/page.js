@@ -282,12 +282,10 @@ root.addEventListener("drop", (event) => {
   showFile(event.dataTransfer?.files[0]);
 });
 document.addEventListener("paste", (event) => showFile(event.clipboardData?.files[0]));
-window.addEventListener("hashchange", () => {
-  const before = state;
-  state = readLink(location.hash);
+window.addEventListener("hashchange", (event) => {
+  state = readLink(new URL(event.newURL).hash);
   showState();
-  if (state.sample !== before.sample) showSample(state.sample);
-  else if (state.size !== before.size && source) show(source);
+  showSample(state.sample);
   draw();
 });
 

@@ -8,8 +8,10 @@ const here = (/** @type {string} */ name) => new URL(name, import.meta.url).href
 const MOST_PIXELS = 178_956_970;
 
 /** @type {Promise<{ort: typeof import("onnxruntime-web"), session: import("onnxruntime-web").InferenceSession, model: any}>} */
-const loaded = load();
-loaded.then(({ model }) => postMessage({ model }), (error) => postMessage({ error: `The model does not load: ${error.message}` }));
+const loaded = load().catch((error) => {
+  throw new Error(`The model does not load: ${error.message}`);
+});
+loaded.then(({ model }) => postMessage({ model }), (error) => postMessage({ error: error.message }));
 
 async function load() {
   const [ort, answer, weights] = await Promise.all([import(here("ort.js")), fetch(here("model.json")), fetch(here("model.onnx"))]);
