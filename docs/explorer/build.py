@@ -46,7 +46,7 @@ def build(site: Path, packages: Path) -> None:
 def add_runtime(folder: Path, packages: Path) -> None:
     if shutil.which("npm") is None:
         sys.exit(
-            "explorer: needs npm, which comes with Node.js 20 or later: apt-get install npm, or https://nodejs.org"
+            "explorer: needs npm, which comes with Node.js 18 or later: apt-get install npm"
         )
     packages.mkdir(parents=True, exist_ok=True)
     for name in ("package.json", "package-lock.json"):
