@@ -69,8 +69,8 @@ CALIBRATION_IMAGES = 200
 # The least share of them in which int8 must find the class that float32 finds.
 AGREEMENT = 0.8
 
-# The logits; with --outputs super-tokens the other outputs after them.
-Run = Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]]
+# Returns the logits; with --outputs super-tokens a tuple of all outputs.
+Run = Callable[[torch.Tensor], Any]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -354,7 +354,7 @@ def load_onnx(path: Path) -> Run:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def run(x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def run(x: torch.Tensor) -> Any:
         found = tuple(torch.from_numpy(output) for output in session.run(None, {"image": x.numpy()}))
         return found if len(found) > 1 else found[0]
 
