@@ -192,7 +192,7 @@ function draw() {
 
 /** @param {number} share */
 function percent(share) {
-  return `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+  return `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}\u00a0%`; // a space that does not break
 }
 
 /** @param {string} tag @param {string} text */
