@@ -240,6 +240,21 @@ def check_stage(page, expected: Association, layer: WatchedLayer, point: tuple[f
     torch.testing.assert_close(numbers(page, "explorer.look().attention"), attention, rtol=0, atol=1e-3)
 
 
+def test_regions_of_any_shares(page):
+    """As in svit.visualize, also where shares outside the grid are the largest."""
+    q = torch.rand(3, 3, 9, 16, generator=torch.Generator().manual_seed(0)).softmax(2)  # 3 x 3 cells of 4 x 4 pixels
+    expected = Association(q, (4, 4), (12, 12))
+    script = """async q => {
+        const {assignment, region} = await import(new URL('explorer/regions.js', location.href));
+        const found = {q: Float32Array.from(q), side: 12, grid: 3};
+        return [Array.from(assignment(found)), Array.from(region(found, 5))];
+    }"""
+    maps = q.reshape(3, 3, 9, 4, 4).permute(2, 0, 3, 1, 4)
+    labels, region = page.evaluate(script, maps.flatten().tolist())
+    assert torch.equal(torch.tensor(labels).reshape(12, 12), expected.assignment())
+    torch.testing.assert_close(torch.tensor(region).reshape(12, 12), expected.weights(1, 2))
+
+
 def test_picture(page, model, site):
     """What is drawn: cells, learned regions, mean colours, heat."""
     follow(page, "coffee", 128, "&x=0.1&y=0.1&shares=0&borders=0")

@@ -311,7 +311,7 @@ part("save").addEventListener("click", () => {
 });
 
 showState();
-say("The model loads: 8 MB, once.");
+say("The model loads, once.");
 showSample(state.sample);
 
 // For the browser's console: the numbers behind the picture.
