@@ -197,7 +197,13 @@ def attention_weights(
 def batch_attention_weights(
     layer: SuperTokenAttention, tokens: torch.Tensor, queries: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """The same for tokens (B, C, hh, ww) of several images: (B, heads, queries, N), with gradients."""
+    """Computes the weights of `attention_weights` for several images, with gradients: (B, heads, queries, N).
+
+    Args:
+        layer: the attention layer.
+        tokens: its tokens, (B, C, hh, ww), N = hh * ww.
+        queries: which tokens attend, None for all.
+    """
     B, _, hh, ww = tokens.shape
     heads, d = layer.num_heads, layer.dim // layer.num_heads
     q, k, _ = layer.qkv(tokens).reshape(B, heads, 3, d, hh * ww).unbind(2)  # (B, heads, d, N) each

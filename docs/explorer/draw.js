@@ -2,9 +2,7 @@
 
 import { borders, meanColours, region, spread } from "./regions.js";
 
-/**
- * From little to much: stops of matplotlib's colour map 'inferno', as red, green and blue.
- */
+// From little to much: stops of matplotlib's colour map 'inferno', as red, green and blue.
 const HEAT = [[0, 0, 4], [66, 10, 104], [147, 38, 103], [221, 81, 58], [252, 165, 10], [252, 255, 164]];
 
 /**
@@ -97,7 +95,8 @@ function outline(context, labels, unit, colour, width) {
  */
 function drawShares(context, { near, token, found }, cell) {
   const height = Math.min(Math.max(cell / 5, 15), 26);
-  Object.assign(context, { font: `600 ${height}px system-ui, sans-serif`, textAlign: "center", textBaseline: "middle" });
+  context.font = `600 ${height}px system-ui, sans-serif`;
+  Object.assign(context, { textAlign: "center", textBaseline: "middle" });
   for (const { token: other, share } of near.filter((neighbour) => neighbour.token >= 0)) {
     const [row, column] = [Math.trunc(other / found.grid), other % found.grid];
     Object.assign(context, { strokeStyle: "rgb(255 255 255 / 0.9)", lineWidth: 2 });

@@ -27,7 +27,7 @@ const here = (/** @type {string} */ name) => new URL(name, import.meta.url).href
 const part = (id) => /** @type {T} */ (document.getElementById(`explorer-${id}`));
 
 /** @param {string} name @returns {HTMLInputElement[]} */
-const choices = (name) => [.../** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll(`input[name=explorer-${name}]`))];
+const choices = (name) => Array.from(document.querySelectorAll(`input[name=explorer-${name}]`));
 
 const root = /** @type {HTMLElement} */ (document.querySelector(".explorer"));
 /** @type {HTMLCanvasElement} */ const picture = part("picture");
@@ -38,13 +38,14 @@ const root = /** @type {HTMLElement} */ (document.querySelector(".explorer"));
 /** @type {HTMLInputElement} */ const shares = part("shares");
 /** @type {HTMLVideoElement} */ const video = part("video");
 const camera = part("camera");
+const samples = part("samples").querySelectorAll("button");
 const status = part("status");
 
 let state = readLink(location.hash);
 /** @type {string[]} */ let classes = [];
 /** @type {Source | null} what the picture shows, or will show */ let source = null;
 /** @type {Result | null} */ let result = null;
-/** @type {Promise<Source> | Source | null} */ let waiting = null;
+/** @type {Source | null} */ let waiting = null;
 let busy = true;
 let held = false;
 
@@ -61,7 +62,9 @@ worker.addEventListener("message", ({ data }) => {
   }
   next();
 });
-worker.addEventListener("error", () => say("This browser cannot run the model: it needs WebAssembly and module workers.", true));
+worker.addEventListener("error", () => {
+  say("This browser cannot run the model: it needs WebAssembly and module workers.", true);
+});
 
 /** @param {string} text @param {boolean} error */
 function say(text, error = false) {
@@ -77,7 +80,7 @@ function show(photo) {
 
 async function next() {
   if (busy || !waiting) return;
-  const photo = /** @type {Source} */ (waiting);
+  const photo = waiting;
   [busy, waiting] = [true, null];
   try {
     const read = await photo.read();
@@ -150,9 +153,10 @@ function showResult() {
     item.append(element("span", name), element("span", percent(share)));
     return item;
   }));
+  const [running, reading] = [result.running, result.reading].map(Math.round);
   part("time").textContent =
-    `${result.size} x ${result.size} pixels: the model took ${Math.round(result.running)} ms, reading ${Math.round(result.reading)} ms.`;
-  for (const button of /** @type {NodeListOf<HTMLElement>} */ (part("samples").querySelectorAll("button"))) {
+    `${result.size} x ${result.size} pixels: the model took ${running} ms, reading ${reading} ms.`;
+  for (const button of samples) {
     button.setAttribute("aria-pressed", String(button.dataset.name === result.name));
   }
   draw();
@@ -185,9 +189,10 @@ function draw() {
     cell.style.setProperty("--share", String(near[k].token < 0 ? 0 : near[k].share));
   });
   const owner = near.find((other) => other.token === token);
+  const { side, grid } = found;
   part("point").textContent =
-    `Pixel ${x + 1}, ${y + 1} of the ${found.side} x ${found.side} map. It belongs most to the super token in row ` +
-    `${Math.trunc(token / found.grid) + 1}, column ${(token % found.grid) + 1} of ${found.grid} x ${found.grid}: ${percent(owner?.share ?? 0)}.`;
+    `Pixel ${x + 1}, ${y + 1} of the ${side} x ${side} map. It belongs most to the super token in row ` +
+    `${Math.trunc(token / grid) + 1}, column ${(token % grid) + 1} of ${grid} x ${grid}: ${percent(owner?.share ?? 0)}.`;
 }
 
 /** @param {number} share */
@@ -268,7 +273,7 @@ way.addEventListener("input", () => change({ way: Number(way.value) }));
 size.addEventListener("input", () => change({ size: Number(size.value) }));
 borders.addEventListener("change", () => change({ borders: borders.checked }));
 shares.addEventListener("change", () => change({ shares: shares.checked }));
-for (const button of /** @type {NodeListOf<HTMLElement>} */ (part("samples").querySelectorAll("button"))) {
+for (const button of samples) {
   button.addEventListener("click", () => showSample(String(button.dataset.name)));
 }
 file.addEventListener("change", () => {

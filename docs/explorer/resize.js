@@ -86,7 +86,7 @@ export function resizeAndCrop(width, height, size, read) {
 }
 
 /**
- * Pixel `to` of `target` becomes the weighted sum of pixels of `source`: the first is `from`, and they are `step` apart.
+ * Pixel `to` of `target` becomes the weighted sum of pixels of `source`, which are `step` apart from `from` on.
  *
  * @param {Uint8ClampedArray} target
  * @param {number} to

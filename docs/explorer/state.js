@@ -58,6 +58,6 @@ export function readLink(hash) {
  * @returns {string} from the # on
  */
 export function writeLink(state) {
-  const words = Object.entries(state).map(([key, value]) => [key, String(typeof value === "boolean" ? Number(value) : value)]);
-  return "#" + new URLSearchParams(words);
+  const texts = Object.entries(state).map(([key, value]) => [key, String(value === true ? 1 : value || 0)]);
+  return "#" + new URLSearchParams(texts);
 }

@@ -7,15 +7,17 @@ const here = (/** @type {string} */ name) => new URL(name, import.meta.url).href
 // As svit.images, which leaves the limit to Pillow.
 const MOST_PIXELS = 178_956_970;
 
-/** @type {Promise<{ort: typeof import("onnxruntime-web"), session: import("onnxruntime-web").InferenceSession, model: any}>} */
 const loaded = load().catch((error) => {
   throw new Error(`The model does not load: ${error.message}`);
 });
 loaded.then(({ model }) => postMessage({ model }), (error) => postMessage({ error: error.message }));
 
 async function load() {
-  const [ort, answer, weights] = await Promise.all([import(here("ort.js")), fetch(here("model.json")), fetch(here("model.onnx"))]);
-  for (const file of [answer, weights]) if (!file.ok) throw new Error(`${file.url}: ${file.status} ${file.statusText}`);
+  const files = await Promise.all(["model.json", "model.onnx"].map((name) => fetch(here(name))));
+  for (const file of files) if (!file.ok) throw new Error(`${file.url}: ${file.status} ${file.statusText}`);
+  const [answer, weights] = files;
+  /** @type {typeof import("onnxruntime-web")} */
+  const ort = await import(here("ort.js"));
   ort.env.wasm.wasmPaths = { mjs: here("ort-wasm.js"), wasm: here("ort-wasm.wasm") };
   // Several threads need headers of the server that file servers do not send.
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 4) : 1;
@@ -26,7 +28,8 @@ async function load() {
 addEventListener("message", async ({ data }) => {
   try {
     const answer = await look(data);
-    postMessage(answer, { transfer: [answer.pixels.buffer, ...answer.stages.flatMap((s) => [s.q.buffer, s.attention.buffer])] });
+    const arrays = [answer.pixels, ...answer.stages.flatMap(({ q, attention }) => [q, attention])];
+    postMessage(answer, { transfer: arrays.map((array) => array.buffer) });
   } catch (error) {
     postMessage({ error: /** @type {Error} */ (error).message });
   }
@@ -70,11 +73,13 @@ async function read(source, name, size) {
   const { width, height } = bitmap;
   try {
     if (width * height > MOST_PIXELS) {
-      throw new Error(`${name}: has ${width} x ${height} pixels, ${millions(width * height)}; expected at most ${millions(MOST_PIXELS)}`);
+      const has = `has ${width} x ${height} pixels, ${millions(width * height)}`;
+      throw new Error(`${name}: ${has}; expected at most ${millions(MOST_PIXELS)}`);
     }
     const pixels = resizeAndCrop(width, height, size, (x, y, w, h) => {
       const canvas = new OffscreenCanvas(w, h);
-      const context = /** @type {OffscreenCanvasRenderingContext2D} */ (canvas.getContext("2d", { willReadFrequently: true }));
+      /** @type {any} */
+      const context = canvas.getContext("2d", { willReadFrequently: true }); // null only after another kind of context
       context.drawImage(bitmap, x, y, w, h, 0, 0, w, h);
       return context.getImageData(0, 0, w, h).data;
     });
@@ -96,7 +101,8 @@ async function decode(file, name) {
       imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none",
     });
   } catch {
-    throw new Error(`${name}: the browser cannot read it as an image; expected a photo, such as a JPEG, PNG or WebP file`);
+    const expected = "expected a photo, such as a JPEG, PNG or WebP file";
+    throw new Error(`${name}: the browser cannot read it as an image; ${expected}`);
   }
 }
 
