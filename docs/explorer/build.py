@@ -45,9 +45,7 @@ def build(site: Path, packages: Path) -> None:
 
 def add_runtime(folder: Path, packages: Path) -> None:
     if shutil.which("npm") is None:
-        sys.exit(
-            "explorer: needs npm, which comes with Node.js 18 or later: apt-get install npm"
-        )
+        sys.exit("explorer: needs npm, which comes with Node.js 18 or later: apt-get install npm")
     packages.mkdir(parents=True, exist_ok=True)
     for name in ("package.json", "package-lock.json"):
         shutil.copy(SOURCES / name, packages)

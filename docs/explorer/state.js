@@ -58,6 +58,7 @@ export function readLink(hash) {
  * @returns {string} from the # on
  */
 export function writeLink(state) {
+  // A switch is 1 or 0.
   const texts = Object.entries(state).map(([key, value]) => [key, String(value === true ? 1 : value || 0)]);
   return "#" + new URLSearchParams(texts);
 }
