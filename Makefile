@@ -5,12 +5,12 @@
 #   make test-newest   what compilers decide, with the newest PyTorch and its Triton; a release needs it
 #   make matrix the quick tests with each Python and PyTorch that the package supports; a release needs it
 #   make clients   the examples of docs/clients.md, with other libraries; a release needs it
-#   make docs   the documentation as pages of a website, into site/
+#   make docs   the documentation as pages of a website, into site/; needs npm
+#   make explorer   the same, then serves it and opens the explorer of super tokens
 # On a machine with an NVIDIA GPU:
 #   make gpu-check   checks and measures the fused ops, into docs/benchmarks; ARGS="--minutes 9" and other options
 PYTHON ?= python3
 TIMM := $(shell sed -n 's/^timm==//p' constraints.txt)
-DOCS := $(shell sed -n '/^docs =/,/^[^ ]/s/^    //p' setup.cfg)
 PROJECT := setup.cfg pyproject.toml constraints.txt
 
 # PyTorch's threads wait for each other without burning the processor: on a busy machine the other way is many times slower.
@@ -42,8 +42,8 @@ JOBS ?= 2
 
 # `make check` and `make matrix` run all tests but these.
 SLOW := tests/adapters tests/clients tests/cli tests/tools tests/ops/cuda tests/ops/triton tests/ops/test_registration.py \
-	tests/models/test_deployment.py tests/models/test_fused.py tests/models/test_svit.py tests/test_gpu.py \
-	tests/test_package.py tests/test_profiling.py
+	tests/models/test_deployment.py tests/models/test_fused.py tests/models/test_svit.py tests/test_explorer.py \
+	tests/test_gpu.py tests/test_package.py tests/test_profiling.py
 QUICK := -n $(JOBS) --dist load tests $(SLOW:%=--ignore=%)
 
 # What docs/clients.md uses.
@@ -55,7 +55,7 @@ MATRIX := $(foreach python,3.10 3.11 3.12 3.13,$(python)-oldest $(python)-newest
 ARGS ?=
 
 .SECONDARY: $(MATRIX:%=.venv-matrix/%/installed)
-.PHONY: demo check test test-newest matrix clients docs gpu-check lint format clean
+.PHONY: demo check test test-newest matrix clients docs explorer gpu-check lint format clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/python tools/demo.py
@@ -84,7 +84,11 @@ clients: .venv-clients/installed
 
 docs: .venv-docs/installed
 	.venv-docs/bin/mkdocs build --strict
-	@echo "Open site/index.html; the search needs a server: .venv-docs/bin/mkdocs serve"
+	.venv-docs/bin/python docs/explorer/build.py site build/explorer
+	@echo "Open site/index.html; the search and the explorer need a server: python -m http.server -d site"
+
+explorer: docs
+	.venv-docs/bin/python docs/explorer/serve.py site
 
 # Without a network in the environment that $(PYTHON) is of, which needs torch, timm and numpy.
 gpu-check:
@@ -144,10 +148,12 @@ clean:
 		pytest pytest-xdist hypothesis setuptools
 	touch $@
 
-# mkdocstrings reads the sources and imports nothing, so the extra's packages alone will do, without PyTorch.
+# PyTorch exports the explorer's model.
 .venv-docs/installed: $(PROJECT)
+	@command -v npm > /dev/null || { echo "make docs: needs npm, which comes with Node.js 18 or later: apt-get install npm"; exit 1; }
+	@echo "Installing the documentation's environment into .venv-docs; PyTorch is a large download."
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/pip install --constraint constraints.txt $(patsubst %,"%",$(DOCS))
+	.venv-docs/bin/pip install --constraint constraints.txt --editable ".[docs,export]"
 	touch $@
 
 # mmcv comes as source only. It is built against the PyTorch of this environment, hence without isolation, and with its

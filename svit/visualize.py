@@ -31,6 +31,7 @@ __all__ = [
     "Association",
     "WatchedLayer",
     "attention_weights",
+    "batch_attention_weights",
     "borders",
     "check_point",
     "draw_attention",
@@ -190,8 +191,22 @@ def attention_weights(
         tokens: its tokens, (1, C, hh, ww), N = hh * ww.
         queries: which tokens attend, None for all. For a large image, all N x N weights take much memory.
     """
+    return batch_attention_weights(layer, tokens, queries)[0]
+
+
+def batch_attention_weights(
+    layer: SuperTokenAttention, tokens: torch.Tensor, queries: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Computes the weights of `attention_weights` for several images, with gradients: (B, heads, queries, N).
+
+    Args:
+        layer: the attention layer.
+        tokens: its tokens, (B, C, hh, ww), N = hh * ww.
+        queries: which tokens attend, None for all.
+    """
+    B, _, hh, ww = tokens.shape
     heads, d = layer.num_heads, layer.dim // layer.num_heads
-    q, k, _ = layer.qkv(tokens).reshape(heads, 3, d, -1).unbind(1)  # (heads, d, N) each
+    q, k, _ = layer.qkv(tokens).reshape(B, heads, 3, d, hh * ww).unbind(2)  # (B, heads, d, N) each
     if queries is not None:
         q = q[..., list(queries)]
     return (q.transpose(-1, -2) * d**-0.5 @ k).softmax(-1)

@@ -4,6 +4,7 @@
     svit export svit_small --checkpoint svit_small.safetensors --img-size 384 --static --out svit_384.onnx
     svit export svit_small --checkpoint svit_small.safetensors --format aoti
     svit export svit_small --checkpoint svit_small.safetensors --int8 photos/
+    svit export svit_nano.photos20 --pretrained --outputs super-tokens
 
 The file takes any batch, height and width that the model takes, unless --static. With it come the names of the classes
 and the preprocessing. It is loaded again and run at the exported and two other sizes; the differences are printed, and
@@ -11,6 +12,11 @@ one that is too large is an error. ONNX needs the extra `export`, AOTInductor a 
 
 `--int8` then turns the ONNX file's convolutions and linear layers into int8, with scales for the values of up to 200
 images of that folder. It prints on how many of them the model still finds the same class.
+
+`--outputs super-tokens` adds to the ONNX file, for each stage with super tokens, the association and the attention of
+its last block: stage1_association (batch, 9, height, width of the stage's map, padded to whole cells), each pixel's
+shares in the 3 x 3 super tokens around its cell, and stage1_attention (batch, heads, N, N), how much each of the N
+super tokens attends to each of them. Both are float32.
 """
 
 import argparse
@@ -20,8 +26,9 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +45,9 @@ from svit.errors import InputError
 from svit.files import atomic_write
 from svit.folders import find_images
 from svit.images import read_image
+from svit.layers import SuperTokenAttention
+from svit.ops.super_token import graph
+from svit.visualize import WatchedLayer, batch_attention_weights, last_of_stages
 
 from . import install
 from .base import (
@@ -59,7 +69,8 @@ CALIBRATION_IMAGES = 200
 # The least share of them in which int8 must find the class that float32 finds.
 AGREEMENT = 0.8
 
-Run = Callable[[torch.Tensor], torch.Tensor]
+# Returns the logits; with --outputs super-tokens a tuple of all outputs.
+Run = Callable[[torch.Tensor], Any]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,6 +86,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--int8", metavar="FOLDER", type=Path, help="ONNX in int8, calibrated with the images of this folder"
     )
+    parser.add_argument(
+        "--outputs",
+        choices=("logits", "super-tokens"),
+        default="logits",
+        help="super-tokens: ONNX with the association and the attention too; default: logits",
+    )
     return parser
 
 
@@ -85,6 +102,10 @@ def main(argv: list[str] | None = None) -> int:
     form = FORMATS[args.format]
     if args.int8 and args.format != "onnx":
         command_line.error(f"--int8: writes ONNX, got --format {args.format}")
+    if args.outputs == "super-tokens" and args.format != "onnx":
+        command_line.error(f"--outputs super-tokens: writes ONNX, got --format {args.format}")
+    if args.outputs == "super-tokens" and args.int8:
+        command_line.error("--outputs super-tokens: writes float32, got --int8 too")
     ending = ("_int8" if args.int8 else "") + form.suffix
     out = args.out or Path(re.split("[/:]", args.model.rstrip("/"))[-1] + ending)
     check_target(out, form.suffix)
@@ -138,11 +159,16 @@ def export(args: argparse.Namespace, form: "Format", out: Path, images: list[Pat
     # torch.export takes a size of 1 for a fixed one.
     shape = (args.batch_size if args.static else max(args.batch_size, 2), in_chans, *size)
     batches = read_batches(images, model, shape, args.batch_size if args.static else 1)
+    about = metadata(model, shape)
+    if args.outputs == "super-tokens":
+        model = WithSuperTokens(args.model, model)
+        about["cells"] = json.dumps(model.cells)
+        form = form._replace(write=partial(write_onnx, outputs=model.names))
     try:
         with atomic_write(out) as part:
             with in_words(args.model):
                 program = trace(model, shape, () if args.static else (0,) if fixed_size else AXES)
-                form.write(program, part, metadata(model, shape))
+                form.write(program, part, about)
                 run = form.load(part)
             for other in check_shapes(program, shape):
                 with in_words(args.model):
@@ -174,6 +200,61 @@ def fused(model: nn.Module) -> nn.Module:
     except ValueError as error:
         print(f"warning: norms and layer scales are not folded: {first_line(error)}", file=sys.stderr)
         return model
+
+
+class WithSuperTokens(nn.Module):
+    """A model that returns the association and the attention of its super tokens beside the logits.
+
+    They are those of the last layer of each stage, as `svit.visualize` draws them: the association (B, 9, H, W), H and
+    W the size of the stage's map padded to whole cells, and the attention (B, heads, N, N) from each of the N super
+    tokens, row by row of the grid, to all of them.
+
+    Args:
+        name: of the model, for the message.
+        model: the model.
+
+    Attributes:
+        names: of the outputs: 'logits', 'stage1_association', 'stage1_attention' and so on.
+        cells: height and width of the cells in pixels of the map, by the name of the stage, such as 'stage1'.
+
+    Raises:
+        InputError: the model has no super tokens.
+    """
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        found = [
+            WatchedLayer(path, layer, torch.empty(0))
+            for path, layer in model.named_modules()
+            if isinstance(layer, SuperTokenAttention)
+        ]
+        stages = {title.replace(" ", ""): watched for title, watched in last_of_stages(found).items()}
+        self.watched = {stage: watched for stage, watched in stages.items() if watched.samples}
+        if not self.watched:
+            raise InputError(f"--outputs super-tokens: expected a model with super tokens, got {name}")
+        self.names = ["logits", *(f"{stage}_{what}" for stage in self.watched for what in ("association", "attention"))]
+        self.cells = {stage: watched.layer.cell for stage, watched in self.watched.items()}
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        maps: dict[nn.Module, torch.Tensor] = {}
+
+        def keep(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            maps[layer] = args[0]
+
+        with ExitStack() as stack:
+            for watched in self.watched.values():
+                stack.callback(watched.layer.register_forward_pre_hook(keep).remove)
+            outputs = [self.model(image)]
+        for watched in self.watched.values():
+            layer = watched.layer
+            h, w = layer.cell
+            # As in the layer itself, so that runtimes compute it once for both.
+            tokens, q = graph.sample(maps[layer].permute(0, 2, 3, 1), layer.cell, layer.n_iter)
+            B, hh, ww = q.shape[:3]
+            q = q.reshape(B, hh, ww, 9, h, w).permute(0, 3, 1, 4, 2, 5).reshape(B, 9, hh * h, ww * w)
+            outputs += [q, batch_attention_weights(layer, tokens.permute(0, 3, 1, 2))]
+        return tuple(outputs)
 
 
 @contextmanager
@@ -232,9 +313,11 @@ def check_onnx() -> None:
             raise InputError(f"--format onnx: needs {error.name}; {install('export')}") from error
 
 
-def write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+def write_onnx(
+    program: ExportedProgram, path: Path, metadata: dict[str, str], outputs: Sequence[str] = ("logits",)
+) -> None:
     names: dict[str, Any] = dict(
-        input_names=["image"], output_names=["logits"], dynamic_shapes=(dynamic_axes(program),)
+        input_names=["image"], output_names=list(outputs), dynamic_shapes=(dynamic_axes(program),)
     )
     example, _ = program.example_inputs  # goes with the names of the axes, and no further
     onnx_program = torch.onnx.export(program, example, dynamo=True, verbose=False, **names)
@@ -270,7 +353,12 @@ def load_onnx(path: Path) -> Run:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+
+    def run(x: torch.Tensor) -> Any:
+        found = tuple(torch.from_numpy(output) for output in session.run(None, {"image": x.numpy()}))
+        return found if len(found) > 1 else found[0]
+
+    return run
 
 
 def read_batches(images: list[Path], model: nn.Module, shape: tuple[int, ...], batch_size: int) -> list[torch.Tensor]:
@@ -386,20 +474,28 @@ def check_shapes(program: ExportedProgram, shape: tuple[int, ...]) -> Iterator[t
 
 
 def compare(model: nn.Module, run: Run, shape: tuple[int, ...]) -> None:
-    """Prints how far `run` is from the model on a random image of `shape`.
+    """Prints how far each output of `run` is from the model's on a random image of `shape`.
 
     Raises:
         InputError: too far.
     """
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, actual = model(x), run(x)
-    largest = expected.abs().max().item()
-    difference = (actual - expected).abs().max().item()
-    result = f"{show(shape)}: max difference from PyTorch {difference:.1e}, largest output {largest:.2g}"
-    if not difference <= TOLERANCE * largest:  # NaN is an error too
-        raise InputError(f"the file is wrong, and is not kept; {result}")
-    print(result)
+        pairs = zip(outputs(model(x)), outputs(run(x)), strict=True)
+    for name, (expected, actual) in zip(
+        model.names if isinstance(model, WithSuperTokens) else [""], pairs, strict=True
+    ):
+        largest = expected.abs().max().item()
+        difference = (actual - expected).abs().max().item()
+        words = f"max difference from PyTorch {difference:.1e}, largest output {largest:.2g}"
+        result = f"{f'{show(shape)} {name}'.rstrip()}: {words}"
+        if not difference <= TOLERANCE * largest:  # NaN is an error too
+            raise InputError(f"the file is wrong, and is not kept; {result}")
+        print(result)
+
+
+def outputs(found: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 def compare_classes(run: Run, quantized: Run, batches: list[torch.Tensor], count: int) -> None:
@@ -408,7 +504,7 @@ def compare_classes(run: Run, quantized: Run, batches: list[torch.Tensor], count
     Raises:
         InputError: on too few.
     """
-    expected, actual = (torch.cat([run(batch) for batch in batches])[:count] for run in (run, quantized))
+    expected, actual = (torch.cat([outputs(run(batch))[0] for batch in batches])[:count] for run in (run, quantized))
     same = int((actual.argmax(1) == expected.argmax(1)).sum())
     error = ((actual - expected).norm() / expected.norm()).item()
     result = f"int8: the class of float32 on {same} of {count} images, relative error of the outputs {error:.1e}"

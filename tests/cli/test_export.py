@@ -18,6 +18,8 @@ from helpers import missing
 from svit.checkpoints import save_model
 from svit.cli import command, export
 from svit.errors import InputError
+from svit.ops.super_token.reference import from_cells
+from svit.visualize import attention_weights, last_of_stages, watch
 
 CLASSES = [f"class {i}" for i in range(10)]
 PREPROCESSING = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2), crop_pct=0.9, interpolation="nearest")
@@ -172,6 +174,97 @@ def test_onnx_quantizes(run, two_stages):
         found = export.load_onnx(Path(file))(x)
         difference = (found - expected).norm() / expected.norm()
         assert 1e-5 < difference < 0.1, (file, difference)
+
+
+@pytest.fixture
+def two_blocks(run, monkeypatch) -> torch.nn.Module:
+    """As `two_stages`; the last of two blocks in a stage counts, with cells that are not square and two rounds."""
+    arguments = dict(TWO_STAGES, depths=(2, 1), stoken_size=((4, 2), 1), n_iter=(2, 1), num_heads=(2, 2))
+    monkeypatch.setattr(export, "make_model", partial(export.make_model, **arguments))
+    return checkpoint(**arguments)
+
+
+def test_super_tokens(run, two_blocks):
+    """Association and attention are those that svit.visualize shows, at any size."""
+    needs_onnx()
+    import onnxruntime
+
+    status, out, err = run("test_svit", "--checkpoint", "c.safetensors", "--outputs", "super-tokens")
+    assert (status, err) == (0, "")
+    assert list(differences(out)) == [
+        f"{shape} {name}"
+        for shape in ("2x3x64x64", "1x3x96x128", "3x3x71x85")
+        for name in ("logits", "stage1_association", "stage1_attention")
+    ]
+    session = onnxruntime.InferenceSession("test_svit.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["logits", "stage1_association", "stage1_attention"]
+    metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert metadata == {**TOLD, "cells": {"stage1": [4, 2]}}
+
+    for shape in ((1, 3, 64, 64), (3, 3, 50, 131)):
+        images = torch.randn(shape)
+        logits, association, attention = (torch.from_numpy(o) for o in session.run(None, {"image": images.numpy()}))
+        torch.testing.assert_close(logits, two_blocks(images), rtol=1e-4, atol=1e-4)
+        assert len(association) == len(attention) == len(images)
+        for image, q, weights in zip(images, association, attention, strict=True):
+            with watch(two_blocks) as layers:
+                two_blocks(image[None])
+            layer = last_of_stages(layers)["stage 1"]
+            assert layer.name == "stages.0.blocks.1.attn"
+            tokens, found = layer.sample()
+            hh, ww = found.q.shape[:2]
+            assert q.shape == (9, 4 * hh, 2 * ww)
+            whole = from_cells(found.q.permute(0, 1, 3, 2)[None], (4, 2), (4 * hh, 2 * ww))[0]
+            torch.testing.assert_close(q, whole.permute(2, 0, 1), rtol=0, atol=1e-5)
+            assert q.std() > 1e-3
+            torch.testing.assert_close(weights, attention_weights(layer.layer, tokens), rtol=0, atol=1e-5)
+            assert weights.shape == (2, hh * ww, hh * ww)
+
+
+def test_model_without_super_tokens(run):
+    needs_onnx()
+    status, out, err = run("test_convnext", "--outputs", "super-tokens")
+    assert (status, out) == (1, "")
+    assert err.endswith("error: --outputs super-tokens: expected a model with super tokens, got test_convnext\n")
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--format torch", "writes ONNX, got --format torch"),
+        ("--format aoti", "writes ONNX, got --format aoti"),
+        ("--int8 .", "writes float32, got --int8 too"),
+    ],
+)
+def test_super_tokens_are_onnx_in_float32(run, options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("test_svit", "--outputs", "super-tokens", *options.split())
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: --outputs super-tokens: {message}\n")
+
+
+def test_a_file_with_a_wrong_association_is_not_kept(run, two_blocks, monkeypatch):
+    needs_onnx()
+    form = export.FORMATS["onnx"]
+
+    def load(path: Path) -> Callable:
+        def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            logits, association, attention = form.load(path)(x)
+            return logits, association + 0.01, attention
+
+        return run
+
+    monkeypatch.setitem(export.FORMATS, "onnx", form._replace(load=load))
+    options = ["--checkpoint", "c.safetensors", "--static", "--outputs", "super-tokens"]
+    status, out, err = run("test_svit", *options)
+    assert status == 1
+    assert out.startswith("1x3x64x64 logits: max difference")
+    wrong = (
+        "error: the file is wrong, and is not kept; 1x3x64x64 stage1_association: max difference from PyTorch 1.0e-02"
+    )
+    assert err.startswith(wrong)
+    assert os.listdir() == ["c.safetensors"]
 
 
 WEIGHTED = ("Conv", "Gemm", "MatMul", "ConvTranspose")
