@@ -169,7 +169,7 @@ def keep_seeds(worker_id: int) -> None:
 
 
 def seed_epochs(config: Config) -> bool:
-    """Lets the processes that read images start anew, with new seeds, in each epoch. False if the run counts none."""
+    """Lets the processes that read images start again, with new seeds, in each epoch. False if the run counts none."""
     loader = config.get("train_dataloader")
     if not loader or not (config.get("train_cfg") or {}).get("max_epochs"):
         return False

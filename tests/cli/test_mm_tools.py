@@ -525,7 +525,7 @@ def test_nothing_is_executed(config, tool):
 
 @pytest.mark.parametrize("trained", ["detection"], indirect=True)
 def test_fine_tuning(trained, tmp_path):
-    """From a whole detector of other classes: its heads start anew, all else is taken. The rate of 0 shows it."""
+    """From a whole detector of other classes: its heads start again, all else is taken. The rate of 0 shows it."""
     _, config = trained
     checkpoint = config.parent / "work" / LAST["detection"]
     shutil.copytree(config.parent / "data", tmp_path / "data")
