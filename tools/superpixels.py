@@ -33,6 +33,7 @@ from tabulate import tabulate
 from timm.data import resolve_model_data_config
 from torchvision.transforms.functional import normalize, to_tensor
 
+from svit import processes
 from svit.checkpoints import create_model
 from svit.cli.base import at_least, make_parser
 from svit.errors import InputError
@@ -208,4 +209,4 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)
