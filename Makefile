@@ -1,5 +1,5 @@
 # Commands that do everything on a fresh machine, in environments of their own:
-#   make demo   train, evaluate and look at a small SViT on real images
+#   make demo   train, evaluate and look at a small SViT on handwritten digits
 #   make check  lint, types and the quick tests, in a minute and a half: for every change
 #   make test   lint and all tests; MM=onedl: those of detection and segmentation, with the maintained forks
 #   make test-newest   what compilers decide, with the newest PyTorch and its Triton; a release needs it
