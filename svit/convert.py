@@ -90,7 +90,11 @@ def convert(
 
 def read_state_dict(source: Path, ema: bool = False) -> StateDict:
     """The weights in a file, without the prefixes of DistributedDataParallel and torch.compile."""
-    checkpoint = load(source)
+    return find_state_dict(load(source), source, ema)
+
+
+def find_state_dict(checkpoint: Any, source: Path, ema: bool = False) -> StateDict:
+    """The same in what `load` has read from `source`, which the messages name."""
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{source}: expected a dict, found {type(checkpoint).__name__}")
     entries = ("model_ema", "state_dict_ema") if ema else ("model", "state_dict")

@@ -17,7 +17,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
-from svit.convert import CheckpointError, read_state_dict
+from svit.convert import CheckpointError, find_state_dict, load, read_state_dict
 from svit.files import atomic_write
 from svit.models.svit import WEIGHTS
 
@@ -81,11 +81,12 @@ def to_safetensors(checkpoint: str | Path, target: str | Path, dtype: torch.dtyp
     if target.suffix != ".safetensors":
         raise CheckpointError(f"target: expected a name that ends in .safetensors, got {target}")
     allow_mmengine_checkpoints()
+    whole = load(Path(checkpoint))
     weights = {
         key: (value.to(dtype) if value.is_floating_point() else value).contiguous()
-        for key, value in read_state_dict(Path(checkpoint)).items()
+        for key, value in find_state_dict(whole, Path(checkpoint)).items()
     }
-    meta = torch.load(checkpoint, map_location="cpu", weights_only=True).get("meta", {}).get("dataset_meta", {})
+    meta = whole.get("meta", {}).get("dataset_meta", {})
     with atomic_write(target) as part:
         part.write_bytes(safetensors.torch.save(weights, {"format": "pt", "dataset_meta": json.dumps(meta)}))
 

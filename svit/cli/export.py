@@ -251,9 +251,11 @@ class WithSuperTokens(nn.Module):
             h, w = layer.cell
             # As in the layer itself, so that runtimes compute it once for both.
             tokens, q = graph.sample(maps[layer].permute(0, 2, 3, 1), layer.cell, layer.n_iter)
-            B, hh, ww = q.shape[:3]
-            q = q.reshape(B, hh, ww, 9, h, w).permute(0, 3, 1, 4, 2, 5).reshape(B, 9, hh * h, ww * w)
-            outputs += [q, batch_attention_weights(layer, tokens.permute(0, 3, 1, 2))]
+            padded = (q.shape[1] * h, q.shape[2] * w)
+            outputs += [
+                graph.from_cells(q, layer.cell, padded),
+                batch_attention_weights(layer, tokens.permute(0, 3, 1, 2)),
+            ]
         return tuple(outputs)
 
 
@@ -480,11 +482,10 @@ def compare(model: nn.Module, run: Run, shape: tuple[int, ...]) -> None:
         InputError: too far.
     """
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    names = model.names if isinstance(model, WithSuperTokens) else [""]
     with torch.no_grad():
-        pairs = zip(outputs(model(x)), outputs(run(x)), strict=True)
-    for name, (expected, actual) in zip(
-        model.names if isinstance(model, WithSuperTokens) else [""], pairs, strict=True
-    ):
+        found = zip(names, outputs(model(x)), outputs(run(x)), strict=True)
+    for name, expected, actual in found:
         largest = expected.abs().max().item()
         difference = (actual - expected).abs().max().item()
         words = f"max difference from PyTorch {difference:.1e}, largest output {largest:.2g}"
@@ -504,7 +505,7 @@ def compare_classes(run: Run, quantized: Run, batches: list[torch.Tensor], count
     Raises:
         InputError: on too few.
     """
-    expected, actual = (torch.cat([outputs(run(batch))[0] for batch in batches])[:count] for run in (run, quantized))
+    expected, actual = (torch.cat([run(batch) for batch in batches])[:count] for run in (run, quantized))
     same = int((actual.argmax(1) == expected.argmax(1)).sum())
     error = ((actual - expected).norm() / expected.norm()).item()
     result = f"int8: the class of float32 on {same} of {count} images, relative error of the outputs {error:.1e}"

@@ -19,7 +19,7 @@ import numpy as np
 from mmengine.config import Config, DictAction
 from PIL import Image
 
-from svit.adapters.checkpoints import find_checkpoint, refuse_foreign_objects
+from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint
 from svit.adapters.configs import load_config
 from svit.adapters.images import first, problem_with
@@ -30,7 +30,7 @@ from svit.images import UnreadableImageError, read_image
 from svit.names import distinct
 
 from .base import add_device, choose_device, make_parser
-from .mm_train import drop_start_weights, refusals_as_errors
+from .mm_train import add_checkpoint, drop_start_weights, refusals_as_errors
 
 # From an RGB image (H, W, 3) to the picture (H, W, 3) and what was found in words.
 Look = Callable[[np.ndarray], tuple[np.ndarray, str]]
@@ -39,9 +39,7 @@ Look = Callable[[np.ndarray], tuple[np.ndarray, str]]
 def parser() -> argparse.ArgumentParser:
     parser = make_parser("mm-infer", __doc__)
     parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="of the whole model: a file, or the name of one of the package"
-    )
+    add_checkpoint(parser)
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a file, or a folder with all below it")
     parser.add_argument(
         "--out", metavar="PATH", type=Path, required=True, help="a picture, or a folder, where several are drawn"
@@ -58,16 +56,15 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     args = parser().parse_args(argv)
     refuse_foreign_objects()
-    checkpoint = find_checkpoint(args.checkpoint)
     with refusals_as_errors(ValueError, UnpicklingError):
         targets = plan(args.images, args.out)
         device = str(choose_device(args.device))
         config = load_config(args.config, args.cfg_options)
         drop_start_weights(config)
         check_backbone(config)
-        check_checkpoint(config, checkpoint)
+        check_checkpoint(config, args.checkpoint)
         draw = segmentor if config.get("default_scope") == "mmseg" else detector
-        look = draw(config, checkpoint, device, args.score)
+        look = draw(config, args.checkpoint, device, args.score)
     unreadable = 0
     for image, target in targets.items():
         try:

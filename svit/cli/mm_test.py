@@ -16,22 +16,20 @@ from pickle import UnpicklingError
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from svit.adapters.checkpoints import find_checkpoint, refuse_foreign_objects
+from svit.adapters.checkpoints import refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint, check_data
 from svit.adapters.configs import load_config
 from svit.errors import InputError
 from svit.files import atomic_write
 
 from .base import make_parser
-from .mm_train import add_common_arguments, drop_start_weights, refusals_as_errors, start_processes
+from .mm_train import add_checkpoint, add_common_arguments, drop_start_weights, refusals_as_errors, start_processes
 
 
 def parser() -> argparse.ArgumentParser:
     parser = make_parser("mm-test", __doc__)
     parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="of the whole model: a file, or the name of one of the package"
-    )
+    add_checkpoint(parser)
     parser.add_argument("--work-dir", metavar="DIR", help="logs; default: work_dirs/NAME_OF_CONFIG/test")
     parser.add_argument("--data-root", metavar="DIR", help="the data, in place of the config's data_root")
     parser.add_argument("--tta", action="store_true", help="several sizes and flips, if the config has tta_pipeline")
@@ -44,17 +42,16 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     args = parser().parse_args(argv)
     refuse_foreign_objects()
-    checkpoint = find_checkpoint(args.checkpoint)
     with refusals_as_errors(ValueError):
         if args.out and not args.out.parent.is_dir():  # before the work, not after
             raise InputError(f"--out: there is no folder {args.out.parent}")
         config = load_config(args.config, args.cfg_options, args.data_root)
         config.work_dir = args.work_dir or str(Path("work_dirs", Path(args.config).stem, "test"))
         config.launcher = args.launcher
-        config.load_from, config.resume = checkpoint, False
+        config.load_from, config.resume = args.checkpoint, False
         drop_start_weights(config)
         check_backbone(config)
-        check_checkpoint(config, checkpoint)
+        check_checkpoint(config, args.checkpoint)
         if args.tta:
             check_tta(config)
             config.test_dataloader.dataset.pipeline = config.tta_pipeline

@@ -24,7 +24,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
 from svit import processes
-from svit.adapters.checkpoints import refuse_foreign_objects
+from svit.adapters.checkpoints import find_checkpoint, refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint, check_data
 from svit.adapters.configs import fit_to_machine, load_config
 from svit.adapters.saving import SeedHook, StopHook, Stopped, seed_epochs
@@ -104,6 +104,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["none", "pytorch", "slurm", "mpi"],
         default="pytorch" if "TORCHELASTIC_RUN_ID" in os.environ else "none",
         help="what started the processes; default: pytorch under torchrun, else none",
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """What testing and inference run."""
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=find_checkpoint,
+        help="of the whole model: a file, or the name of one of the package",
     )
 
 
