@@ -9,7 +9,7 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,7 @@ from svit.folders import (
 from svit.images import EXTENSIONS, UnreadableImageError, mode_of, read_image
 
 from .digits import digits, write_images
+from .recipe import scheduled
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -298,10 +299,17 @@ class Images(Dataset):
     """
 
     def __init__(
-        self, dataset: Any, transform: Transform, seed: int, training: bool, limit: int, mode: str = "RGB"
+        self,
+        dataset: Any,
+        transform: Transform,
+        transform_schedule: Mapping[int, Transform],
+        seed: int,
+        training: bool,
+        limit: int,
+        mode: str = "RGB",
     ) -> None:
-        self.dataset, self.transform, self.seed, self.training, self.limit = dataset, transform, seed, training, limit
-        self.mode = mode
+        self.dataset, self.transform, self.transform_schedule = dataset, transform, transform_schedule
+        self.seed, self.training, self.limit, self.mode = seed, training, limit, mode
         self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # by all processes that read
 
     def __len__(self) -> int:
@@ -319,7 +327,7 @@ class Images(Dataset):
                     return None
                 index = (index + 1) % len(self)
         seed_all(self.seed, epoch, place)
-        return self.transform(image), target
+        return scheduled(self.transform_schedule, epoch, self.transform)(image), target
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         reader = getattr(self.dataset, "reader", None)
@@ -428,6 +436,7 @@ class Loader:
     Args:
         dataset: of `open_dataset`.
         transform: timm's.
+        transform_schedule: those in its place from an epoch on.
         training: in random order, incomplete batches dropped; else in the dataset's order, all images.
         reopen: makes a new dataset for each epoch. A stream needs this, since its shuffling keeps a state.
         mode: of the images, as `image_mode` finds it.
@@ -447,8 +456,10 @@ class Loader:
         workers: int = 0,
         limit: int = 10,
         mode: str = "RGB",
+        transform_schedule: Mapping[int, Transform] | None = None,
     ) -> None:
         self.dataset, self.transform, self.batch_size, self.training = dataset, transform, batch_size, training
+        self.transform_schedule = transform_schedule or {}
         self.reopen = reopen or (lambda: dataset)
         self.rank, self.seed, self.repeats, self.workers, self.mode = rank, seed, repeats, workers, mode
         self.streams = isinstance(self.dataset, IterableDataset)
@@ -457,7 +468,7 @@ class Loader:
             self.batch_sampler = ResumableBatchSampler(
                 len(self.dataset), batch_size, rank, world, seed if training else None, repeats, drop_last=training
             )
-            images = Images(self.dataset, transform, seed, training, limit, mode)
+            images = Images(self.dataset, transform, self.transform_schedule, seed, training, limit, mode)
             self.loader = DataLoader(
                 images,
                 batch_sampler=self.batch_sampler,
@@ -484,7 +495,15 @@ class Loader:
         dataset.set_epoch(epoch)
         dataset.set_loader_cfg(num_workers=self.workers)
         loader = DataLoader(
-            Stream(dataset, self.transform, self.seed, epoch, self.rank, self.repeats, self.mode),
+            Stream(
+                dataset,
+                scheduled(self.transform_schedule, epoch, self.transform),
+                self.seed,
+                epoch,
+                self.rank,
+                self.repeats,
+                self.mode,
+            ),
             batch_size=self.batch_size,
             num_workers=self.workers,
             drop_last=self.training,

@@ -29,7 +29,7 @@ from . import state as states
 from .data import check_classes, seed_all
 from .evaluation import Accuracy, evaluate
 from .log import Log, write_csv
-from .recipe import Recipe, as_dict
+from .recipe import Recipe, as_dict, scheduled
 from .saving import Saver
 from .setup import make_loaders, make_mixup, make_model, make_optimizer, make_tasks, open_splits
 
@@ -218,11 +218,11 @@ class Training:
 
     def set_drop_path(self, epoch: int) -> None:
         """Scales the rates of all blocks as the schedule says for this epoch."""
-        begun = [e for e in self.recipe.drop_path_schedule if e <= epoch]
-        if begun:
-            rate = self.recipe.drop_path_schedule[max(begun)]
+        r = self.recipe
+        if r.drop_path_schedule:
+            rate = scheduled(r.drop_path_schedule, epoch, r.drop_path)
             for module, original in self.drop_paths:
-                module.drop_prob = original * rate / self.recipe.drop_path
+                module.drop_prob = original * rate / r.drop_path
 
     def stop_signal(self) -> signal.Signals | None:
         """A signal that any process has received, or None. All processes must call it."""

@@ -4,10 +4,10 @@ A recipe may start from another one: `base: NAME_OR_FILE`.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,6 +18,8 @@ from svit.errors import InputError
 from svit.names import did_you_mean
 
 FOLDER = Path(__file__).parent.parent / "recipes"
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Recipe:
     val_samples: int | None = None
     img_size: int | None = None  # pixels; null: the model's own
     train_size: int | None = None  # pixels in training alone: a smaller one is faster; null: img_size
+    train_size_schedule: dict[int, int] = field(default_factory=dict)  # from that epoch on, another train_size
     crop_pct: float | None = None  # of the evaluation; null: the model's own
     interpolation: str | None = None
     mean: list[float] | None = None
@@ -217,6 +220,8 @@ def check(recipe: Recipe, name: str) -> None:
             value = getattr(recipe, key)
             if value is not None and value < least:
                 raise InputError(f"{name}: {key}: expected at least {least}, got {value}")
+    if min(recipe.train_size_schedule.values(), default=1) < 1:
+        raise InputError(f"{name}: train_size_schedule: expected sizes of at least 1, got {recipe.train_size_schedule}")
     channels = [3, recipe.model_args.get("in_chans", 3)]  # those of RGB are made into those of other channels
     for key, lengths in {"scale": [2], "ratio": [2], "mean": channels, "std": channels}.items():
         numbers = getattr(recipe, key)
@@ -235,6 +240,12 @@ def check(recipe: Recipe, name: str) -> None:
         raise InputError(f"{name}: drop_path: expected more than 0 with a drop_path_schedule, got {recipe.drop_path}")
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
         raise InputError(f"{name}: batch_size: expected an even number with mixup or cutmix, got {recipe.batch_size}")
+
+
+def scheduled(schedule: Mapping[int, T], epoch: int, before: T) -> T:
+    """The value of the last entry of a schedule that has begun at an epoch; `before` if none has."""
+    begun = [first for first in schedule if first <= epoch]
+    return schedule[max(begun)] if begun else before
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:

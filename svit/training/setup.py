@@ -21,6 +21,7 @@ from svit.errors import InputError
 
 from .data import (
     Loader,
+    Transform,
     check_splits,
     classes_of,
     eval_transform,
@@ -93,8 +94,9 @@ def make_model(r: Recipe, splits: Splits) -> nn.Module:
     create = partial(create_model, r.model, pretrained=r.pretrained, num_classes=splits.num_classes, **overlay)
     model: Any = create(**arguments)
     if pretrained_cfg(model).get("fixed_input_size"):
-        if r.train_size:
-            raise InputError(f"train_size: expected null, since {r.model} takes images of one size, got {r.train_size}")
+        for key, value in (("train_size", r.train_size), ("train_size_schedule", r.train_size_schedule)):
+            if value:
+                raise InputError(f"{key}: expected none, since {r.model} takes images of one size, got {value}")
         if r.img_size:
             model = create(img_size=r.img_size, **arguments)
     if r.img_size:
@@ -114,23 +116,31 @@ def make_loaders(
     common["mode"] = image_mode(preprocessing)
     transform = eval_transform(preprocessing)
     val = Loader(splits.val, transform, r.batch_size, training=False, reopen=splits.reopen_val, **common)
-    if r.train_size:
-        preprocessing = {**preprocessing, "input_size": (preprocessing["input_size"][0], r.train_size, r.train_size)}
-        transform = eval_transform(preprocessing)
-    if r.augment:
-        transform = train_transform(
-            preprocessing,
-            train_crop_mode=r.crop,
-            scale=r.scale,
-            ratio=r.ratio,
-            hflip=r.hflip,
-            color_jitter=r.color_jitter,
-            auto_augment=r.auto_augment,
-            re_prob=r.random_erasing,
-            re_mode="pixel",
-        )
+    transform = training_transform(r, preprocessing, r.train_size)
+    common["transform_schedule"] = {
+        e: training_transform(r, preprocessing, size) for e, size in r.train_size_schedule.items()
+    }
     common.update(reopen=splits.reopen_train, repeats=r.repeated_augmentation)
     return Loader(splits.train, transform, r.batch_size, training=True, **common), val
+
+
+def training_transform(r: Recipe, preprocessing: dict[str, Any], size: int | None) -> Transform:
+    """The transform for images of training, of so many pixels or, with None, of as many as in the evaluation."""
+    if size:
+        preprocessing = {**preprocessing, "input_size": (preprocessing["input_size"][0], size, size)}
+    if not r.augment:
+        return eval_transform(preprocessing)
+    return train_transform(
+        preprocessing,
+        train_crop_mode=r.crop,
+        scale=r.scale,
+        ratio=r.ratio,
+        hflip=r.hflip,
+        color_jitter=r.color_jitter,
+        auto_augment=r.auto_augment,
+        re_prob=r.random_erasing,
+        re_mode="pixel",
+    )
 
 
 def make_mixup(r: Recipe, num_classes: int) -> Mixup | None:

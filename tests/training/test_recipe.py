@@ -83,6 +83,7 @@ def test_a_recipe_starts_from_another(recipe):
         ("opt: adamww", "opt: no optimizer 'adamww' in timm; did you mean .*adamw"),
         ("evaluate: ema", "evaluate: expected model, since ema is null, got 'ema'"),
         ("drop_path_schedule: {2: 0.1}", "drop_path: expected more than 0 with a drop_path_schedule"),
+        ("train_size_schedule: {2: 0}", "train_size_schedule: expected sizes of at least 1, got {2: 0}"),
         ("lr: 1\nlr: 2", "found duplicate key lr .line 5"),
         ("lr: [1", "expected ',' or ']'.* .line"),
     ],

@@ -26,7 +26,17 @@ def test_train_size_is_for_training_alone(splits, augment):
     assert model.pretrained_cfg["input_size"] == (3, 48, 48)  # with which the weights are saved
 
 
-def test_a_model_of_one_size_takes_no_train_size(splits):
-    recipe = Recipe(model="swin_tiny_patch4_window7_224", train_size=32)
-    with pytest.raises(InputError, match="train_size: expected null, since swin.* one size, got 32"):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_train_size_follows_its_schedule(splits, workers):
+    sizes = {"train_size": 32, "train_size_schedule": {3: 64, 1: 40}}
+    recipe = Recipe(model="test_svit", img_size=48, **sizes, batch_size=4, workers=workers)
+    train, val = make_loaders(recipe, splits, resolve_data_config({}, model=make_model(recipe, splits)), 0, 1)
+    assert [next(iter(train.epoch(epoch)))[0].shape[-1] for epoch in (0, 1, 2, 3, 4, 0)] == [32, 40, 40, 64, 64, 32]
+    assert next(iter(val.epoch(4)))[0].shape[-1] == 48
+
+
+@pytest.mark.parametrize("key, value", [("train_size", 32), ("train_size_schedule", {2: 32})])
+def test_a_model_of_one_size_takes_no_train_size(splits, key, value):
+    recipe = Recipe(model="swin_tiny_patch4_window7_224", **{key: value})
+    with pytest.raises(InputError, match=f"{key}: expected none, since swin.* one size, got {value}"):
         make_model(recipe, splits)
