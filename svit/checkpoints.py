@@ -7,14 +7,12 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import safetensors
-import safetensors.torch
 import timm
 import torch
 from torch import nn
 
-from svit.convert import CheckpointError, differences, listing, read_state_dict, summary
+from svit.convert import CheckpointError, differences, listing, read_state_dict, summary, write_safetensors
 from svit.errors import InputError
-from svit.files import atomic_write
 from svit.images import channel_values
 from svit.models.original import from_original, is_original
 from svit.names import did_you_mean, distinct
@@ -207,10 +205,8 @@ def save_model(
     if classes:
         cfg["label_names"] = classes
     weights = {k: v.detach().cpu().contiguous() for k, v in (weights or model.state_dict()).items()}
-    metadata = {"format": "pt", "pretrained_cfg": json.dumps(cfg), "facts": json.dumps(facts)}
-    with atomic_write(path) as part:
-        # Not `save_file`, which makes a file for its owner alone.
-        part.write_bytes(safetensors.torch.save(weights, metadata))
+    metadata = {"pretrained_cfg": json.dumps(cfg), "facts": json.dumps(facts)}
+    write_safetensors(path, weights, metadata)
 
 
 def read_metadata(checkpoint: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors.torch
@@ -221,14 +222,20 @@ def is_finite(tensors: Any) -> bool:
     return bool(torch.stack([t.isfinite().all().to(device) for t in floating]).all())
 
 
+def write_safetensors(target: Path, tensors: StateDict, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Writes contiguous tensors and text about them, whole or not at all."""
+    with atomic_write(target) as part:
+        # Not `save_file`, which makes a file that only its owner can read.
+        part.write_bytes(safetensors.torch.save(dict(tensors), {"format": "pt", **metadata}))
+
+
 def write_state_dict(target: Path, state_dict: StateDict) -> None:
     """Writes a state dict in the format of `target`'s suffix, whole or not at all."""
     try:
-        with atomic_write(target) as part:
-            if target.suffix == ".safetensors":
-                # `save_file` would make a file that only its owner can read.
-                part.write_bytes(safetensors.torch.save(state_dict, {"format": "pt"}))
-            else:
+        if target.suffix == ".safetensors":
+            write_safetensors(target, state_dict)
+        else:
+            with atomic_write(target) as part:
                 torch.save({"model": state_dict}, part)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise CheckpointError(f"{target}: cannot be written ({error})") from error

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from helpers import ONE_THREAD
+
 ROOT = Path(__file__).parent.parent
 
 # What must not be needed: a GPU's compiler, and the packages of every extra.
@@ -154,7 +156,7 @@ def test_commands(wheels, kind, tmp_path):
     install(wheels[kind], python)
     folder = tmp_path / "empty"
     folder.mkdir()
-    environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {**ONE_THREAD, "PATH": f"{python.parent}:{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)
     for line in COMMANDS.strip().splitlines():
         done = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True)

@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
-from svit.convert import CheckpointError, find_state_dict, load, read_state_dict
-from svit.files import atomic_write
+from svit.convert import CheckpointError, find_state_dict, load, read_state_dict, write_safetensors
 from svit.models.svit import WEIGHTS
 
 __all__ = [
@@ -87,8 +85,7 @@ def to_safetensors(checkpoint: str | Path, target: str | Path, dtype: torch.dtyp
         for key, value in find_state_dict(whole, Path(checkpoint)).items()
     }
     meta = whole.get("meta", {}).get("dataset_meta", {})
-    with atomic_write(target) as part:
-        part.write_bytes(safetensors.torch.save(weights, {"format": "pt", "dataset_meta": json.dumps(meta)}))
+    write_safetensors(target, weights, {"dataset_meta": json.dumps(meta)})
 
 
 def find_checkpoint(name: str) -> str:

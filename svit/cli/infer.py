@@ -23,13 +23,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-import safetensors.torch
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tabulate import tabulate
 from tqdm import tqdm
 
+from svit.convert import write_safetensors
 from svit.errors import InputError
 from svit.files import atomic_write
 from svit.inference import Photo, Record, find_photos, infer
@@ -292,14 +292,14 @@ def write_parquet(records: Iterator[Record], path: Path) -> None:
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
 
 
-def write_safetensors(records: Iterator[Record], path: Path) -> None:
+def write_features(records: Iterator[Record], path: Path) -> None:
     """The tensor "features" (N, D) in float32; the metadata has the images' names as JSON, "images"."""
     names, vectors = [], []
     for record in records:
         names.append(record["image"])
         vectors.append(record["features"])
     features = torch.stack(vectors) if vectors else torch.empty(0, 0)
-    path.write_bytes(safetensors.torch.save({"features": features}, {"format": "pt", "images": json.dumps(names)}))
+    write_safetensors(path, {"features": features}, {"images": json.dumps(names)})
 
 
 WRITERS: dict[str, Callable[[Iterator[Record], Any], None]] = {
@@ -308,5 +308,5 @@ WRITERS: dict[str, Callable[[Iterator[Record], Any], None]] = {
     "jsonl": write_jsonl,
     "csv": write_csv,
     "parquet": write_parquet,
-    "safetensors": write_safetensors,
+    "safetensors": write_features,
 }

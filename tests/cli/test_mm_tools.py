@@ -1,7 +1,6 @@
 """mm_train, mm_test and mm_infer, as a user calls them, on small data sets of real photographs."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import needs_mm
+from helpers import ONE_THREAD, needs_mm
 
 needs_mm()
 
@@ -122,9 +121,8 @@ def command_line(tool: str, *args, processes: int = 1) -> list[str]:
 
 def run(tool: str, *args, processes: int = 1) -> str:
     # One thread: sums in the same order in every run.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command_line(tool, *args, processes=processes), capture_output=True, text=True, env=environment, timeout=900
+        command_line(tool, *args, processes=processes), capture_output=True, text=True, env=ONE_THREAD, timeout=900
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -175,12 +173,11 @@ def test_kill_and_resume(trained):
     """Killed between two checkpoints and resumed: the weights of the run that was not."""
     kind, config = trained
     work = config.parent / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command_line("mm_train.py", config, "--work-dir", work),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=environment,
+        env=ONE_THREAD,
     )
     pointer = work / "last_checkpoint"
     deadline = time.monotonic() + 600
@@ -468,7 +465,7 @@ def test_ctrl_c(trained, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
     )
     deadline = time.monotonic() + 600
     while saved(work / "last_checkpoint") < 10:

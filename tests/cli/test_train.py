@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import image_data
-from helpers import TWO_PROCESSES
+from helpers import ONE_THREAD, TWO_PROCESSES
 from svit import processes
 from svit.checkpoints import create_model, read_metadata, save_model
 from svit.cli import command
@@ -102,8 +102,7 @@ def start(recipe, output, *arguments, launcher=(sys.executable,)):
     """A training in a process of its own."""
     tool = (TOOLS / "train.py",) if ENDS_THREADS in launcher else ("-m", "svit", "train")
     command = [*launcher, *tool, recipe, "--output", output, *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process) -> str:
@@ -773,8 +772,7 @@ def test_two_processes_agree_that_it_diverged(tmp_path, frozen, changes):
     (tmp_path / "tool.py").write_text(ONE_OF_TWO)
     launcher = (*TWO_PROCESSES, tmp_path / "tool.py")
     command = [*launcher, frozen / "recipe.yaml", "--output", tmp_path / "out", "--set", "batch_size=4", *changes]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2, done.stderr  # neither waits for the other one until torchrun ends it

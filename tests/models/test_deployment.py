@@ -22,7 +22,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
 
-from helpers import missing
+from helpers import ONE_THREAD, missing
 from svit.models import SViT
 from svit.ops import _dispatch, _self_check, reference
 
@@ -408,7 +408,7 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
     torch.save({"weights": model.state_dict(), "x": x}, tmp_path / "inputs.pt")
     model(x).square().mean().backward()
 
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    env = {**ONE_THREAD, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, tmp_path]
     workers = [subprocess.Popen([*command, str(rank)], env=env) for rank in range(WORLD_SIZE)]
     try:

@@ -131,6 +131,15 @@ def test_an_epoch_of_shards_goes_on_from_any_batch(tmp_path, workers):
     assert not equal(list(make().epoch(2)), whole)
 
 
+def test_transforms_follow_their_schedule_in_shards_too(tmp_path):
+    pytest.importorskip("webdataset")
+    root = str(image_data.shards(tmp_path / "shards"))
+    shards = partial(open_dataset, "wds/digits", root, "train", is_training=True, batch_size=8, seed=3)
+    later = {2: eval_transform({**PREPROCESSING, "input_size": (3, 24, 24)})}
+    batches = loader(shards, transform_schedule=later)
+    assert [next(batches.epoch(epoch))[0].shape[-1] for epoch in (0, 1, 2, 3)] == [16, 16, 24, 24]
+
+
 def test_repeated_augmentation_of_shards(tmp_path):
     pytest.importorskip("webdataset")
     root = str(image_data.shards(tmp_path / "shards"))

@@ -35,7 +35,7 @@ def test_train_size_follows_its_schedule(splits, workers):
     assert next(iter(val.epoch(4)))[0].shape[-1] == 48
 
 
-@pytest.mark.parametrize("key, value", [("train_size", 32), ("train_size_schedule", {2: 32})])
+@pytest.mark.parametrize(("key", "value"), [("train_size", 32), ("train_size_schedule", {2: 32})])
 def test_a_model_of_one_size_takes_no_train_size(splits, key, value):
     recipe = Recipe(model="swin_tiny_patch4_window7_224", **{key: value})
     with pytest.raises(InputError, match=f"{key}: expected none, since swin.* one size, got {value}"):
