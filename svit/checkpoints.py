@@ -9,6 +9,7 @@ from typing import Any, cast
 import safetensors
 import timm
 import torch
+from timm.models import PretrainedCfg
 from torch import nn
 
 from svit.convert import CheckpointError, differences, listing, read_state_dict, summary, write_safetensors
@@ -23,6 +24,7 @@ __all__ = [
     "create_model",
     "has_fixed_size",
     "load_weights",
+    "names_weights",
     "pretrained_cfg",
     "read_metadata",
     "read_weights",
@@ -253,8 +255,25 @@ def has_fixed_size(name: str) -> bool:
     Raises:
         InputError: it has no weights of the name behind the dot.
     """
+    cfg = find_cfg(name)
+    return cfg is not None and bool(cfg.fixed_input_size)
+
+
+def names_weights(name: str) -> bool:
+    """Whether a name says where weights are: on a hub, in a folder, or by a tag (`svit_nano.photos20`).
+
+    Raises:
+        InputError: the model has no weights of the name behind the dot.
+    """
+    if ":" in name:
+        return True
+    cfg = find_cfg(name) if "." in name else None
+    return cfg is not None and bool(cfg.has_weights)
+
+
+def find_cfg(name: str) -> PretrainedCfg | None:
+    """What timm knows of a model and its weights; None of a model on a hub, in a folder or of no name of timm's."""
     try:
-        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     except RuntimeError as error:
         raise InputError(f"model: {error}") from error
-    return cfg is not None and bool(cfg.fixed_input_size)

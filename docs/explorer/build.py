@@ -56,7 +56,7 @@ def add_runtime(folder: Path, packages: Path) -> None:
 
 def add_model(folder: Path) -> None:
     file = folder / "model.onnx"
-    options = ["--pretrained", "--outputs", "super-tokens", "--out", str(file)]
+    options = ["--outputs", "super-tokens", "--out", str(file)]
     if status := command("export")(["svit_nano.photos20", *options]):
         sys.exit(status)
     # The JavaScript interface of ONNX Runtime does not show a file's metadata.

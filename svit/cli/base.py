@@ -10,7 +10,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from svit.checkpoints import create_model, has_fixed_size
+from svit.checkpoints import create_model, has_fixed_size, names_weights
 from svit.errors import InputError
 from svit.images import MODES
 
@@ -137,7 +137,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, name: str = "model") ->
     """The options that name a model and its weights, for `make_model` and `open_model`."""
     required: dict[str, Any] = {"required": True} if name.startswith("-") else {}
     parser.add_argument(
-        name, metavar="MODEL", help="any model of timm; also hf-hub: and local-dir:, which bring weights", **required
+        name,
+        metavar="MODEL",
+        help="any model of timm; hf-hub:, local-dir: and a tag, as in svit_nano.photos20, bring weights",
+        **required,
     )
     parser.add_argument("--checkpoint", metavar="FILE", help="weights: .safetensors, or a file of torch.save")
     parser.add_argument("--pretrained", action="store_true", help="timm's weights, or those that come with svit")
@@ -166,7 +169,7 @@ def make_model(args: argparse.Namespace, **arguments: Any) -> nn.Module:
 
 def brings_weights(args: argparse.Namespace) -> bool:
     """Whether timm has the weights: it is asked for them, or the name says where they are."""
-    return args.pretrained or (":" in args.model and args.checkpoint is None)
+    return args.pretrained or (args.checkpoint is None and names_weights(args.model))
 
 
 def warn_of_random_weights(args: argparse.Namespace) -> None:

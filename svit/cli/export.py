@@ -4,7 +4,7 @@
     svit export svit_small --checkpoint svit_small.safetensors --img-size 384 --static --out svit_384.onnx
     svit export svit_small --checkpoint svit_small.safetensors --format aoti
     svit export svit_small --checkpoint svit_small.safetensors --int8 photos/
-    svit export svit_nano.photos20 --pretrained --outputs super-tokens
+    svit export svit_nano.photos20 --outputs super-tokens
 
 The file takes any batch, height and width that the model takes, unless --static. With it come the names of the classes
 and the preprocessing. It is loaded again and run at the exported and two other sizes; the differences are printed, and

@@ -1,7 +1,7 @@
 """Evaluates an image classifier: top-1 and top-5, of each class if asked, the paper's figure beside.
 
     svit validate svit_small --checkpoint svit_small.safetensors --data-dir data/imagenet
-    svit validate svit_nano_32.cifar10 --pretrained --data-dir data --dataset torch/cifar10 --per-class
+    svit validate svit_nano_32.cifar10 --data-dir data --dataset torch/cifar10 --per-class
     svit validate svit_small --checkpoint svit_small.safetensors --data-dir data/imagenet \\
         --img-size 384 --crop-pct 1.0 --flip --json result.json
 

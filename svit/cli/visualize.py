@@ -1,7 +1,7 @@
 """Draws what a model's super tokens look like on photographs: pictures, and a page that shows them side by side.
 
     svit visualize cat.jpg street.jpg --model svit_small --checkpoint svit_small.safetensors
-    svit visualize cat.jpg --model svit_nano_32.cifar10 --pretrained --img-size 256 --point 0.4 0.3
+    svit visualize cat.jpg --model svit_nano_32.cifar10 --img-size 256 --point 0.4 0.3
 
 Open OUT/index.html. The pictures show the cells, the learned super tokens and the soft
 association of the one at --point. What cannot be read is named and left out.
@@ -37,6 +37,7 @@ from .base import (
     add_img_size,
     add_model_arguments,
     at_least,
+    brings_weights,
     choose_device,
     make_model,
     make_parser,
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
                     figure.savefig(file, format=args.format, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
                 shown.append(FIGURE.format(file=quote(os.fsencode(name)), caption=caption))
             sections.append(SECTION.format(image=escape(image.name), facts=escape(facts), figures="\n".join(shown)))
-        weights = Path(args.checkpoint).name if args.checkpoint else "pretrained" if args.pretrained else "random"
+        weights = Path(args.checkpoint).name if args.checkpoint else "pretrained" if brings_weights(args) else "random"
         text = PAGE.format(model=escape(args.model), weights=escape(weights), sections="\n".join(sections))
         page.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
     print(f"wrote {args.out / 'index.html'}")

@@ -52,6 +52,23 @@ def test_options_of_a_model(checkpoint, capsys):
     assert "the weights are random" in capsys.readouterr().err
 
 
+def test_a_tag_brings_its_weights_but_for_a_checkpoint(checkpoint, capsys):
+    pretrained = timm.create_model("svit_nano.photos20", pretrained=True).state_dict()
+    for arguments in (["svit_nano.photos20"], ["svit_nano.photos20", "--pretrained"], ["svit_nano_32.cifar10"]):
+        model, _, config = opened(*arguments, "--device", "cpu")
+        if arguments[0] == "svit_nano.photos20":
+            assert all(torch.equal(value, pretrained[key]) for key, value in model.state_dict().items())
+    assert config["input_size"] == (3, 32, 32)
+    assert not capsys.readouterr().err
+    for name in ("svit_nano", "svit_nano.untrained", "test_svit.untrained"):
+        opened(name, "--device", "cpu")
+        assert "the weights are random" in capsys.readouterr().err
+    model, _, _ = opened("test_svit.untrained", "--checkpoint", str(checkpoint), "--device", "cpu")
+    assert model.num_classes == 3
+    with pytest.raises(InputError, match="model: Invalid pretrained tag .nothing. for svit_nano"):
+        opened("svit_nano.nothing")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

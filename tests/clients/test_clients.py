@@ -62,7 +62,7 @@ def exported(tmp_path_factory):
     """The ONNX file of the shipped model, and the model's logits of a black image."""
     needs("onnx", "onnxscript", "onnxruntime")
     out = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    assert command("export")(["svit_nano_32.cifar10", "--pretrained", "--out", str(out)]) == 0
+    assert command("export")(["svit_nano_32.cifar10", "--out", str(out)]) == 0
     with torch.no_grad():
         return out, create_model("svit_nano_32.cifar10", pretrained=True)(torch.zeros(1, 3, 32, 32)).numpy()
 
