@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -39,10 +39,10 @@ from svit.folders import (
 from svit.images import EXTENSIONS, UnreadableImageError, mode_of, read_image
 
 from .digits import digits, write_images
-from .recipe import scheduled
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Transform = Callable[[Image.Image], torch.Tensor]
+T = TypeVar("T")
 
 # Names of a folder of class folders or a tar file, and how names of timm's other data start.
 FOLDERS = ("folder", "torch/folder", "torch/image_folder")
@@ -52,6 +52,12 @@ PREFIXES = ("torch", "wds", "hfds", "hfids", "tfds")
 # Folders that timm takes for the same split, and all names that look like a split's.
 SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test", "testing"))
 SPLITS = [name for names in SYNONYMS for name in names]
+
+
+def scheduled(schedule: Mapping[int, T], epoch: int, before: T) -> T:
+    """The value of the last entry of a schedule that has begun at an epoch; `before` if none has."""
+    begun = [first for first in schedule if first <= epoch]
+    return schedule[max(begun)] if begun else before
 
 
 def seed_all(*numbers: int) -> None:

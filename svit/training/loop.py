@@ -26,10 +26,10 @@ from svit.errors import InputError
 from svit.files import atomic_write
 
 from . import state as states
-from .data import check_classes, seed_all
+from .data import check_classes, scheduled, seed_all
 from .evaluation import Accuracy, evaluate
 from .log import Log, write_csv
-from .recipe import Recipe, as_dict, scheduled
+from .recipe import Recipe, as_dict
 from .saving import Saver
 from .setup import make_loaders, make_mixup, make_model, make_optimizer, make_tasks, open_splits
 

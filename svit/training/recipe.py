@@ -4,10 +4,10 @@ A recipe may start from another one: `base: NAME_OR_FILE`.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,8 +18,6 @@ from svit.errors import InputError
 from svit.names import did_you_mean
 
 FOLDER = Path(__file__).parent.parent / "recipes"
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -240,12 +238,6 @@ def check(recipe: Recipe, name: str) -> None:
         raise InputError(f"{name}: drop_path: expected more than 0 with a drop_path_schedule, got {recipe.drop_path}")
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
         raise InputError(f"{name}: batch_size: expected an even number with mixup or cutmix, got {recipe.batch_size}")
-
-
-def scheduled(schedule: Mapping[int, T], epoch: int, before: T) -> T:
-    """The value of the last entry of a schedule that has begun at an epoch; `before` if none has."""
-    begun = [first for first in schedule if first <= epoch]
-    return schedule[max(begun)] if begun else before
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
