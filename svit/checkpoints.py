@@ -29,6 +29,7 @@ __all__ = [
     "read_metadata",
     "read_weights",
     "save_model",
+    "size_argument",
     "start_from",
     "trained_arguments",
 ]
@@ -203,12 +204,13 @@ def save_model(
         OSError: the file cannot be written; an older one is left as it was.
     """
     cfg = {key: value for key, value in pretrained_cfg(model).items() if key in PREPROCESSING}
-    cfg.update(architecture=name, num_classes=model.num_classes)
+    # A model on a hub or in a folder is known there alone by that name.
+    cfg.update(architecture=pretrained_cfg(model).get("architecture", name) if ":" in name else name)
+    cfg.update(num_classes=model.num_classes)
     if classes:
         cfg["label_names"] = classes
-    weights = {k: v.detach().cpu().contiguous() for k, v in (weights or model.state_dict()).items()}
     metadata = {"pretrained_cfg": json.dumps(cfg), "facts": json.dumps(facts)}
-    write_safetensors(path, weights, metadata)
+    write_safetensors(path, weights or model.state_dict(), metadata)
 
 
 def read_metadata(checkpoint: str | Path) -> dict[str, Any]:
@@ -253,10 +255,17 @@ def has_fixed_size(name: str) -> bool:
     """Whether a model of timm is made for one size of image, which its argument `img_size` sets.
 
     Raises:
-        InputError: it has no weights of the name behind the dot.
+        InputError: no such model, or it has no weights of the name behind the dot.
     """
+    if ":" in name:
+        return bool(pretrained_cfg(create_model(name)).get("fixed_input_size"))
     cfg = find_cfg(name)
     return cfg is not None and bool(cfg.fixed_input_size)
+
+
+def size_argument(name: str, img_size: int | tuple[int, int] | None) -> dict[str, Any]:
+    """What `timm.create_model` needs to make a model for images of that size: `img_size` if the model has one alone."""
+    return {"img_size": img_size} if img_size and has_fixed_size(name) else {}
 
 
 def names_weights(name: str) -> bool:

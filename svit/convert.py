@@ -83,7 +83,7 @@ def convert(
         raise CheckpointError(f"{target}: expected a name that ends in {suffix}, since {source} has {layout}")
     name = find_model(source, state_dict, original, model, num_classes)
 
-    # Safetensors takes neither strided nor shared tensors, and torch.save would write the full storage of a slice.
+    # torch.save would write the full storage of a slice.
     state_dict = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state_dict.items()}
     write_state_dict(target, from_original(state_dict) if original else to_original(state_dict))
     return name
@@ -222,11 +222,15 @@ def is_finite(tensors: Any) -> bool:
     return bool(torch.stack([t.isfinite().all().to(device) for t in floating]).all())
 
 
-def write_safetensors(target: Path, tensors: StateDict, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Writes contiguous tensors and text about them, whole or not at all."""
+def write_safetensors(
+    target: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Writes tensors and text about them, whole or not at all."""
+    # The format takes neither strided nor shared tensors.
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     with atomic_write(target) as part:
         # Not `save_file`, which makes a file that only its owner can read.
-        part.write_bytes(safetensors.torch.save(dict(tensors), {"format": "pt", **metadata}))
+        part.write_bytes(safetensors.torch.save(tensors, {"format": "pt", **metadata}))
 
 
 def write_state_dict(target: Path, state_dict: StateDict) -> None:

@@ -15,6 +15,7 @@ from svit.checkpoints import (
     create_model,
     read_metadata,
     save_model,
+    size_argument,
 )
 from svit.convert import CheckpointError
 from svit.errors import InputError
@@ -200,6 +201,23 @@ def test_models_of_a_folder_in_the_hubs_layout(tmp_path, model):
     assert same(loaded, model)
     assert class_names(loaded) == NAMES
     shutil.rmtree(tmp_path / "hub")
+
+
+def test_what_started_from_a_folder_is_saved_under_timms_name(tmp_path, model):
+    """`svit push` and timm know no folder of ours."""
+    save_for_hf(model, str(tmp_path / "hub"), model_config={"pretrained_cfg": {"tag": None}})
+    loaded = create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True)
+    save_model(tmp_path / "a.safetensors", loaded, f"local-dir:{tmp_path / 'hub'}")
+    assert read_metadata(tmp_path / "a.safetensors")["pretrained_cfg"]["architecture"] == "test_svit"
+
+
+def test_size_argument(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=3)
+    save_for_hf(vit, str(tmp_path / "hub"), model_config={"pretrained_cfg": {"tag": None}})
+    for name in ("test_vit", "test_vit.r160_in1k", f"local-dir:{tmp_path / 'hub'}"):
+        assert size_argument(name, (96, 96)) == {"img_size": (96, 96)}
+        assert size_argument(name, None) == {}
+    assert size_argument("test_svit", (96, 96)) == {}
 
 
 def test_names_of_classes():

@@ -83,12 +83,13 @@ class AnnotationFiles:
 
     def write(self) -> None:
         """Writes the corrected files, and sets `ann_file` of the config's parts that use them."""
-        for file, fixed in self.fixed.items():
+        for number, (file, fixed) in enumerate(self.fixed.items()):
             if not fixed:
                 continue
             folder = Path(self.folder, "annotations") if self.folder else Path(tempfile.mkdtemp(prefix="annotations-"))
             folder.mkdir(parents=True, exist_ok=True)
-            target = folder.resolve() / f"{self.split}-{file.name}"
+            same = sum(other.name == file.name for other in self.fixed)  # several folders' annotations.json
+            target = folder.resolve() / f"{self.split}-{f'{number}-' if same > 1 else ''}{file.name}"
             with atomic_write(target) as part:
                 part.write_text(json.dumps(self.contents[file]))
             for user in [user for used, user in self.users if used == file]:

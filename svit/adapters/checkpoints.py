@@ -81,7 +81,7 @@ def to_safetensors(checkpoint: str | Path, target: str | Path, dtype: torch.dtyp
     allow_mmengine_checkpoints()
     whole = load(Path(checkpoint))
     weights = {
-        key: (value.to(dtype) if value.is_floating_point() else value).contiguous()
+        key: value.to(dtype) if value.is_floating_point() else value
         for key, value in find_state_dict(whole, Path(checkpoint)).items()
     }
     meta = whole.get("meta", {}).get("dataset_meta", {})

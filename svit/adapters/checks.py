@@ -17,7 +17,7 @@ from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATASETS, MODELS
 from PIL import Image
 
-from svit.convert import CheckpointError, differences, listing, read_state_dict, summary
+from svit.convert import CheckpointError, differences, find_state_dict, listing, load, summary
 from svit.folders import walk
 from svit.images import EXTENSIONS
 
@@ -51,13 +51,14 @@ def check_backbone(config: Config) -> None:
             backbone.init_weights()
 
 
-def check_checkpoint(config: Config, file: str, backbone_only: bool = False) -> None:
+def check_checkpoint(config: Config, file: str, backbone_only: bool = False, resumes: bool = False) -> None:
     """Checks that a checkpoint holds all weights of the config's model. mmengine would only log what does not fit.
 
     Args:
         config: the result of `load_config`.
         file: path of the checkpoint. An address is not checked.
         backbone_only: the other weights may differ, as in fine-tuning.
+        resumes: a training is to go on from it, so weights alone are not enough.
 
     Raises:
         CheckpointError: the file does not exist, cannot be read, or is of another model.
@@ -68,7 +69,11 @@ def check_checkpoint(config: Config, file: str, backbone_only: bool = False) -> 
         raise CheckpointError(f"{file}: no such checkpoint")
     allow_mmengine_checkpoints()
     start = "backbone." if backbone_only else ""
-    found = {k: v for k, v in read_state_dict(Path(file)).items() if k.startswith(start)}
+    whole = load(Path(file))
+    meta = whole.get("meta") if isinstance(whole, dict) else None
+    if resumes and not (isinstance(meta, dict) and {"epoch", "iter"} <= set(meta)):
+        raise CheckpointError(f"{file}: holds no state of a training to go on from; set load_from to start from it")
+    found = {k: v for k, v in find_state_dict(whole, Path(file)).items() if k.startswith(start)}
     with torch.device("meta"):
         expected = MODELS.build(deepcopy(config.model)).state_dict()  # a copy, since mmdet changes its argument
     expected = {k: v for k, v in expected.items() if k.startswith(start)}

@@ -10,7 +10,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from svit.checkpoints import create_model, has_fixed_size, names_weights
+from svit.checkpoints import create_model, names_weights, pretrained_cfg, size_argument
 from svit.errors import InputError
 from svit.images import MODES
 
@@ -164,7 +164,12 @@ def make_model(args: argparse.Namespace, **arguments: Any) -> nn.Module:
     for name in ("num_classes", "in_chans"):
         if getattr(args, name) is not None:
             arguments[name] = getattr(args, name)
-    return create_model(args.model, args.checkpoint, brings_weights(args), args.ema, **arguments)
+    model = create_model(args.model, args.checkpoint, brings_weights(args), args.ema, **arguments)
+    known = pretrained_cfg(model).get("num_classes")
+    if brings_weights(args) and known != model.num_classes:
+        what = f"of {known} classes, --num-classes asks for {model.num_classes}"
+        print(f"warning: the weights are {what}: those of the classifier are random", file=sys.stderr)
+    return model
 
 
 def brings_weights(args: argparse.Namespace) -> bool:
@@ -187,13 +192,11 @@ def open_model(args: argparse.Namespace, **preprocessing: Any) -> tuple[nn.Modul
     Raises:
         InputError: as `svit.checkpoints.create_model`; or the device cannot be used.
     """
-    arguments = {}
     size = height_and_width(args.img_size) if args.img_size else None
-    if size and has_fixed_size(args.model):
-        arguments["img_size"] = size
     device = choose_device(args.device)
     warn_of_random_weights(args)
-    model = make_model(args, **arguments).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = make_model(args, **size_argument(args.model, size)).to(device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     preprocessing = {key: value for key, value in preprocessing.items() if value is not None}
     if size:
         preprocessing["input_size"] = (resolve_data_config({}, model=model)["input_size"][0], *size)

@@ -46,7 +46,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import svit
-from svit.checkpoints import create_model, has_fixed_size
+from svit.checkpoints import create_model, size_argument
 from svit.errors import InputError
 from svit.files import atomic_write
 from svit.models import SViT
@@ -100,9 +100,7 @@ def build(spec: str, setting: Setting) -> nn.Module:
         arguments["exportable"] = True  # as `svit export` makes it
     model: Any
     try:
-        if has_fixed_size(name):
-            arguments["img_size"] = setting.size
-        model = create_model(name, **arguments)
+        model = create_model(name, **arguments, **size_argument(name, setting.size))
     except InputError as error:
         raise InputError(f"{spec}: {error}") from error
     if {"upstream", "folded"} & set(prefixes) and not isinstance(model, SViT):

@@ -40,7 +40,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
-from svit.checkpoints import class_names, pretrained_cfg
+from svit.checkpoints import class_names, pretrained_cfg, size_argument
 from svit.errors import InputError
 from svit.files import atomic_write
 from svit.folders import find_images
@@ -185,12 +185,10 @@ def export(args: argparse.Namespace, form: "Format", out: Path, images: list[Pat
 def build(args: argparse.Namespace) -> tuple[nn.Module, int, tuple[int, int]]:
     """The model, of plain operations only, the channels and the size of its images."""
     warn_of_random_weights(args)
-    model = make_model(args, exportable=True)
+    size = height_and_width(args.img_size) if args.img_size else None
+    model = make_model(args, exportable=True, **size_argument(args.model, size))
     in_chans, *own_size = resolve_model_data_config(model)["input_size"]
-    size = height_and_width(args.img_size or own_size)
-    if pretrained_cfg(model).get("fixed_input_size") and size != tuple(own_size):
-        model = make_model(args, exportable=True, img_size=size)
-    return fused(model), in_chans, size
+    return fused(model), in_chans, size or height_and_width(own_size)
 
 
 def fused(model: nn.Module) -> nn.Module:

@@ -25,7 +25,7 @@ from tabulate import tabulate
 from torch import nn
 
 from svit import published
-from svit.checkpoints import pretrained_cfg
+from svit.checkpoints import pretrained_cfg, size_argument
 from svit.errors import InputError
 from svit.files import atomic_write
 from svit.names import did_you_mean
@@ -108,11 +108,9 @@ def builder(name: str, img_size: tuple[int, int] | None) -> Callable[[], Built]:
 
 
 def build_model(name: str, img_size: tuple[int, int] | None) -> Built:
-    model = timm.create_model(name)
+    model = timm.create_model(name, **size_argument(name, img_size))
     in_chans, *own_size = pretrained_cfg(model)["input_size"]
     size = img_size or tuple(own_size)
-    if pretrained_cfg(model).get("fixed_input_size") and size != tuple(own_size):
-        model = timm.create_model(name, img_size=size)
     macs = published_macs(pretrained_cfg(model)["architecture"], "ImageNet-1K", size, "fvcore_gmacs")
     return Built(model, in_chans, size, macs, None)
 

@@ -228,7 +228,8 @@ def readable(records: Iterable[Record], unreadable: list[str]) -> Iterator[Recor
 def write(form: str, records: Iterator[Record], target: Path | TextIO) -> None:
     """Writes records to a file or to standard output. Those of a table, JSON and safetensors are held until the end."""
     if isinstance(target, Path) and form not in BINARY:
-        with target.open("w", encoding="utf-8", newline="") as file:
+        # Names of files may be any bytes.
+        with target.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             WRITERS[form](records, file)
     else:
         WRITERS[form](records, target)
@@ -289,6 +290,7 @@ def write_parquet(records: Iterator[Record], path: Path) -> None:
                 group = [{**record, "features": record["features"].numpy()} for record in group]
             else:
                 group = [row for record in group for row in rows(record)]
+            group = [{**row, "image": row["image"].encode(errors="backslashreplace").decode()} for row in group]
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
 
 

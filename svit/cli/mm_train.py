@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise InputError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
             config.auto_scale_lr.enable = True
         if config.get("load_from"):
-            check_checkpoint(config, config.load_from, backbone_only=not config.resume)
+            check_checkpoint(config, config.load_from, not config.resume, bool(config.resume))
             drop_start_weights(config)
         check_backbone(config)
         check_data(config, "train", "val")

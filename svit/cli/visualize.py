@@ -182,9 +182,12 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     """The model on its device; without a checkpoint and not pretrained its weights are random, the same at each run."""
     torch.manual_seed(0)
     model = make_model(args)
-    if not any(isinstance(module, SuperTokenAttention) for module in model.modules()):
+    layers = [module for module in model.modules() if isinstance(module, SuperTokenAttention)]
+    if not layers:
         ours = ", ".join(timm.list_models(module="svit"))
         raise InputError(f"{args.model}: has no super-token attention; these have: {ours}")
+    if all(layer.cell == (1, 1) for layer in layers):
+        raise InputError(f"{args.model}: expected at least one layer with cells of more than one pixel, got none")
     return model.to(choose_device(args.device))
 
 

@@ -221,11 +221,13 @@ def location(dataset: Dataset) -> Path | None:
 def classes_of(dataset: Dataset) -> list[str] | None:
     """Names of the classes in the order of their numbers, if the dataset tells."""
     reader = getattr(dataset, "reader", dataset)
+    if wnids := getattr(reader, "wnids", None):  # torchvision's ImageNet, whose classes share some of their names
+        return list(wnids)
     numbers = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # of a tar file
     if numbers:
         named: dict[int, str] = {}
         for name, number in numbers.items():
-            named.setdefault(number, name)  # the first: torchvision's ImageNet has several names for a class
+            named.setdefault(number, name)  # the first of those that a class map gives one number
         return [named[number] for number in sorted(named)]
     features = getattr(getattr(reader, "dataset", None), "features", None) or {}  # Hugging Face
     names = getattr(features.get("label"), "names", None)

@@ -190,7 +190,14 @@ class Training:
                     module.eval()
         loss = torch.zeros((), device=self.accelerator.device)
         for part in range(r.grad_accum):
-            images, classes = next(batches)
+            batch = next(batches, None)
+            if batch is None:
+                raise InputError(
+                    f"train: expected {self.updates * r.grad_accum} batches an epoch in each process, got "
+                    f"{self.state.update * r.grad_accum + part}; some readers had no shard, or images that cannot be "
+                    "read were left out: set fewer workers, or a smaller train_samples"
+                )
+            images, classes = batch
             check_classes(classes, self.num_classes)  # shards do not tell all theirs before
             # All that is random from here on follows from where the training stands.
             seed_all(r.seed, 1, self.total, part, self.rank)
@@ -200,7 +207,8 @@ class Training:
                 memory_format=torch.channels_last if r.channels_last else torch.contiguous_format,
             )
             classes = classes.to(self.accelerator.device, non_blocking=True)
-            mixup = None if r.mixup_off_epoch and self.state.epoch >= r.mixup_off_epoch else self.mixup
+            off = r.mixup_off_epoch is not None and self.state.epoch >= r.mixup_off_epoch
+            mixup = None if off else self.mixup
             if mixup is not None:
                 images, classes = mixup(images, classes)
             with self.accelerator.accumulate(self.model):

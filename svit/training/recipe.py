@@ -3,6 +3,7 @@
 A recipe may start from another one: `base: NAME_OR_FILE`.
 """
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -112,6 +113,9 @@ RENAMED = {"lr_batch": "lr_base_size"}
 # Keys that may differ when a training resumes: they decide where and how fast it runs, not what comes out.
 FREE = {"data_dir", "val_dir", "download", "workers", "save_every", "log_every"}
 
+# Keys whose value is a mapping of epochs to values: a later one takes the place of the whole earlier one.
+SCHEDULES = ("drop_path_schedule", "train_size_schedule")
+
 CHOICES = {
     "crop": ("rrc", "rkrr"),
     "evaluate": ("model", "ema"),
@@ -130,7 +134,7 @@ AT_LEAST_ONE = (
     "train_size",
     "save_every",
 )
-AT_LEAST_ZERO = ("workers", "max_unreadable", "seed", "warmup_epochs", "lr", "weight_decay", "drop_path")
+AT_LEAST_ZERO = ("workers", "max_unreadable", "seed", "warmup_epochs", "lr", "weight_decay")
 
 
 def load_recipe(name: str, changes: Sequence[str] = (), data_dir: str | None = None) -> Recipe:
@@ -138,7 +142,8 @@ def load_recipe(name: str, changes: Sequence[str] = (), data_dir: str | None = N
 
     Args:
         name: a YAML file, or the name of one that comes with the package.
-        changes: "key=value" each, applied on top; a value is YAML, a key within another has a dot.
+        changes: "key=value" each, applied on top; a value is YAML. A key within another has a dot: `opt_args.eps=1e-6`
+            changes one value of a mapping, `opt_args={}` all of it.
         data_dir: in place of the recipe's, taken as it is.
 
     Raises:
@@ -149,7 +154,8 @@ def load_recipe(name: str, changes: Sequence[str] = (), data_dir: str | None = N
         if "=" not in change:
             raise InputError(f"--set: expected KEY=VALUE, got {change!r}")
     try:
-        read: Any = OmegaConf.merge(read_yaml(name), with_new_keys(OmegaConf.from_dotlist(list(changes)), "--set"))
+        changed = with_new_keys(OmegaConf.from_dotlist(list(changes)), "--set")
+        read: Any = merge(read_yaml(name), changed, [change.partition("=")[0] for change in changes])
         if data_dir is not None:
             read["data_dir"] = data_dir.replace("${", "\\${")  # no name of another key
         for key in read:
@@ -175,11 +181,29 @@ def read_yaml(name: str, seen: tuple[Path, ...] = ()) -> DictConfig:
         raise InputError(f"{name}: expected keys and values, got a list")
     base = read.pop("base", None)
     read = with_new_keys(read, name)
-    return cast(DictConfig, OmegaConf.merge(read_yaml(base, (*seen, path)), read)) if base else read
+    if base is None:
+        return read
+    if not isinstance(base, str):
+        raise InputError(f"{name}: base: expected a file or the name of a recipe, got {base}")
+    return merge(read_yaml(base, (*seen, path)), read, SCHEDULES)
+
+
+def merge(before: DictConfig, after: DictConfig, replaced: Sequence[str]) -> DictConfig:
+    """Both, where values of `after` count. Mappings are joined, but for those of the keys `replaced`."""
+    for key in replaced:
+        if key in before and key in after:
+            before.pop(key)
+    return cast(DictConfig, OmegaConf.merge(before, after))
 
 
 def with_new_keys(read: DictConfig, name: str) -> DictConfig:
-    """`read` with the new names of deprecated keys, each with a warning. `name` says where they stand."""
+    """`read` with the new names of deprecated keys, each with a warning, and with numbers for the epochs of schedules.
+
+    `name` says where they stand. JSON, as in the weights, and keys with a dot know text only.
+    """
+    for key in SCHEDULES:
+        if isinstance(read.get(key), DictConfig):
+            read[key] = {int(k) if str(k).isdecimal() else k: value for k, value in read[key].items()}
     for old, new in RENAMED.items():
         if old not in read:
             continue
@@ -220,6 +244,12 @@ def check(recipe: Recipe, name: str) -> None:
                 raise InputError(f"{name}: {key}: expected at least {least}, got {value}")
     if min(recipe.train_size_schedule.values(), default=1) < 1:
         raise InputError(f"{name}: train_size_schedule: expected sizes of at least 1, got {recipe.train_size_schedule}")
+    for key, rates in (("drop_path", [recipe.drop_path]), ("drop_path_schedule", recipe.drop_path_schedule.values())):
+        if not all(0 <= rate < 1 for rate in rates):
+            raise InputError(f"{name}: {key}: expected at least 0 and less than 1, got {getattr(recipe, key)}")
+    for key in SCHEDULES:
+        if min(getattr(recipe, key), default=0) < 0:
+            raise InputError(f"{name}: {key}: expected epochs of at least 0, got {getattr(recipe, key)}")
     channels = [3, recipe.model_args.get("in_chans", 3)]  # those of RGB are made into those of other channels
     for key, lengths in {"scale": [2], "ratio": [2], "mean": channels, "std": channels}.items():
         numbers = getattr(recipe, key)
@@ -248,11 +278,13 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The differences that keep a training of the one recipe from resuming with the other, a line for each key.
 
-    A key that `old` lacks is newer than that recipe and has its default.
+    A key that one of them lacks is newer than that recipe and has its default. Either may come from JSON.
     """
-    old = {**vars(Recipe()), **{RENAMED.get(key, key): value for key, value in old.items()}}
+    old, new = (
+        {**vars(Recipe()), **{RENAMED.get(key, key): value for key, value in recipe.items()}} for recipe in (old, new)
+    )
     return [
-        f"{key}: {old[key]!r}, now {new.get(key)!r}"
+        f"{key}: {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(set(old) | set(new))
-        if key not in FREE and old[key] != new.get(key)
+        if key not in FREE and json.loads(json.dumps([old.get(key)])) != json.loads(json.dumps([new.get(key)]))
     ]

@@ -16,7 +16,7 @@ from timm.task import ClassificationTask, DistillationTeacher, LogitDistillation
 from torch import nn
 from torch.utils.data import Dataset
 
-from svit.checkpoints import create_model, pretrained_cfg, start_from
+from svit.checkpoints import create_model, pretrained_cfg, size_argument, start_from
 from svit.errors import InputError
 
 from .data import (
@@ -91,14 +91,14 @@ def make_model(r: Recipe, splits: Splits) -> nn.Module:
     if r.drop_path:
         arguments["drop_path_rate"] = r.drop_path
     overlay = {"pretrained_cfg_overlay": overlay} if overlay else {}
-    create = partial(create_model, r.model, pretrained=r.pretrained, num_classes=splits.num_classes, **overlay)
-    model: Any = create(**arguments)
+    size = size_argument(r.model, r.img_size)
+    model: Any = create_model(
+        r.model, pretrained=r.pretrained, num_classes=splits.num_classes, **overlay, **arguments, **size
+    )
     if pretrained_cfg(model).get("fixed_input_size"):
         for key, value in (("train_size", r.train_size), ("train_size_schedule", r.train_size_schedule)):
             if value:
                 raise InputError(f"{key}: expected none, since {r.model} takes images of one size, got {value}")
-        if r.img_size:
-            model = create(img_size=r.img_size, **arguments)
     if r.img_size:
         pretrained_cfg(model)["input_size"] = (pretrained_cfg(model)["input_size"][0], r.img_size, r.img_size)
     if r.checkpoint:
@@ -210,7 +210,7 @@ def make_teacher(r: Recipe, splits: Splits, preprocessing: dict[str, Any]) -> nn
     """The model whose predictions are learned.
 
     Raises:
-        InputError: it has other classes or channels than the model that learns.
+        InputError: it has other classes or channels than the model that learns, or takes images of another size.
     """
     assert r.teacher is not None
     if r.teacher_checkpoint:
@@ -226,6 +226,14 @@ def make_teacher(r: Recipe, splits: Splits, preprocessing: dict[str, Any]) -> nn
     channels, expected = (config["input_size"][0] for config in (pretrained_cfg(teacher), preprocessing))
     if channels != expected:
         raise InputError(f"teacher: expected one for images of {expected} channels, as the model, got {channels}")
+    sizes = [(size, size) for size in (r.train_size, *r.train_size_schedule.values()) if size]
+    for size in sizes if r.train_size else [tuple(preprocessing["input_size"][1:]), *sizes]:
+        try:  # now, not at the epoch of a schedule
+            with torch.no_grad():
+                teacher(torch.zeros(1, channels, *size))
+        except (AssertionError, RuntimeError) as error:
+            message = f"teacher: {r.teacher} takes no images of {size[0]} x {size[1]}, as the training has: {error}"
+            raise InputError(message) from error
     names = pretrained_cfg(teacher).get("label_names")
     if names and splits.classes and sorted(names) == sorted(splits.classes) and list(names) != splits.classes:
         raise InputError(f"teacher: its classes are in another order than the data's: {list(names)[:10]}")

@@ -98,6 +98,24 @@ def test_good_annotations_stay_where_they_are(root):
     assert not (root / "work").exists()
 
 
+def test_files_of_one_name_in_several_folders_stay_apart(tmp_path):
+    """As Roboflow names all of its own; each is corrected, and has other objects."""
+    parts = []
+    for number in range(2):
+        root, found = folder(tmp_path / str(number)), content()
+        for annotation in found["annotations"]:
+            del annotation["iscrowd"]
+            annotation["bbox"] = [5, 5, 20, 10 + number]
+        (root / "annotations/a.json").write_text(json.dumps(found))
+        checked = config(root)
+        parts.append(checked.train_dataloader.dataset)
+    checked.train_dataloader.dataset = dict(type="ConcatDataset", datasets=parts)
+    check_data(checked, "train")
+    files = [Path(part.ann_file) for part in checked.train_dataloader.dataset.datasets]
+    heights = [json.loads(file.read_text())["annotations"][0]["bbox"][3] for file in files]
+    assert heights == [10, 11]
+
+
 def without(key: str, *numbers: int):
     def change(found: dict) -> None:
         for number in numbers or range(4):

@@ -82,6 +82,18 @@ def test_to_safetensors_and_back(tmp_path, monkeypatch, dtype, third):
         assert found["state_dict"]["bn.num_batches_tracked"].tolist() == 70000
 
 
+def test_to_safetensors_of_weights_that_share_memory(tmp_path):
+    weight = torch.arange(4.0)
+    torch.save({"state_dict": {"a": weight, "b": weight, "c": weight[::2]}}, tmp_path / "a.pth")
+    to_safetensors(tmp_path / "a.pth", tmp_path / "a.safetensors", torch.float32)
+    found = CheckpointLoader.load_checkpoint(str(tmp_path / "a.safetensors"), map_location="cpu")["state_dict"]
+    assert {key: value.tolist() for key, value in found.items()} == {
+        "a": [0, 1, 2, 3],
+        "b": [0, 1, 2, 3],
+        "c": [0, 2],
+    }
+
+
 def test_to_safetensors_refuses(tmp_path):
     with pytest.raises(CheckpointError, match="target: expected a name that ends in .safetensors, got .*a.pth"):
         to_safetensors(checkpoint(tmp_path), tmp_path / "a.pth")

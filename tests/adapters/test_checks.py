@@ -149,6 +149,19 @@ def test_check_checkpoint(tmp_path):
         check_checkpoint(config, "none.pth")
 
 
+def test_a_training_goes_on_from_its_state_alone(tmp_path):
+    config = load_config("svit-nano_fpn_1xb8-1k_camvid-256x256")
+    weights = revert_sync_batchnorm(MODELS.build(config.model)).state_dict()
+    file = str(tmp_path / "model.pth")
+    torch.save({"state_dict": weights, "meta": {"epoch": 3, "iter": 30}}, file)
+    check_checkpoint(config, file, resumes=True)
+    for content in (weights, {"state_dict": weights}, {"state_dict": weights, "meta": {"dataset_meta": {}}}):
+        torch.save(content, file)
+        check_checkpoint(config, file)
+        with pytest.raises(CheckpointError, match="model.pth: holds no state of a training to go on from; set load_"):
+            check_checkpoint(config, file, resumes=True)
+
+
 def test_heads_of_other_classes_are_left_alone(coco):
     coco.model.roi_head.semantic_head = dict(type="FusedSemanticHead", num_classes=183)
     check_data(coco, "train")

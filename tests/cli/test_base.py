@@ -5,6 +5,7 @@ import argparse
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
 from svit.checkpoints import save_model
 from svit.cli.base import (
@@ -65,6 +66,10 @@ def test_a_tag_brings_its_weights_but_for_a_checkpoint(checkpoint, capsys):
         assert "the weights are random" in capsys.readouterr().err
     model, _, _ = opened("test_svit.untrained", "--checkpoint", str(checkpoint), "--device", "cpu")
     assert model.num_classes == 3
+    opened("svit_nano.photos20", "--num-classes", "5", "--device", "cpu")
+    err = capsys.readouterr().err
+    what = "of 20 classes, --num-classes asks for 5: those of the classifier are random"
+    assert err == f"warning: the weights are {what}\n"
     with pytest.raises(InputError, match="model: Invalid pretrained tag .nothing. for svit_nano"):
         opened("svit_nano.nothing")
 
@@ -84,6 +89,15 @@ def test_options_that_are_none(arguments, message, capsys):
         opened("test_svit", *arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_of_one_size_in_a_folder_takes_another_size(tmp_path):
+    save_for_hf(
+        timm.create_model("vit_tiny_patch16_224", num_classes=3), str(tmp_path), model_config={"pretrained_cfg": {}}
+    )
+    model, _, config = opened(f"local-dir:{tmp_path}", "--img-size", "96", "--device", "cpu")
+    assert config["input_size"] == (3, 96, 96)
+    assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
 
 
 def test_a_device_or_weights_that_are_not_there():

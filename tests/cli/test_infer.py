@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,15 @@ def test_formats_of_files_say_the_same_as_json(digits, run, tmp_path):
     flat = [{"image": image["image"], "rank": n, **top} for image in found for n, top in enumerate(image["classes"], 1)]
     assert rows == [{**row, "probability": pytest.approx(row["probability"])} for row in flat]
     assert len(list(tmp_path.iterdir())) == 5  # nothing of a run that ended
+
+
+@pytest.mark.parametrize("form", ["csv", "txt", "parquet", "json"])
+def test_a_name_that_is_no_text(digits, run, tmp_path, form):
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(digits.files[0].read_bytes())
+    out = tmp_path / f"classes.{form}"
+    assert run(tmp_path, "--out", out)[0] == 0
+    text = str(parquet.read_table(out).to_pylist()) if form == "parquet" else out.read_text()
+    assert r"caf\udce9.png" in text.replace("\\\\", "\\")
 
 
 def test_features_are_what_the_classifier_gets(digits, run, see, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -28,6 +29,7 @@ from svit.cli import command
 from svit.files import atomic_write
 from svit.training import loop
 from svit.training import state as states
+from svit.training.data import Loader
 from svit.training.evaluation import Accuracy
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -165,6 +167,14 @@ def test_it_learns_and_its_files_can_be_used(tmp_path, data, capsys):
     assert model.pretrained_cfg["input_size"] == [3, 16, 16]
     assert same_weights(out / "last.safetensors", out / "best.safetensors") == (top1[-1] > max(top1[:-1]))
     assert "best" in capsys.readouterr().out
+
+
+def test_shards_with_fewer_batches_than_they_should_have(tmp_path, recipe, monkeypatch, capsys):
+    """As with fewer shards than readers."""
+    epoch = Loader.epoch
+    monkeypatch.setattr(Loader, "epoch", lambda self, *where: islice(epoch(self, *where), 7))
+    message = error_of(capsys, recipe, tmp_path / "out")
+    assert "train: expected 10 batches an epoch in each process, got 7; some readers had no shard" in message
 
 
 class Stopped(Exception):
@@ -387,6 +397,15 @@ def test_a_teacher_of_other_classes(tmp_path, frozen, capsys):
     assert "teacher: its classes are in another order than the data's: ['zero', 'two'," in message
 
 
+def test_a_teacher_of_another_size(tmp_path, frozen, capsys):
+    arguments = (frozen / "recipe.yaml", tmp_path / "out", "--set", "batch_size=8", "teacher=vit_tiny_patch16_224")
+    save_model(tmp_path / "teacher.safetensors", create_model("vit_tiny_patch16_224", num_classes=5), "a")
+    arguments += (f"teacher_checkpoint={tmp_path / 'teacher.safetensors'}", "epochs=1")
+    for sizes in (["img_size=32"], ["img_size=224", "train_size=32"], ["img_size=224", "train_size_schedule={0: 32}"]):
+        message = error_of(capsys, *arguments, *sizes)
+        assert "teacher: vit_tiny_patch16_224 takes no images of 32 x 32, as the training has: Input height" in message
+
+
 def test_starting_from_a_checkpoint_of_other_classes(tmp_path, frozen, data):
     three = tmp_path / "three"
     shutil.copytree(data, three)
@@ -413,6 +432,23 @@ def test_drop_path_follows_its_schedule(tmp_path, recipe, monkeypatch):
     monkeypatch.setattr(loop.Training, "step", watch)
     assert run(recipe, tmp_path / "out", "--set", "epochs=2", "drop_path_schedule={1: 0.6}") == 0
     assert dict(seen) == {0: pytest.approx(0.3), 1: pytest.approx(0.6)}
+
+
+@pytest.mark.parametrize(("off", "mixed"), [("null", [0, 1]), ("0", []), ("1", [0])])
+def test_mixup_ends_at_its_epoch(tmp_path, recipe, monkeypatch, off, mixed):
+    seen = []
+    step = loop.Training.step
+
+    def watch(self, batches):
+        mixup = self.mixup
+        self.mixup = lambda *batch: seen.append(self.state.epoch) or mixup(*batch)
+        loss = step(self, batches)
+        self.mixup = mixup
+        return loss
+
+    monkeypatch.setattr(loop.Training, "step", watch)
+    assert run(recipe, tmp_path / "out", "--set", "epochs=2", f"mixup_off_epoch={off}") == 0
+    assert sorted(set(seen)) == mixed
 
 
 def test_the_largest_rate_scales_with_the_images_of_an_update(tmp_path, recipe):
@@ -867,6 +903,14 @@ def test_a_training_goes_on_whole_in_another_folder(tmp_path, recipe, uninterrup
     assert same_training(out, uninterrupted)
     assert same_weights(out / "best.safetensors", uninterrupted / "best.safetensors")
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+
+
+def test_a_training_with_schedules_goes_on_in_another_folder(tmp_path, recipe):
+    """The weights hold the recipe as JSON, whose keys are text."""
+    changes = ("epochs=2", "drop_path_schedule={1: 0.2}", "train_size_schedule={1: 24}")
+    assert run(recipe, tmp_path / "old", "--set", *changes) == 0
+    assert run(recipe, tmp_path / "out", "--resume", str(tmp_path / "old" / "state.pt"), "--set", *changes) == 0
+    assert same_training(tmp_path / "old", tmp_path / "out")
 
 
 def test_a_finished_training_is_whole_in_another_folder(tmp_path, recipe, uninterrupted):

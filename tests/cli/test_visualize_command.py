@@ -162,6 +162,16 @@ def test_images_that_cannot_be_read_are_named_and_the_others_drawn(photo, tmp_pa
     assert not (tmp_path / "none").exists()
 
 
+def test_a_model_whose_cells_are_pixels(photo, tmp_path, capsys):
+    cells = {"stoken_size": [1, 1, 1, 1]}
+    model = timm.create_model("test_svit", num_classes=3, **cells)
+    save_model(tmp_path / "a.safetensors", model, "test_svit", recipe={"model_args": cells})
+    options = ["--model", "test_svit", "--checkpoint", str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "out")]
+    assert main([str(photo), *options]) == 1
+    assert "test_svit: expected at least one layer with cells of more than one pixel" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_name_that_is_no_text_is_drawn_too(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # takes it, as that of a tool does
     name = os.fsdecode(b"caf\xe9")

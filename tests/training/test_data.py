@@ -386,6 +386,16 @@ def test_torchvisions_cifar10(tmp_path, monkeypatch):
     torch.testing.assert_close(images, torch.tensor(pixels).view(10, 3, 32, 32) / 255 * 2 - 1)
 
 
+def test_classes_of_torchvisions_imagenet():
+    """Cranes are birds and machines: by its names a class would be lost, and all later ones get another's."""
+
+    class ImageNet:
+        wnids = ("n01440764", "n02012849", "n03126707")
+        class_to_idx = {"tench": 0, "Tinca tinca": 0, "crane": 2}
+
+    assert classes_of(ImageNet()) == ["n01440764", "n02012849", "n03126707"]
+
+
 def test_the_strongest_augmentation_works_with_this_pillow():
     """Posterizing at its full magnitude keeps no bit; the ImageNet recipes' magnitude gets there now and then."""
     image = image_data.digits("four", 0, 1)[0].convert("RGB")

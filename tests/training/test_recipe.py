@@ -1,5 +1,7 @@
 """Recipes: how they are read, changed and checked, and those that come with the project."""
 
+import json
+
 import pytest
 import timm
 
@@ -32,6 +34,41 @@ def test_changes_go_before_the_file_also_within_a_key(recipe):
     assert read.model_args == {"stem_stride": 2, "head_width": 16, "depths": [1, 1, 1, 2]}
     assert read.scale == [0.5, 1.0]
     assert read.drop_path_schedule == {2: 0.3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "rates"),
+    [
+        ([], {2: 24}, {1: 0.2, 3: 0.4}),
+        (["train_size_schedule={}", "drop_path_schedule={}"], {}, {}),
+        (["train_size_schedule={1: 20}"], {1: 20}, {1: 0.2, 3: 0.4}),
+        (["train_size_schedule.4=28", "drop_path_schedule.3=0.5"], {2: 24, 4: 28}, {1: 0.2, 3: 0.5}),
+        (["train_size_schedule={'5': 20}"], {5: 20}, {1: 0.2, 3: 0.4}),  # as JSON in the weights has it
+    ],
+)
+def test_a_schedule_takes_the_place_of_the_whole_one_before(recipe, changes, sizes, rates):
+    base = recipe("drop_path: 0.1\ndrop_path_schedule: {2: 0.3}\ntrain_size_schedule: {2: 24}", "base.yaml")
+    read = load_recipe(recipe(f"base: {base}\ndrop_path_schedule: {{1: 0.2, 3: 0.4}}"), changes)
+    assert (read.train_size_schedule, read.drop_path_schedule) == (sizes, rates)
+
+
+def test_a_mapping_is_set_whole_or_a_key_at_a_time(recipe):
+    name = recipe("opt_args: {eps: 1.0e-6, foreach: false}")
+    assert load_recipe(name, ["opt_args.eps=1e-5"]).opt_args == {"eps": 1e-5, "foreach": False}
+    assert load_recipe(name, ["opt_args={eps: 1e-5}"]).opt_args == {"eps": 1e-5}
+    assert load_recipe(name, ["opt_args={}"]).opt_args == {}
+    later = recipe(f"base: {name}\nopt_args: {{eps: 1.0e-5}}", "later.yaml")
+    assert load_recipe(later).opt_args == {"eps": 1e-5, "foreach": False}
+
+
+def test_recipes_from_json_and_older_ones_do_not_differ():
+    recipe = {**vars(Recipe()), "drop_path": 0.1, "drop_path_schedule": {260: 0.6}}
+    assert differences(recipe, json.loads(json.dumps(recipe))) == []
+    older = {key: value for key, value in recipe.items() if key != "train_size_schedule"}
+    assert differences(older, recipe) == differences(recipe, older) == []
+    assert differences(recipe, {**recipe, "drop_path_schedule": {260: 0.5}}) == [
+        "drop_path_schedule: {260: 0.6}, now {260: 0.5}"
+    ]
 
 
 @pytest.mark.parametrize(("text", "changes"), [("lr_batch: 16", []), ("", ["lr_batch=16"])])
@@ -83,6 +120,10 @@ def test_a_recipe_starts_from_another(recipe):
         ("opt: adamww", "opt: no optimizer 'adamww' in timm; did you mean .*adamw"),
         ("evaluate: ema", "evaluate: expected model, since ema is null, got 'ema'"),
         ("drop_path_schedule: {2: 0.1}", "drop_path: expected more than 0 with a drop_path_schedule"),
+        ("drop_path: 3", "drop_path: expected at least 0 and less than 1, got 3"),
+        ("drop_path: 0.1\ndrop_path_schedule: {2: 6}", "drop_path_schedule: expected .* less than 1, got {2: 6.0}"),
+        ("train_size_schedule: {-1: 32}", "train_size_schedule: expected epochs of at least 0, got {-1: 32}"),
+        ("base: [a]", r"base: expected a file or the name of a recipe, got \['a'\]"),
         ("train_size_schedule: {2: 0}", "train_size_schedule: expected sizes of at least 1, got {2: 0}"),
         ("lr: 1\nlr: 2", "found duplicate key lr .line 5"),
         ("lr: [1", "expected ',' or ']'.* .line"),
