@@ -83,8 +83,9 @@ clients: .venv-clients/installed
 	OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest tests/clients
 
 docs: .venv-docs/installed
+	.venv-docs/bin/python docs/explorer/build.py build/explorer
 	.venv-docs/bin/mkdocs build --strict
-	.venv-docs/bin/python docs/explorer/build.py site build/explorer
+	cp -R build/explorer/page/. site/explorer
 	@echo "Open site/index.html; the search and the explorer need a server: python -m http.server -d site"
 
 explorer: docs

@@ -84,12 +84,13 @@ def site(browser, packages, tmp_path_factory) -> Path:
             missing(f"{package}: pip install '.[docs,export]'")
     folder = tmp_path_factory.mktemp("site")
     for command in (
+        [SOURCES / "build.py", packages],
         ["-m", "mkdocs", "build", "--strict", "--site-dir", folder],
-        [SOURCES / "build.py", folder, packages],
     ):
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(packages / "page", folder / "explorer", dirs_exist_ok=True)
     return folder
 
 
@@ -534,6 +535,106 @@ def test_camera(visit):
     page.wait_for_function("explorer.result.name === 'rocket'")
 
 
+def test_a_camera_that_was_stopped_is_seen_at_another_size(visit):
+    page = visit("#size=128")
+    button = page.get_by_role("button", name="Camera")
+    button.click()
+    page.wait_for_function("explorer.result.name === 'camera'")
+    button.click()
+    page.locator("#explorer-size").fill("192")
+    page.wait_for_function("explorer.result.name === 'camera' && explorer.result.size === 192")
+    assert page.locator(".explorer-error").count() == 0
+
+
+def test_a_camera_that_comes_too_late_is_let_go(visit):
+    """While the browser asks, the visitor presses again, or chooses a sample."""
+    page = visit("#size=128")
+    page.evaluate(
+        """() => {
+        const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+        [window.streams, window.answers] = [[], []];
+        navigator.mediaDevices.getUserMedia = async (what) => {
+            await new Promise((resolve) => answers.push(resolve));
+            streams.push(await ask(what));
+            return streams.at(-1);
+        };
+    }"""
+    )
+    button = page.get_by_role("button", name="Camera")
+    button.click()
+    button.click()
+    page.get_by_role("button", name="Sample: a rocket").click()
+    page.wait_for_function("explorer.result.name === 'rocket'")
+    page.evaluate("answers.forEach((answer) => answer())")
+    page.wait_for_function("streams.length === 2")
+    page.wait_for_function("streams.flatMap((s) => s.getTracks()).every((track) => track.readyState === 'ended')")
+    assert page.evaluate("document.querySelector('#explorer-video').srcObject") is None
+    assert page.evaluate("explorer.result.name") == "rocket"
+
+
+def test_a_page_without_https_says_so(visit):
+    page = visit("#size=128")
+    page.evaluate("Object.defineProperty(navigator, 'mediaDevices', { value: undefined })")
+    page.get_by_role("button", name="Camera").click()
+    page.wait_for_selector(".explorer-error")
+    expected = "The camera does not start: this page has no access, which takes https"
+    assert page.inner_text("#explorer-status") == expected
+
+
+def test_another_size_while_a_photo_loads(visit):
+    page = visit("#size=128")
+    held = []
+    page.route("**/samples/rocket.jpg", lambda route: held.append(route))
+    page.get_by_role("button", name="Sample: a rocket").click()
+    page.locator("#explorer-size").fill("192")
+    page.wait_for_timeout(300)
+    for route in held:
+        route.continue_()
+    page.wait_for_function("explorer.result.name === 'rocket' && explorer.result.size === 192")
+
+
+def test_a_link_to_a_heading_leaves_the_photo(visit):
+    page = visit("#limits")
+    page.wait_for_timeout(400)
+    assert page.evaluate("location.hash") == "#limits"
+    upload(page, "mine.jpg", (ROOT / "docs/images/bccd.webp").read_bytes())
+    page.wait_for_function("explorer.result.name === 'mine.jpg'")
+    page.evaluate("location.hash = '#data'")
+    page.wait_for_timeout(400)
+    assert page.evaluate("location.hash") == "#data"
+    assert page.evaluate("explorer.result.name") == "mine.jpg"
+
+
+def test_keys_and_buttons_of_the_browser_are_left_to_it(visit):
+    page = visit("#size=128")
+    page.locator("#explorer-picture").focus()
+    before = page.evaluate("({...explorer.state})")
+    for key in ("Control+ArrowLeft", "Meta+ArrowUp"):
+        page.keyboard.press(key)
+    assert page.evaluate("explorer.state") == before
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("explorer.state.x") < before["x"]
+    page.locator("#explorer-picture").click(button="right")
+    assert page.locator(".explorer-held").count() == 0
+    page.locator("#explorer-picture").click()
+    assert page.locator(".explorer-held").count() == 1
+
+
+def test_a_program_that_does_not_load(browser, site):
+    with serving(site) as address:
+        context = browser.new_context()
+        context.route("**/worker.js", lambda route: route.abort())
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector(".explorer-error")
+        status = page.locator("#explorer-status")
+        assert status.inner_text().startswith("The model's program does not load. Reload the page")
+        status.evaluate("element => { element.textContent = ''; }")
+        page.get_by_role("button", name="Sample: a rocket").click()
+        assert status.inner_text().startswith("The model's program does not load. Reload the page")
+        context.close()
+
+
 def test_no_camera(visit):
     page = visit("#size=128")
     page.evaluate(
@@ -609,4 +710,4 @@ def test_build_without_npm(monkeypatch, tmp_path):
         missing(str(error))
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit, match="explorer: needs npm, which comes with Node.js"):
-        build.build(tmp_path, tmp_path)
+        build.build(tmp_path)

@@ -119,11 +119,16 @@ def main() -> None:
     parser.add_argument("--multiprocessors", type=int, default=132)
     parser.add_argument("--clock", type=float, default=1.755, help="GHz")
     args = parser.parse_args()
+    if args.listing and not args.listing.is_file():
+        parser.error(f"no such file: {args.listing}")
     listing = args.listing.read_text() if args.listing else sys.stdin.read()
     for name, code in parse(listing).items():
         if args.function not in name:
             continue
-        counted = count(code, args.trips)
+        try:
+            counted = count(code, args.trips)
+        except ValueError as error:
+            parser.error(f"{name}: {error}")
         issued = counted.total() * args.warps
         print(f"{name}: {len(code)} instructions in the listing")
         for i, (first, last) in enumerate(counted.loops):

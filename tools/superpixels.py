@@ -163,7 +163,21 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    args = parser().parse_args(argv)
+    options = parser()
+    args = options.parse_args(argv)
+    for file in filter(None, (args.report, args.plot)):  # before the work, not after
+        if not file.parent.is_dir():
+            options.error(f"there is no folder {file.parent}")
+    try:
+        compare(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Measures, prints, and writes what `args` names."""
     data = list(read_folder(args.folder))[: args.limit]
     rows = []
     for cell in args.cells:
@@ -190,7 +204,6 @@ def main(argv: list[str] | None = None) -> int:
             part.write_text(text + "\n", encoding="utf-8")
     if args.plot:
         plot(rows, args.plot)
-    return 0
 
 
 def plot(rows: list[dict], path: Path) -> None:

@@ -1,9 +1,9 @@
-"""Puts beside the page what its sources lack: the model, onnxruntime-web and the samples.
+"""Makes what the sources of the page lack: the model, onnxruntime-web and the samples.
 
-    python docs/explorer/build.py site build/explorer
+    python docs/explorer/build.py build/explorer
+    cp -R build/explorer/page/. site/explorer    # of the site that MkDocs has built
 
-The first folder is the site that MkDocs has built. The second gets the packages of npm. Needs the extras `docs` and
-`export`, and npm.
+The folder gets the packages of npm, and `page`. Needs the extras `docs` and `export`, and npm.
 """
 
 import json
@@ -35,9 +35,10 @@ SAMPLES = {
 }
 
 
-def build(site: Path, packages: Path) -> None:
-    """Writes to `site`/explorer; `packages` gets node_modules."""
-    folder = site / "explorer"
+def build(packages: Path) -> None:
+    """Writes to `packages`/page; `packages` gets node_modules."""
+    folder = packages / "page"
+    folder.mkdir(parents=True, exist_ok=True)
     add_runtime(folder, packages)
     add_model(folder)
     add_samples(folder / "samples")
@@ -46,7 +47,6 @@ def build(site: Path, packages: Path) -> None:
 def add_runtime(folder: Path, packages: Path) -> None:
     if shutil.which("npm") is None:
         sys.exit("explorer: needs npm, which comes with Node.js 18 or later: apt-get install npm")
-    packages.mkdir(parents=True, exist_ok=True)
     for name in ("package.json", "package-lock.json"):
         shutil.copy(SOURCES / name, packages)
     subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=packages, check=True)
@@ -74,4 +74,4 @@ def add_samples(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(*map(Path, sys.argv[1:3]))
+    build(Path(sys.argv[1]))

@@ -2,7 +2,7 @@
 
 import { drawPicture } from "./draw.js";
 import { assignment, attended, blend, neighbour } from "./regions.js";
-import { readLink, writeLink } from "./state.js";
+import { isLink, readLink, writeLink } from "./state.js";
 
 /**
  * What the worker found in a photo.
@@ -43,11 +43,17 @@ const status = part("status");
 
 let state = readLink(location.hash);
 /** @type {string[]} */ let classes = [];
-/** @type {Source | null} what the picture shows, or will show */ let source = null;
+/** @type {Source | null} what the picture will show */ let source = null;
+/** @type {Source | null} what it shows */ let shown = null;
 /** @type {Result | null} */ let result = null;
 /** @type {Source | null} */ let waiting = null;
+/** @type {Source | null} what the worker has */ let running = null;
 let busy = true;
+let broken = "";
 let held = false;
+/** Counts what was done to the camera: what a browser was asked for may come late. */
+let asked = 0;
+/** @type {HTMLCanvasElement | null} the last frame of a camera that was stopped */ let frame = null;
 
 const worker = new Worker(here("worker.js"), { type: "module" });
 worker.addEventListener("message", ({ data }) => {
@@ -55,15 +61,17 @@ worker.addEventListener("message", ({ data }) => {
   if (data.model) {
     classes = data.model.class_names.map((/** @type {string} */ name) => name.replaceAll("_", " "));
   } else if (data.error) {
+    giveUp(running);
     say(data.error, true);
   } else {
-    result = data;
+    [result, shown] = [data, running];
     showResult();
   }
   next();
 });
 worker.addEventListener("error", () => {
-  say("This browser cannot run the model: it needs WebAssembly and module workers.", true);
+  broken = "The model's program does not load. Reload the page; it needs a browser with WebAssembly and module workers.";
+  say(broken, true);
 });
 
 /** @param {string} text @param {boolean} error */
@@ -74,8 +82,14 @@ function say(text, error = false) {
 
 /** Shows a photo as soon as the worker is free. Of several that wait, the last one counts. @param {Source} photo */
 function show(photo) {
-  waiting = photo;
+  source = waiting = photo;
+  if (broken) say(broken, true);
   next();
+}
+
+/** A photo that cannot be shown: the picture stays as it is. @param {Source | null} photo */
+function giveUp(photo) {
+  if (source === photo) source = shown;
 }
 
 async function next() {
@@ -84,10 +98,11 @@ async function next() {
   [busy, waiting] = [true, null];
   try {
     const read = await photo.read();
-    source = photo;
+    running = photo;
     worker.postMessage({ source: read, name: photo.name, size: state.size }, read instanceof Blob ? [] : [read]);
   } catch (error) {
     busy = false;
+    giveUp(photo);
     say(`${photo.name}: ${/** @type {Error} */ (error).message}`, true);
     next();
   }
@@ -105,7 +120,6 @@ function showSample(name) {
       return answer.blob();
     },
   });
-  keepLink();
 }
 
 /** @param {Blob | null | undefined} photo */
@@ -116,24 +130,41 @@ function showFile(photo) {
 }
 
 async function startCamera() {
+  const mine = ++asked;
   try {
-    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    if (!navigator.mediaDevices) throw new Error("this page has no access, which takes https");
+    const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    if (mine !== asked) return stop(stream);
+    [video.srcObject, frame] = [stream, null];
     await video.play();
     camera.setAttribute("aria-pressed", "true");
     showFrame();
   } catch (error) {
+    if (mine !== asked) return;
     stopCamera();
-    say(`The camera does not start: ${/** @type {Error} */ (error)?.message ?? "this page has no access"}`, true);
+    say(`The camera does not start: ${/** @type {Error} */ (error).message}`, true);
   }
 }
 
 function showFrame() {
-  show({ name: "camera", read: () => createImageBitmap(video) });
+  show({ name: "camera", read: () => createImageBitmap(frame ?? video) });
 }
 
+/** @param {MediaStream} stream */
+function stop(stream) {
+  stream.getTracks().forEach((track) => track.stop());
+}
+
+/** The picture keeps the last frame, which can still be seen at another size. */
 function stopCamera() {
+  asked++;
   const stream = /** @type {MediaStream | null} */ (video.srcObject);
-  stream?.getTracks().forEach((track) => track.stop());
+  if (stream && video.videoWidth) {
+    frame = document.createElement("canvas");
+    [frame.width, frame.height] = [video.videoWidth, video.videoHeight];
+    frame.getContext("2d")?.drawImage(video, 0, 0);
+  }
+  if (stream) stop(stream);
   video.srcObject = null;
   camera.setAttribute("aria-pressed", "false");
 }
@@ -160,7 +191,7 @@ function showResult() {
     button.setAttribute("aria-pressed", String(button.dataset.name === result.name));
   }
   draw();
-  if (video.srcObject) requestAnimationFrame(showFrame);
+  if (video.srcObject) requestAnimationFrame(() => video.srcObject && showFrame());
 }
 
 /** What the picture shows at the point. */
@@ -252,6 +283,7 @@ picture.addEventListener("pointermove", (event) => {
   if (!held) point(event);
 });
 picture.addEventListener("pointerdown", (event) => {
+  if (event.button !== 0) return;
   held = event.pointerType === "mouse" && !held;
   picture.classList.toggle("explorer-held", held);
   point(event);
@@ -260,7 +292,7 @@ picture.addEventListener("keydown", (event) => {
   /** @type {Record<string, [number, number]>} */
   const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   const seen = look();
-  if (!(event.key in steps) || !seen) return;
+  if (!(event.key in steps) || !seen || event.altKey || event.ctrlKey || event.metaKey) return;
   event.preventDefault();
   const { side } = seen.found;
   const [x, y] = [seen.x + steps[event.key][0], seen.y + steps[event.key][1]];
@@ -274,7 +306,10 @@ size.addEventListener("input", () => change({ size: Number(size.value) }));
 borders.addEventListener("change", () => change({ borders: borders.checked }));
 shares.addEventListener("change", () => change({ shares: shares.checked }));
 for (const button of samples) {
-  button.addEventListener("click", () => showSample(String(button.dataset.name)));
+  button.addEventListener("click", () => {
+    showSample(String(button.dataset.name));
+    keepLink();
+  });
 }
 file.addEventListener("change", () => {
   showFile(file.files?.[0]);
@@ -288,7 +323,9 @@ root.addEventListener("drop", (event) => {
 });
 document.addEventListener("paste", (event) => showFile(event.clipboardData?.files[0]));
 window.addEventListener("hashchange", (event) => {
-  state = readLink(new URL(event.newURL).hash);
+  const { hash } = new URL(event.newURL);
+  if (!isLink(hash)) return;
+  state = readLink(hash);
   showState();
   showSample(state.sample);
   draw();

@@ -32,6 +32,16 @@ const VALID = {
 };
 
 /**
+ * Whether the part of an address after the page is one of ours, and not that of a heading.
+ *
+ * @param {string} hash
+ */
+export function isLink(hash) {
+  const keys = Array.from(new URLSearchParams(hash.replace(/^#/, "")).keys());
+  return keys.length === 0 || keys.some((key) => Object.hasOwn(DEFAULTS, key));
+}
+
+/**
  * Reads a link. What it does not say, or says wrongly, is as in DEFAULTS.
  *
  * @param {string} hash such as '#size=128&view=region'

@@ -296,10 +296,13 @@ def check_object(
         else:
             left_out.add(f"objects whose bbox lies outside its image; expected {BOX}", key)
     elif x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
-        beyond.append(key)
         x, y = max(x, 0), max(y, 0)
         w, h = min(box[0] + w, width) - x, min(box[1] + h, height) - y
         entry["bbox"] = [x, y, w, h]
+        if w < 1 or h < 1:
+            left_out.add(f"objects whose bbox has less than one pixel in its image; expected {BOX}", key)
+        else:
+            beyond.append(key)
 
     area = entry.get("area")
     if not (is_number(area) and area > 0) and w >= 1 and h >= 1:

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ class TimmBackbone(BaseModule):
                 stacklevel=2,
             )
             init_cfg = dict(type="Pretrained", checkpoint=pretrained)
+        check_init_cfg(init_cfg)
         super().__init__(init_cfg)
         self.arch = arch
         self.norm_eval = norm_eval
@@ -166,15 +168,11 @@ class TimmBackbone(BaseModule):
 
         Raises:
             CheckpointError: there is no such file, it cannot be read, or it does not fit the model.
-            ValueError: `init_cfg` is of another type than 'Pretrained'.
         """
         # The parent's method would call the model's own init_weights() after the weights are loaded.
         self._is_init = True
         if not self.init_cfg:
             return
-        kind = self.init_cfg.get("type") if isinstance(self.init_cfg, dict) else None
-        if kind not in ("Pretrained", PretrainedInit):
-            raise ValueError(f"init_cfg: expected dict(type='Pretrained', checkpoint=...), got {self.init_cfg!r}")
         self.load(self.init_cfg["checkpoint"], self.init_cfg.get("prefix"))
 
     def load(self, checkpoint: str, prefix: str | None = None) -> None:
@@ -225,6 +223,14 @@ def check_out_indices(out_indices: Sequence[int], model: Any, arch: str) -> tupl
     return indices
 
 
+def check_init_cfg(init_cfg: Any) -> None:
+    if not init_cfg:
+        return
+    good = isinstance(init_cfg, dict) and init_cfg.get("type") in ("Pretrained", PretrainedInit)
+    if not good or not isinstance(init_cfg.get("checkpoint"), str):
+        raise ValueError(f"init_cfg: expected dict(type='Pretrained', checkpoint=...), got {init_cfg!r}")
+
+
 def is_address(checkpoint: str) -> bool:
     return checkpoint.startswith(("http://", "https://"))
 
@@ -232,7 +238,9 @@ def is_address(checkpoint: str) -> bool:
 def find_checkpoint(checkpoint: str, arch: str) -> Path:
     """The file of a path or an address. A downloaded file is stored in PyTorch's cache folder."""
     if is_address(checkpoint):
-        file = Path(get_dir(), "checkpoints", checkpoint.rpartition("/")[2].partition("?")[0])
+        # The last part of an address names many files: model.safetensors is that of every model on the Hub.
+        name = checkpoint.rpartition("/")[2].partition("?")[0]
+        file = Path(get_dir(), "checkpoints", f"{sha256(checkpoint.encode()).hexdigest()[:16]}-{name}")
         file.parent.mkdir(parents=True, exist_ok=True)
         problem = None
         for mine in (is_main_process(), True):  # first the main process, then the processes on other machines

@@ -16,7 +16,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
-from svit.convert import CheckpointError, find_state_dict, load, read_state_dict, write_safetensors
+from svit.convert import CheckpointError, find_state_dict, is_finite, listing, load, read_state_dict, write_safetensors
 from svit.models.svit import WEIGHTS
 
 __all__ = [
@@ -73,7 +73,8 @@ def to_safetensors(checkpoint: str | Path, target: str | Path, dtype: torch.dtyp
         dtype: of the floating-point tensors.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or the target's name has another end.
+        CheckpointError: the checkpoint cannot be read, a number is too large for `dtype`, or the target's name ends in
+            another way.
     """
     target = Path(target)
     if target.suffix != ".safetensors":
@@ -84,6 +85,10 @@ def to_safetensors(checkpoint: str | Path, target: str | Path, dtype: torch.dtyp
         key: value.to(dtype) if value.is_floating_point() else value
         for key, value in find_state_dict(whole, Path(checkpoint)).items()
     }
+    lost = [key for key, value in weights.items() if not is_finite(value)]
+    if lost:
+        kind = str(dtype).removeprefix("torch.")
+        raise CheckpointError(f"{checkpoint}: not all numbers are finite as {kind}, those of {listing(lost)}")
     meta = whole.get("meta", {}).get("dataset_meta", {})
     write_safetensors(target, weights, {"dataset_meta": json.dumps(meta)})
 

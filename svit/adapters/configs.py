@@ -69,7 +69,7 @@ def load_config(name: str, options: dict[str, Any] | None = None, data_root: str
     if "model" not in config:
         raise ConfigError(f"{path}: expected a config of a detector or segmentor, it has no `model`")
     if data_root is not None:
-        if "data_root" not in config:
+        if not config.get("data_root"):
             raise ConfigError(f"{path}: has no data_root that {data_root} could replace")
         config = Config(move_data(config.to_dict(), str(config.data_root), data_root), filename=str(path))
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dist import all_reduce, barrier, get_comm_device, get_rank, get_world_size, is_main_process
+from mmengine.dist import all_reduce, barrier, broadcast, get_comm_device, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
@@ -20,7 +20,7 @@ from svit.convert import is_finite
 from svit.errors import InputError
 from svit.files import atomic_write
 
-__all__ = ["DivergedError", "FiniteCheckpointHook", "SeedHook", "StopHook", "Stopped", "seed_epochs"]
+__all__ = ["BuffersHook", "DivergedError", "FiniteCheckpointHook", "SeedHook", "StopHook", "Stopped", "seed_epochs"]
 
 
 class DivergedError(InputError):
@@ -158,6 +158,22 @@ class SeedHook(Hook):
     def before_train_epoch(self, runner: Runner) -> None:
         state = np.random.SeedSequence((runner.seed, runner.epoch, get_rank())).generate_state(1)
         set_random_seed(int(state[0]))
+
+
+class BuffersHook(Hook):
+    """Gives all processes the first one's buffers before a validation, so that it measures what a checkpoint holds.
+
+    Each process has BatchNorm statistics of its own images, also in a moving average (EMAHook), and the first one's are
+    saved. They do not act on a training.
+    """
+
+    priority = "VERY_HIGH"  # before EMAHook puts the average in the place of the model
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        averages = (hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook))
+        for model in (runner.model, *averages):
+            for buffer in model.buffers():
+                broadcast(buffer)
 
 
 @FUNCTIONS.register_module()

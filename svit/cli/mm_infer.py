@@ -13,14 +13,16 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import cv2
 import numpy as np
 from mmengine.config import Config, DictAction
+from mmengine.runner import CheckpointLoader
 from PIL import Image
 
 from svit.adapters.checkpoints import refuse_foreign_objects
-from svit.adapters.checks import check_backbone, check_checkpoint
+from svit.adapters.checks import check_backbone, check_checkpoint, classes_of, datasets, type_of
 from svit.adapters.configs import load_config
 from svit.adapters.images import first, problem_with
 from svit.errors import InputError
@@ -132,7 +134,9 @@ def detector(config: Config, checkpoint: str, device: str, score: float) -> Look
     from mmdet.apis import DetInferencer
 
     inferencer = DetInferencer(model=config, weights=checkpoint, device=device, show_progress=False)
-    classes = distinct(inferencer.model.dataset_meta["classes"])
+    meta = dataset_meta(config, checkpoint) or inferencer.model.dataset_meta
+    inferencer.model.dataset_meta = inferencer.visualizer.dataset_meta = meta
+    classes = distinct(meta["classes"])
 
     def look(image: np.ndarray) -> tuple[np.ndarray, str]:
         found = inferencer(bgr(image), return_datasamples=True)["predictions"][0]
@@ -151,7 +155,7 @@ def segmentor(config: Config, checkpoint: str, device: str, score: float) -> Loo
     from mmseg.apis import MMSegInferencer
 
     inferencer = MMSegInferencer(model=config, weights=checkpoint, device=device)
-    meta = inferencer.model.dataset_meta
+    meta = dataset_meta(config, checkpoint) or inferencer.model.dataset_meta
     classes = distinct(meta["classes"])
     inferencer.visualizer.set_dataset_meta(**meta)
     inferencer.visualizer.alpha = 0.8
@@ -166,6 +170,24 @@ def segmentor(config: Config, checkpoint: str, device: str, score: float) -> Loo
         return inferencer.visualizer.get_image(), ", ".join(shares)
 
     return look
+
+
+def dataset_meta(config: Config, checkpoint: str) -> dict[str, Any] | None:
+    """Names and colours of the classes: the config's, where the checkpoint has none. None leaves it to the library.
+
+    Without names mmdet takes COCO's, and mmseg those of Cityscapes.
+    """
+    whole = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
+    meta = whole.get("meta") or {}
+    if meta.get("dataset_meta") or meta.get("CLASSES"):
+        return None
+    for dataset in datasets((config.get("test_dataloader") or {}).get("dataset")):
+        if classes := classes_of(dataset):
+            own = dataset.get("metainfo") or {}
+            palette = own.get("palette") or getattr(type_of(dataset), "METAINFO", {}).get("palette")
+            some = np.random.default_rng(0).integers(0, 256, (len(classes), 3)).tolist()
+            return {"classes": tuple(classes), "palette": palette or [tuple(colour) for colour in some]}
+    return None
 
 
 def bgr(image: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ CONFIG is a file or the name of one that comes with the package, and so is CHECK
 
 import argparse
 import json
+import math
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     with refusals_as_errors(ValueError):
         if args.out and not args.out.parent.is_dir():  # before the work, not after
             raise InputError(f"--out: there is no folder {args.out.parent}")
+        if args.out and args.out.is_dir():
+            raise InputError(f"--out: expected a file, got the folder {args.out}")
         config = load_config(args.config, args.cfg_options, args.data_root)
         config.work_dir = args.work_dir or str(Path("work_dirs", Path(args.config).stem, "test"))
         config.launcher = args.launcher
@@ -64,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         metrics = runner.test()
     if args.out and runner.rank == 0:
         with atomic_write(args.out) as part:
-            part.write_text(json.dumps({k: float(v) for k, v in metrics.items()}, indent=2) + "\n")
+            # A class without objects has no AP: JSON knows no NaN.
+            found = {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
+            part.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 

@@ -27,7 +27,7 @@ from svit import processes
 from svit.adapters.checkpoints import find_checkpoint, refuse_foreign_objects
 from svit.adapters.checks import check_backbone, check_checkpoint, check_data
 from svit.adapters.configs import fit_to_machine, load_config
-from svit.adapters.saving import SeedHook, StopHook, Stopped, seed_epochs
+from svit.adapters.saving import BuffersHook, SeedHook, StopHook, Stopped, seed_epochs
 from svit.errors import InputError
 
 from .base import add_amp, make_parser
@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with processes.stop_signals() as signals, refusals_as_errors(UnpicklingError):
             runner.register_hook(StopHook(signals))
+            runner.register_hook(BuffersHook())
             if by_epoch:
                 runner.register_hook(SeedHook())
             runner.train()

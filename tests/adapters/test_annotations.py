@@ -324,6 +324,13 @@ def test_all_that_is_wrong_in_one_message(root):
     assert sorted(line.rpartition(": ")[2] for line in lines[1:]) == ["1", "2", "3"]
 
 
+def test_a_box_of_which_less_than_a_pixel_is_in_the_image_is_left_out(root):
+    found = content()
+    found["annotations"][1].update(bbox=[-5, 10, 5.4, 30], segmentation=[[0, 10, 0.4, 10, 0.4, 40]])
+    with pytest.raises(ConfigError, match="1 objects whose bbox has less than one pixel in its image; .*: 2"):
+        check(root, found)
+
+
 def test_what_boxes_alone_do_not_need(root):
     found = content()
     for entry in found["annotations"]:

@@ -303,6 +303,36 @@ def test_address(tmp_path, weights, monkeypatch):
     assert torch.equal(backbone.model.stem.layers[0].weight, weights["stem.layers.0.weight"])
 
 
+def test_addresses_whose_files_have_one_name(tmp_path, weights, monkeypatch):
+    """As on the Hub, where each is model.safetensors."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def download(url: str, file: str) -> None:
+        torch.save({key: value + url.count("two") for key, value in weights.items()}, file)
+
+    monkeypatch.setattr("svit.adapters.backbone.download_url_to_file", download)
+    for repo in ("one", "two"):
+        address = f"https://example.org/{repo}/resolve/main/weights.pth"
+        backbone = build(init_cfg=dict(type="Pretrained", checkpoint=address))
+        backbone.init_weights()
+        expected = weights["stem.layers.0.weight"] + (repo == "two")
+        assert torch.equal(backbone.model.stem.layers[0].weight, expected)
+
+
+@pytest.mark.parametrize(
+    "init_cfg",
+    [
+        [dict(type="Pretrained", checkpoint="a.pth")],
+        dict(type="Pretrained"),
+        dict(type="Pretrained", checkpoint=None),
+        dict(type="Xavier", layer="Conv2d"),
+    ],
+)
+def test_other_ways_to_begin_are_refused(init_cfg):
+    with pytest.raises(ValueError, match=r"init_cfg: expected dict\(type='Pretrained', checkpoint=...\), got "):
+        build(init_cfg=init_cfg)
+
+
 def test_address_that_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 

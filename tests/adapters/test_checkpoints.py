@@ -94,6 +94,14 @@ def test_to_safetensors_of_weights_that_share_memory(tmp_path):
     }
 
 
+def test_to_safetensors_of_numbers_too_large_for_the_dtype(tmp_path):
+    torch.save({"state_dict": {"bn.running_var": torch.tensor([1.0, 70000.0])}}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="a.pth: not all numbers are finite as float16, those of bn.running_var"):
+        to_safetensors(tmp_path / "a.pth", tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+    to_safetensors(tmp_path / "a.pth", tmp_path / "a.safetensors", torch.bfloat16)
+
+
 def test_to_safetensors_refuses(tmp_path):
     with pytest.raises(CheckpointError, match="target: expected a name that ends in .safetensors, got .*a.pth"):
         to_safetensors(checkpoint(tmp_path), tmp_path / "a.pth")

@@ -226,6 +226,9 @@ def test_load_config(tmp_path):
     (tmp_path / "bare.py").write_text("model = dict()\nsteps = [dict(end=1)]")
     with pytest.raises(ConfigError, match="has no data_root"):
         load_config(str(tmp_path / "bare.py"), data_root="/x")
+    (tmp_path / "nowhere.py").write_text("model = dict(a='')\ndata_root = ''\nfile = '/abs/b'")
+    with pytest.raises(ConfigError, match="has no data_root"):
+        load_config(str(tmp_path / "nowhere.py"), data_root="/x")
     assert load_config(str(tmp_path / "bare.py"), {"steps.0.end": 2}).steps == [dict(end=2)]
     for options in ({"steps.1.end": 2}, {"steps.end.a": 2}):
         with pytest.raises(ConfigError, match=re.escape(f"bare.py: does not take {options}: ")):

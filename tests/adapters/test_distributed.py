@@ -64,3 +64,38 @@ def test_gradients(tmp_path):
     for name, gradient in one.items():
         torch.testing.assert_close(other[name], gradient, rtol=1e-6, atol=1e-12, msg=name)
     assert sum(bool(g.abs().max() > 1e-6) for g in one.values()) > 0.9 * len(one)
+
+
+BUFFERS = """
+import sys
+from types import SimpleNamespace
+import torch
+import torch.distributed as dist
+from mmengine.hooks import EMAHook
+from mmengine.model import ExponentialMovingAverage
+from svit.adapters.saving import BuffersHook
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = torch.nn.BatchNorm2d(3)
+average = EMAHook()
+average.ema_model = ExponentialMovingAverage(model, update_buffers=True)
+model.running_mean += rank + 1
+average.ema_model.module.running_mean += rank + 3
+weight = model.weight.detach().clone()
+BuffersHook().before_val_epoch(SimpleNamespace(model=model, hooks=[average]))
+torch.save([model.running_mean, average.ema_model.module.running_mean], f"{sys.argv[1]}/{rank}.pth")
+del model, average
+dist.destroy_process_group()
+"""
+
+
+def test_all_processes_validate_what_is_saved(tmp_path):
+    (tmp_path / "step.py").write_text(BUFFERS)
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *two, str(tmp_path / "step.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        model, average = torch.load(tmp_path / f"{rank}.pth")
+        assert (model.tolist(), average.tolist()) == ([1.0] * 3, [3.0] * 3)

@@ -191,6 +191,22 @@ def test_blood_cells(tmp_path, capsys):
     assert shares(capsys.readouterr().out) == ["4 RBC, 1 WBC, 1 Platelets"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_without_names_of_classes(kind, request, tmp_path, capsys):
+    """The config names them; MMDetection would take COCO's, MMSegmentation those of Cityscapes."""
+    config, weights = request.getfixturevalue(kind)
+    photo().save(tmp_path / "a.png")
+    torch.save({"state_dict": torch.load(weights, weights_only=False)["state_dict"]}, tmp_path / "bare.pth")
+    changes = "test_dataloader.dataset.metainfo.classes=" + ",".join(f"kind{i}" for i in range(11))
+    if kind == "detector":
+        changes = "test_dataloader.dataset.metainfo.classes=kind0,kind1"
+    arguments = [config, str(tmp_path / "bare.pth"), str(tmp_path / "a.png"), "--out", str(tmp_path / "found.png")]
+    options = ["--score", "0", "--device", "cpu", "--cfg-options", changes]
+    assert command("mm-infer")([*arguments, *options]) == 0
+    (found,) = shares(capsys.readouterr().out)
+    assert re.fullmatch(r"(\d+%? kind\d+(, )?)+", found), found
+
+
 def test_two_classes_of_the_same_name(detector, tmp_path, capsys):
     """Each keeps its own count."""
     photo((96, 64)).save(tmp_path / "a.png")

@@ -69,6 +69,21 @@ def test_loops_and_weights(form):
         count(code, [3, 5, 7])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.sass"], "error: no such file: none.sass"),
+        (["--trips", "1", "2", "3"], "error: kernel: trips: expected at most 2, one for each loop, got 3"),
+    ],
+)
+def test_what_cannot_be_counted(arguments, message):
+    done = subprocess.run(
+        [sys.executable, TOOL, *arguments], input=listing("cuobjdump"), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 def test_command():
     options = ["--trips", "3", "5", "--warps", "4", "--grid", "132000", "--clock", "2"]
     command = [sys.executable, TOOL, *options]

@@ -528,6 +528,14 @@ def test_a_model_that_cannot_be_built_ends_no_other(monkeypatch):
     assert all(row["img/s"] > 0 for row in found if row["ok"])
 
 
+def test_ratios_are_to_the_first_model_or_none(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{gpu_check.ROOT}:{gpu_check.ROOT / 'tools'}")
+    setup = Setup(True, "", 2)
+    for names, expected in ((["no_such_model", "test_svit"], [None, None]), (["test_svit"], [1.0])):
+        found = list(models.run(setup, names, [16, 16], 2, False, ["eager"]))
+        assert [row["x first"] for row in found] == expected
+
+
 def test_rehearsal(tmp_path):
     """All of it, from start to end, by the command that a GPU gets."""
     command = [sys.executable, TOOL, "--rehearse", "--out", tmp_path]

@@ -1,9 +1,9 @@
+import re
+
 import numpy as np
 import pytest
 import superpixels
 from PIL import Image
-
-from svit.errors import InputError
 
 LEFT_RIGHT = np.repeat([[0, 0, 0, 1, 1, 1]], 6, 0)  # two segments of 18 pixels
 OFF = np.repeat([[0, 0, 1, 1, 1, 1]], 6, 0)  # the border one column too far to the left
@@ -79,7 +79,7 @@ def test_command(folder, capsys):
 
 
 @pytest.mark.parametrize("what", ["no images", "no segmentation", "another size"])
-def test_a_folder_that_cannot_be_used(folder, what):
+def test_a_folder_that_cannot_be_used(folder, what, capsys):
     if what == "no images":
         for image in (folder / "images").iterdir():
             image.unlink()
@@ -90,5 +90,12 @@ def test_a_folder_that_cannot_be_used(folder, what):
     else:
         np.savez(folder / "segmentations" / "0.npz", seg0=np.zeros((40, 63), np.uint16))
         message = r"expected \(40, 64\), the image's size, got \(40, 63\)"
-    with pytest.raises(InputError, match=message):
-        superpixels.main([str(folder), "--cells", "8"])
+    assert superpixels.main([str(folder), "--cells", "8"]) == 1
+    assert re.search(f"^error: .*{message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("option", ["--report", "--plot"])
+def test_a_report_that_has_no_place(folder, option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        superpixels.main([str(folder), option, str(folder / "none" / "a.svg")])
+    assert f"there is no folder {folder}/none" in capsys.readouterr().err

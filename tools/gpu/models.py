@@ -129,8 +129,8 @@ def compare(models: list["Model"], ways: list[str], setting: Setting, setup: Set
         for model in models:
             seconds = statistics.median(model.seconds[way]) if model.seconds[way] else None
             rate = seconds and setting.batch_size / seconds
-            if rate:
-                first.setdefault(way, rate)
+            if rate and model is models[0]:
+                first[way] = rate
             yield {
                 "setting": f"{'training' if setting.train else 'forward'} {setting.size[0]}x{setting.size[1]}, "
                 f"batch {setting.batch_size}",
@@ -140,7 +140,7 @@ def compare(models: list["Model"], ways: list[str], setting: Setting, setup: Set
                 "ms": seconds and 1e3 * seconds,
                 "floor ms": floor_of(model.spec, setting),
                 "peak MiB": model.memory.get(way),
-                "x first": rate and rate / first[way],
+                "x first": rate / first[way] if rate and way in first else None,
                 "ok": way not in model.errors,
                 "note": model.errors.get(way) or model.note,
             }
