@@ -73,7 +73,7 @@ def test_loops_and_weights(form):
     ("arguments", "message"),
     [
         (["none.sass"], "error: no such file: none.sass"),
-        (["--trips", "1", "2", "3"], "error: kernel: trips: expected at most 2, one for each loop, got 3"),
+        (["--trips", "1", "2", "3"], "error: kernel sm_90: trips: expected at most 2, one for each loop, got 3"),
     ],
 )
 def test_what_cannot_be_counted(arguments, message):
