@@ -10,6 +10,7 @@ An image is read when its batch comes, so the memory does not grow with the numb
 
 import glob
 import io
+import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,18 +83,19 @@ def find_photos(sources: Iterable[str], warn: Callable[[str], None] | None = Non
 def listed(source: str) -> list[str]:
     """The lines of a list, or the source itself."""
     if source == "-":
-        return lines(sys.stdin)
+        return lines(getattr(sys.stdin, "buffer", sys.stdin))
     if not source.startswith("@") or Path(source).exists():
         return [source]
     try:
-        with open(source[1:], encoding="utf-8") as file:
+        with open(source[1:], "rb") as file:
             return lines(file)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise FolderError(f"{source}: the list cannot be read ({error})") from error
 
 
-def lines(file: Iterable[str]) -> list[str]:
-    return [line.rstrip("\r\n") for line in file if line.strip()]
+def lines(file: Iterable[str | bytes]) -> list[str]:
+    """Names of files, which may be any bytes."""
+    return [os.fsdecode(line).rstrip("\r\n") for line in file if line.strip()]
 
 
 def photos_of(source: str, warn: Callable[[str], None] | None) -> list[Photo]:

@@ -132,7 +132,7 @@ def count(
     like = next(model.parameters(), torch.empty(0))
     image = torch.zeros(1, in_chans, *pair(img_size, "img_size"), device=like.device, dtype=like.dtype)
     flops = analysis(model, image)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), without_new_hooks(model), torch.no_grad():
         found = flops.by_module_and_operator()
     found = {
         name: {op: int(n) for op, n in ops.items() if attention_products or op in LAYERS} for name, ops in found.items()
@@ -144,6 +144,19 @@ def count(
         by_operator=found[""],
         unsupported=dict(flops.unsupported_ops()),
     )
+
+
+@contextmanager
+def without_new_hooks(model: nn.Module) -> Iterator[None]:
+    """Removes at the end the hooks that were registered inside. After an error fvcore leaves its own."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    before = [(getattr(module, kind), set(getattr(module, kind))) for module in model.modules() for kind in kinds]
+    try:
+        yield
+    finally:
+        for hooks, known in before:
+            for key in set(hooks) - known:
+                del hooks[key]
 
 
 @contextmanager

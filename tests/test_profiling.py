@@ -204,6 +204,17 @@ def test_model_is_left_as_it_was():
     with pytest.raises(ValueError, match="expected"):
         count(model, 64, in_chans=4)
     assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model.eval().fuse()
+
+
+def test_hooks_of_the_user_stay():
+    model = timm.create_model("test_svit")
+    seen = []
+    model.stem.register_forward_hook(lambda *args: seen.append(1))
+    count(model, 64)
+    assert len(model.stem._forward_hooks) == 1
+    assert seen
 
 
 def test_dtype_of_the_model():

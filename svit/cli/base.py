@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,21 @@ def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"svit {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def show(shape: Iterable[int]) -> str:
+    """Sizes as text: 224x224."""
+    return "x".join(map(str, shape))
+
+
+def check_file(parser: argparse.ArgumentParser, option: str, file: Path | None) -> None:
+    """Ends the command before the work, and not after, if the option names a file that cannot be written."""
+    if file and (file.is_dir() or not file.resolve().parent.is_dir()):
+        parser.error(f"{option}: expected a file in a folder that exists, got {file}")
 
 
 def at_least(least: int) -> Callable[[str], int]:

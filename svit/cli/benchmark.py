@@ -53,8 +53,18 @@ from svit.models import SViT
 from svit.ops import triton
 from svit.profiling import count
 
-from . import export
-from .base import add_amp, add_img_size, at_least, height_and_width, make_parser
+from . import export, install
+from .base import (
+    add_amp,
+    add_img_size,
+    at_least,
+    check_file,
+    choose_device,
+    first_line,
+    height_and_width,
+    make_parser,
+    out_of_memory_as_error,
+)
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 
@@ -133,7 +143,7 @@ def in_runtime(model: nn.Module, spec: str, setting: Setting) -> nn.Module:
     if setting.device != "cpu" or setting.train or setting.amp or setting.dtype != "float32":
         raise InputError(f"{spec}: --runtime {setting.runtime} is for inference in float32 on a CPU")
     try:
-        return Exported(model, (setting.batch_size, 3, *setting.size), EXPORTED[setting.runtime])
+        return Exported(export.fused(model), (setting.batch_size, 3, *setting.size), EXPORTED[setting.runtime])
     except InputError as error:
         raise InputError(f"{spec}: {error}") from error
     except ModuleNotFoundError as error:
@@ -467,8 +477,7 @@ def sizes_of(spec: str, setting: Setting) -> tuple[int, int | None]:
     try:
         found = count(model, setting.size)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"warning: {spec}: its MACs cannot be counted: {reason}", file=sys.stderr)
+        print(f"warning: {spec}: its MACs cannot be counted: {first_line(error)}", file=sys.stderr)
         return params, None
     for op, times in found.unsupported.items():
         print(f"warning: {spec}: {op} counts as 0 (runs {times} times)", file=sys.stderr)
@@ -504,6 +513,17 @@ def write_csv(rows: list[dict], path: Path) -> None:
         writer.writerows(rows)
 
 
+def check_plot(path: Path) -> None:
+    """Raises an InputError if matplotlib is missing or cannot write such a picture."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ModuleNotFoundError as error:
+        raise InputError(f"--plot: needs matplotlib: {install('visualize')}") from error
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in known:
+        raise InputError(f"--plot: expected a name that ends in {', '.join(known)}, got {path}")
+
+
 def plot(sweep: dict[tuple[int, int], list[dict]], path: Path) -> None:
     """Nanoseconds a pixel against the side of the image, one line a model."""
     import matplotlib
@@ -523,7 +543,8 @@ def plot(sweep: dict[tuple[int, int], list[dict]], path: Path) -> None:
     ax.set(xlabel="side of the image, pixels", ylabel="time per pixel, ns", ylim=(0, None))
     ax.grid(alpha=0.3)
     ax.legend()
-    fig.savefig(path, dpi=120)
+    with atomic_write(path) as part:
+        fig.savefig(part, dpi=120)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -557,8 +578,11 @@ def main(argv: list[str] | None = None) -> int:
     args = command_line.parse_args(argv)
     if args.plot and not args.sweep:
         command_line.error("--plot needs --sweep")
-    if args.csv and (args.csv.is_dir() or not args.csv.parent.is_dir()):  # before the work, not after
-        command_line.error(f"--csv: expected a file in a folder that exists, got {args.csv}")
+    for option in ("csv", "report", "plot"):
+        check_file(command_line, f"--{option}", getattr(args, option))
+    if args.plot:
+        check_plot(args.plot)
+    choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -569,11 +593,11 @@ def main(argv: list[str] | None = None) -> int:
     for size in sizes:
         setting = Setting(size, args.batch_size, args.train, args.amp, args.device, args.dtype)
         counted = {spec: sizes_of(spec, setting) for spec in args.models} if args.csv else {}
-        results[size] = compare(args.models, setting, args.runs, args.runtime)
+        with out_of_memory_as_error("lower --batch-size or --img-size"):
+            results[size] = compare(args.models, setting, args.runs, args.runtime)
         text = f"\n## {title(setting, args.runs)}\n\n{table(results[size])}\n"
         print(text)
         if args.report:
-            args.report.parent.mkdir(parents=True, exist_ok=True)
             with args.report.open("a") as report:
                 report.write(f"{text}\n{environment(args.device)}\n")
         if args.csv:

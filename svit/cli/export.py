@@ -46,6 +46,7 @@ from svit.files import atomic_write
 from svit.folders import find_images
 from svit.images import read_image
 from svit.layers import SuperTokenAttention
+from svit.models import SViT
 from svit.ops.super_token import graph
 from svit.visualize import WatchedLayer, batch_attention_weights, last_of_stages
 
@@ -54,9 +55,11 @@ from .base import (
     add_img_size,
     add_model_arguments,
     at_least,
+    first_line,
     height_and_width,
     make_model,
     make_parser,
+    show,
     warn_of_random_weights,
 )
 
@@ -194,7 +197,8 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, int, tuple[int, int]]:
 def fused(model: nn.Module) -> nn.Module:
     """The model with what folds exactly folded, as timm does for inference; as it is where it refuses."""
     try:
-        return reparameterize_model(model, inplace=True)
+        # timm folds child after child. An SViT refuses before it changes anything.
+        return model.fuse() if isinstance(model, SViT) else reparameterize_model(model, inplace=True)
     except ValueError as error:
         print(f"warning: norms and layer scales are not folded: {first_line(error)}", file=sys.stderr)
         return model
@@ -510,11 +514,3 @@ def compare_classes(run: Run, quantized: Run, batches: list[torch.Tensor], count
     if same < AGREEMENT * count or not actual.isfinite().all():
         raise InputError(f"the file is not kept; {result}; expected {AGREEMENT:.0%} of the images")
     print(result)
-
-
-def show(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -32,7 +32,7 @@ from svit.names import did_you_mean
 from svit.profiling import Count, count
 
 from . import install
-from .base import add_img_size, height_and_width, make_parser
+from .base import add_img_size, first_line, height_and_width, make_parser, show
 
 # Heads and detectors whose cost the paper prints, and in which of its settings.
 SETTINGS = {"MaskRCNN": "Mask R-CNN 1x", "CascadeRCNN": "Cascade Mask R-CNN 3x", "UPerHead": "UPerNet 160k"}
@@ -150,14 +150,6 @@ def measure(
     macs = built.published if attention_products else built.published_layers
     name = Path(name).stem if name.endswith(".py") else name
     return dict(zip(COLUMNS, (name, list(built.size), result.params, result.macs, macs), strict=True))
-
-
-def show(size: list[int] | tuple[int, ...]) -> str:
-    return "x".join(map(str, size))
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def modules(result: Count) -> str:

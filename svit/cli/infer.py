@@ -41,6 +41,7 @@ from .base import (
     add_img_size,
     add_model_arguments,
     at_least,
+    check_file,
     make_parser,
     open_model,
     out_of_memory_as_error,
@@ -103,8 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.out is None and (args.resume or args.format in BINARY):
         given = "--resume" if args.resume else args.format
         command.error(f"--out: expected a file with {given}, got none")
-    if args.out and not args.out.resolve().parent.is_dir():
-        command.error(f"--out: there is no folder {args.out.parent}")
+    check_file(command, "--out", args.out)
     if args.format == "parquet" and not importlib.util.find_spec("pyarrow"):
         raise InputError(f"--format parquet: needs pyarrow: {install('parquet')}")
     return args

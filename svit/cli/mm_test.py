@@ -23,7 +23,7 @@ from svit.adapters.configs import load_config
 from svit.errors import InputError
 from svit.files import atomic_write
 
-from .base import make_parser
+from .base import check_file, make_parser
 from .mm_train import add_checkpoint, add_common_arguments, drop_start_weights, refusals_as_errors, start_processes
 
 
@@ -41,13 +41,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    args = parser().parse_args(argv)
+    command_line = parser()
+    args = command_line.parse_args(argv)
+    check_file(command_line, "--out", args.out)
     refuse_foreign_objects()
     with refusals_as_errors(ValueError):
-        if args.out and not args.out.parent.is_dir():  # before the work, not after
-            raise InputError(f"--out: there is no folder {args.out.parent}")
-        if args.out and args.out.is_dir():
-            raise InputError(f"--out: expected a file, got the folder {args.out}")
         config = load_config(args.config, args.cfg_options, args.data_root)
         config.work_dir = args.work_dir or str(Path("work_dirs", Path(args.config).stem, "test"))
         config.launcher = args.launcher

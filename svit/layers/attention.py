@@ -8,13 +8,14 @@ from timm.layers import LayerNorm2d, use_fused_attn
 from torch import nn
 
 from svit.ops import _dispatch, sample, spread, super_token_attention
+from svit.ops._checks import is_integer, positive_int
 from svit.ops._dispatch import Plan, choose_plan, exporting, transformed
 from svit.ops._numerics import autocast_dtype
 from svit.ops.attention.composition import attention_half
 from svit.ops.super_token import graph
 
 from . import folding
-from .checks import check_map, pair, positive_int
+from .checks import check_map, pair
 from .fusing import (
     DROPS,
     default_backend,
@@ -76,8 +77,8 @@ class SuperTokenAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
+        if not is_integer(num_heads) or num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads!r}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim = int(dim)
         self.num_heads = int(num_heads)
@@ -230,7 +231,7 @@ class SuperTokenAttention(nn.Module):
             # of the dropout layer do not run then; `timm.layers.set_fused_attn(False)` makes them run.
             fused = fused and not transformed() and type(self.attn_drop) is nn.Dropout
         if fused:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0)
         else:
             attn = torch.matmul(q * d**-0.5, k.transpose(-1, -2)).softmax(-1)
             x = torch.matmul(self.attn_drop(attn), v)

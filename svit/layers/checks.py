@@ -15,15 +15,6 @@ def check_map(x: torch.Tensor, channels: int) -> torch.Tensor:
     return x
 
 
-def positive_int(value: int, name: str) -> int:
-    """`value`, an int or a NumPy integer of at least 1, as an int."""
-    if not is_integer(value):
-        raise ValueError(f"{name}: expected at least 1, got {value!r}, which is no integer")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value!r}")
-    return int(value)
-
-
 def plain_ints(values: Iterable[Any]) -> list[Any]:
     """`values` with NumPy integers as int, since TorchScript takes no other integers."""
     return [int(v) if is_integer(v) else v for v in values]

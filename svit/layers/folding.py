@@ -8,7 +8,6 @@ import copy
 from typing import TypeVar, cast
 
 import torch
-from timm.layers import DropPath
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -20,7 +19,6 @@ from .fusing import is_plain_pointwise, runs_stock_forward
 
 # Exactly these classes: a subclass may compute something else (BatchNormAct2d has an activation).
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-DROPS: tuple[type[nn.Module], ...] = (nn.Dropout, DropPath, nn.Identity)
 
 Stock = TypeVar("Stock", bound=nn.Module)
 

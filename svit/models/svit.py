@@ -158,7 +158,7 @@ class Block(nn.Module):
                 continue
             scale = folding.expect_stock(self, name, LayerScale).gamma.flatten()
             module = copy.deepcopy(folding.expect_stock(self, part, kind))
-            folding.expect_stock(self, f"{part}.{drop}", *folding.DROPS)  # a factor commutes with dropout
+            folding.expect_stock(self, f"{part}.{drop}", *DROPS)  # a factor commutes with dropout
             setattr(module, conv, folding.folded_after(self, f"{part}.{conv}", scale))
             found |= {part: module, name: nn.Identity()}
         return found

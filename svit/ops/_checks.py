@@ -13,7 +13,7 @@ def checked() -> bool:
 
 
 def expect_map(x: Tensor, name: str = "x") -> None:
-    if x.dim() != 4 or x.shape[1] < 1 or x.shape[2] < 1 or not x.is_floating_point():
+    if x.dim() != 4 or min(x.shape[1:]) < 1 or not x.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point map (B, H, W, C), got {list(x.shape)} {x.dtype}")
 
 
@@ -22,8 +22,17 @@ def is_integer(value: object) -> bool:
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
+def positive_int(value: int, name: str) -> int:
+    """`value`, an int or a NumPy integer of at least 1, as an int."""
+    if not is_integer(value):
+        raise ValueError(f"{name}: expected at least 1, got {value!r}, which is no integer")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value!r}")
+    return int(value)
+
+
 def expect_cell(cell: Sequence[int]) -> None:
-    if len(cell) != 2 or not all(is_integer(n) and n >= 1 for n in cell):
+    if not isinstance(cell, Sequence) or len(cell) != 2 or not all(is_integer(n) and n >= 1 for n in cell):
         raise ValueError(f"cell: expected a height and a width of at least 1, got {cell!r}")
 
 

@@ -46,12 +46,14 @@ def autocasts(device: str) -> bool:
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which autocast runs convolutions and products of x, or the dtype of x if autocast is off."""
+    """The dtype in which autocast runs convolutions and products of x: that of x if it is off, or x is float64."""
+    if x.dtype == torch.float64:
+        return x.dtype
     device = x.device.type  # `autocasts`, inlined: every step of a model calls this
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else x.dtype
 
 
 def to_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
-    """x in autocast's dtype. float64 stays float64."""
-    return x if x.dtype == torch.float64 else x.to(autocast_dtype(x))
+    """x in autocast's dtype."""
+    return x.to(autocast_dtype(x))

@@ -11,6 +11,9 @@ from torch.autograd import forward_ad
 
 from . import _dispatch
 
+# Without AVX512 or the like oneDNN refuses what PyTorch's own convolution computes.
+BFLOAT16 = hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 
 def usable(
     op: str, x: torch.Tensor, hidden: int = 0, residual: bool = True, weights: Sequence[torch.Tensor] = ()
@@ -25,10 +28,12 @@ def usable(
         return False, "torch.func or forward-mode AD is at work"
     if x.device.type != "cpu":
         return False, f"x is on {x.device.type}"
-    autocasts = torch.is_autocast_enabled("cpu")
+    autocasts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cpu") if autocasts else x.dtype
     if dtype not in (torch.float32, torch.bfloat16):
         return False, f"it computes in float32 and bfloat16, not in {dtype}"
+    if dtype == torch.bfloat16 and not BFLOAT16:
+        return False, "this CPU has no instructions for bfloat16"
     if not (torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
         return False, "this PyTorch has no oneDNN, or it is switched off"
     if torch._C._len_torch_dispatch_stack() > 0:
@@ -84,7 +89,7 @@ def convolution(
         gelu: apply the GELU.
         residual: map (B, C', H', W') to add, in the dtype of x, or None.
         packed: keeps the weight in oneDNN's layout. It notices a change of the weight by its version. It notices a
-            change through `weight.data` only if one of C' sampled values changes, one for each output channel.
+            change through `weight.data` only if the first value of an output channel changes.
 
     Returns:
         map (B, C', H', W'), channels-last if x is.
@@ -92,8 +97,7 @@ def convolution(
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     if packed is not None and dense and not weight.is_inference() and x.numel() and weight.numel():
         key = weight.data_ptr(), weight._version, weight.dtype, x.shape
-        step = weight.stride(0) + 1
-        values = weight.as_strided(((weight.numel() - 1) // step + 1,), (step,))
+        values = weight.as_strided((weight.shape[0],), (weight.stride(0),))  # the first of each output channel
         kept = packed.kept
         if kept is None or kept[0] != key or not torch.equal(kept[1], values):
             weight = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]  # its stub lacks the last

@@ -340,6 +340,31 @@ def test_csv_needs_its_folder(run, capsys):
         assert f"--csv: expected a file in a folder that exists, got {path}\n" in capsys.readouterr().err
 
 
+def test_places_of_results_are_checked_before_the_work(run, capsys):
+    for option in (["--report"], ["--sweep", "32", "--plot"]):
+        with pytest.raises(SystemExit, match="2"):
+            run("test_svit", *option, "none/a.png")
+        assert "expected a file in a folder that exists, got none/a.png\n" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"--plot: expected a name that ends in .*png.*, got a.foo"):
+        benchmark.main(["test_svit", "--sweep", "32", "--plot", "a.foo"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(InputError, match="--device: cuda cannot be used: "):
+        benchmark.main(["test_svit", "--device", "cuda"])
+
+
+def test_exported_programs_are_folded_as_by_export(monkeypatch):
+    made = []
+    monkeypatch.setattr(benchmark, "Exported", lambda model, shape, form: made.append(model))
+    for spec in ("test_svit", "folded:test_svit", "maps:test_svit", "repvgg_a0"):
+        benchmark.build(spec, replace(SETTING, runtime="onnxruntime"))
+    norms = (torch.nn.BatchNorm2d,)
+    assert not any(isinstance(module, norms) for model in made[:2] for module in model.stages.modules())
+    assert not any(isinstance(module, norms) for module in made[3].stages.modules())
+
+
 @pytest.mark.parametrize(
     "arguments",
     [[], ["test_svit", "--img-size", "0"], ["test_svit", "--plot", "x.png"], ["test_svit", "--runs", "0"]],

@@ -147,6 +147,26 @@ def test_lists_patterns_and_tar_files(digits, run, tmp_path, monkeypatch):
     assert err.startswith(f"error: {tmp_path}/shard.tar/00002.png: cannot be read")
 
 
+def test_lists_with_a_name_that_is_no_text(digits, run, tmp_path, monkeypatch):
+    name = str(tmp_path).encode() + b"/caf\xe9.png"
+    shutil.copy(digits.files[0], name)
+    (tmp_path / "list.txt").write_bytes(name + b"\r\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(name + b"\n"), encoding="utf-8"))
+    status, out, err = run(f"@{tmp_path}/list.txt", "-", "--format", "json")
+    assert (status, err) == (0, "")
+    assert [image["image"] for image in json.loads(out)] == 2 * [os.fsdecode(name)]
+
+
+@pytest.mark.parametrize("out", [".", "folder", "none/a.csv"])
+def test_a_place_that_takes_no_file(digits, tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        main([str(digits.files[0]), "--model", "test_svit", "--out", out])
+    assert f"--out: expected a file in a folder that exists, got {out}\n" in capsys.readouterr().err
+    assert os.listdir() == ["folder"]
+
+
 class Broken(Exception):
     """The end of a process, in a test."""
 

@@ -173,6 +173,8 @@ def test_no_attention_map_in_memory():
     ("kwargs", "message"),
     [
         (dict(num_heads=3), r"num_heads: expected a divisor of dim 8, got 3"),
+        (dict(num_heads=1.5, dim=3), "num_heads: expected a divisor of dim 3, got 1.5"),
+        (dict(num_heads=True), "num_heads: expected a divisor of dim 8, got True"),
         (dict(num_heads=0), r"num_heads: expected a divisor of dim 8, got 0"),
         (dict(stoken_size=0), r"stoken_size: expected a positive int or a pair of them, got 0"),
         (dict(stoken_size=(2, 2, 2)), r"stoken_size: .* got \(2, 2, 2\)"),
@@ -185,6 +187,21 @@ def test_no_attention_map_in_memory():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         SuperTokenAttention(**{"dim": 8, "num_heads": 2, **kwargs})
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("drops", [False, True])
+def test_dropout_is_in_the_mode_of_its_module(fused, drops):
+    """So that Monte Carlo dropout can turn it on alone."""
+    set_fused_attn(fused)
+    try:
+        layer = SuperTokenAttention(8, 2, 2, attn_drop=0.5)
+    finally:
+        set_fused_attn(True)
+    layer.train(not drops)
+    layer.attn_drop.train(drops)
+    x = torch.randn(1, 8, 8, 8)
+    assert torch.equal(layer(x), layer(x)) == (not drops)
 
 
 @pytest.mark.parametrize("shape", [(8, 4, 4), (1, 4, 4, 4), (1, 8, 0, 4), (1, 8, 4, 0)])

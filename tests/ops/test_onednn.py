@@ -74,6 +74,7 @@ CHANGES = {
     "in place": lambda w: w.mul_(2),
     "through .data": lambda w: w.data.mul_(2),
     "one channel through .data": lambda w: w.data[1].zero_(),
+    "a later channel through .data": lambda w: w.data[w.shape[1]].mul_(99),
     "another tensor": lambda w: setattr(w, "data", w.data * 2),
     "copied": lambda w: w.copy_(w.flip(0)),
 }
@@ -129,6 +130,24 @@ def test_copies_and_files_hold_no_layout():
             assert not torch.equal(again(x), expected)
             assert torch.equal(model(x), expected)
         assert list(model.state_dict()) == keys
+
+
+def test_a_cpu_without_bfloat16(monkeypatch):
+    monkeypatch.setattr(onednn, "BFLOAT16", False)
+    with torch.inference_mode():
+        x = torch.randn(1, 8, 8, 8)
+        assert onednn.usable("conv_ffn", x) == (True, "")
+        assert onednn.usable("conv_ffn", x.bfloat16()) == (False, "this CPU has no instructions for bfloat16")
+        model, x = build().bfloat16().fuse(), torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)
+        assert calls(model, x) == 0
+
+
+def test_float64_stays_so_under_autocast():
+    model, x = build().double(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_other_dtypes_and_a_nan():

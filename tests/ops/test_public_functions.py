@@ -29,6 +29,8 @@ def test_integers_of_numpy():
         (lambda: sample(X.int(), CELL), "x: expected a floating-point map .* torch.int32"),
         (lambda: sample(X[:, :0], CELL), r"x: .* got \[2, 0, 9, 16\]"),
         (lambda: sample(X, (4, 0)), r"cell: expected .* got \(4, 0\)"),
+        (lambda: sample(X, 4), "cell: expected .* got 4"),
+        (lambda: sample(X[..., :0], (4, 4)), "x: expected a floating-point map"),
         (lambda: sample(X, (4.0, 4)), r"cell: expected .* got \(4.0, 4\)"),
         (lambda: sample(X, (4, 4, 4)), "cell: expected"),
         (lambda: sample(X, (True, 4)), r"cell: expected .* got \(True, 4\)"),

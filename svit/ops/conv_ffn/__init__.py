@@ -53,7 +53,7 @@ def conv_ffn(
         check_conv_ffn(*tensors)
     differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if differentiates or choose("conv_ffn", x, backend, hidden=weight1.shape[0]) == "reference":
-        return reference.conv_ffn(*tensors, depthwise=partial(depthwise3x3, backend=backend))
+        return reference.conv_ffn(*tensors, depthwise=partial(depthwise3x3, backend=backend)).to(x.dtype)
     return torch.ops.svit.conv_ffn(*tensors, backend)
 
 

@@ -38,7 +38,7 @@ def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, ba
             check_depthwise(x, weight, bias, gelu)
         # The result is a residual stream's, so it keeps the dtype of x on every backend, also under autocast.
         if choose("depthwise3x3", x, backend) == "reference":
-            return reference.depthwise3x3(x, weight, bias, gelu)
+            return reference.depthwise3x3(x, weight, bias, gelu).to(x.dtype)
         return torch.ops.svit.depthwise3x3(x, weight, bias, gelu, backend)
 
 

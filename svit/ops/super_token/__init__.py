@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svit.ops._checks import checked, expect, expect_cell, expect_map, is_integer
+from svit.ops._checks import checked, expect, expect_cell, expect_map, positive_int
 from svit.ops._dispatch import choose
 from svit.ops._numerics import to_autocast_dtype
 
@@ -37,7 +37,7 @@ def associate(x: Tensor, s: Tensor, cell: tuple[int, int], backend: str | None =
         backend: see above.
 
     Returns:
-        q (B, hh, ww, 9, P), in the dtype of x.
+        q (B, hh, ww, 9, P), in the dtype of x (under autocast: autocast's).
 
     Raises:
         ValueError: an argument of another shape, dtype or device, or a backend that does not serve them.
@@ -101,7 +101,7 @@ def spread(
         backend: see above.
 
     Returns:
-        map (B, H, W, C), in the dtype of the residual, or of s without one.
+        map (B, H, W, C), in the dtype of the residual, or without one that of s (under autocast: autocast's).
 
     Raises:
         ValueError: an argument of another shape or device, a q that requires grad (see `aggregate`), or a backend that
@@ -118,9 +118,9 @@ def spread(
             expect(q, "q", (s.shape[0], s.shape[1], s.shape[2], 9, cell[0] * cell[1]), s)
             if residual is not None:
                 expect(residual, "residual", (s.shape[0], size[0], size[1], s.shape[3]), s)
+        s = to_autocast_dtype(s)
         if choose("spread", s, backend) == "reference":
             return reference.spread(s, q, cell, size, residual)
-        s = to_autocast_dtype(s)
         return torch.ops.svit.spread(s, q.to(s.dtype), cell, size, residual, backend)
 
 
@@ -160,7 +160,7 @@ def sample(
         return s, q
     else:
         expect_cell(cell)
-        expect_rounds(n_iter)
+        positive_int(n_iter, "n_iter")
         if checked():
             check_sample(x, cell, n_iter, weight, bias, eps)
         if differentiable:
@@ -198,13 +198,6 @@ def expect_size(size: Sequence[int], s: Tensor, cell: Sequence[int]) -> None:
         raise ValueError(f"size: expected H, W of {list(s.shape[1:3])} cells of {list(cell)}, got {list(size)}")
 
 
-def expect_rounds(n_iter: int) -> None:
-    if not is_integer(n_iter):
-        raise ValueError(f"n_iter: expected at least 1, got {n_iter!r}, which is no integer")
-    if n_iter < 1:
-        raise ValueError(f"n_iter: expected at least 1, got {n_iter}")
-
-
 def expect_reference(backend: str | None) -> None:
     if backend not in (None, "reference"):
         raise ValueError(f"backend: expected 'reference' or None with differentiable=True, got {backend!r}")
@@ -227,7 +220,7 @@ def check_sample(
 ) -> None:
     expect_map(x)
     expect_cell(cell)
-    expect_rounds(n_iter)
+    positive_int(n_iter, "n_iter")
     expect_norm(weight, bias, x)
 
 

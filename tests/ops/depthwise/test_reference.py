@@ -34,6 +34,14 @@ def test_depthwise_in_16_bit_keeps_the_digits_of_its_centre_tap():
     assert y.item() == 256.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_depthwise_keeps_the_dtype_under_autocast(dtype):
+    x = torch.randn(1, 4, 4, 2, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = depthwise3x3(x, torch.randn(2, 1, 3, 3), torch.randn(2))
+    assert y.dtype == dtype
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 def test_gradients_of_depthwise(gelu):
     x = torch.randn(1, 4, 3, 2, dtype=torch.float64, requires_grad=True)
