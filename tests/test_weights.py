@@ -76,7 +76,7 @@ def test_logits_of_a_photograph():
         probabilities = model(image[None])[0].softmax(0)
     assert image.shape == (3, 128, 128)
     found = {model.pretrained_cfg["label_names"][i]: p for p, i in zip(*map(list, probabilities.topk(3)), strict=True)}
-    expected = {"golden_retriever": 0.3340, "dingo": 0.2941, "border_terrier": 0.0728}
+    expected = {"dingo": 0.7789, "golden_retriever": 0.0393, "border_terrier": 0.0354}
     assert found == pytest.approx(expected, abs=2e-3)
 
 
