@@ -83,8 +83,6 @@ def convert(
         raise CheckpointError(f"{target}: expected a name that ends in {suffix}, since {source} has {layout}")
     name = find_model(source, state_dict, original, model, num_classes)
 
-    # torch.save would write the full storage of a slice.
-    state_dict = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state_dict.items()}
     write_state_dict(target, from_original(state_dict) if original else to_original(state_dict))
     return name
 
@@ -226,11 +224,17 @@ def write_safetensors(
     target: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     """Writes tensors and text about them, whole or not at all."""
-    # The format takes neither strided nor shared tensors.
-    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     with atomic_write(target) as part:
         # Not `save_file`, which makes a file that only its owner can read.
-        part.write_bytes(safetensors.torch.save(tensors, {"format": "pt", **metadata}))
+        part.write_bytes(safetensors.torch.save(standalone(tensors), {"format": "pt", **metadata}))
+
+
+def standalone(tensors: Mapping[str, torch.Tensor]) -> StateDict:
+    """Copies of tensors on the CPU, contiguous, none in another's memory.
+
+    Safetensors takes no others, and torch.save would write the full storage of a slice.
+    """
+    return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
 
 
 def write_state_dict(target: Path, state_dict: StateDict) -> None:
@@ -240,6 +244,6 @@ def write_state_dict(target: Path, state_dict: StateDict) -> None:
             write_safetensors(target, state_dict)
         else:
             with atomic_write(target) as part:
-                torch.save({"model": state_dict}, part)
+                torch.save({"model": standalone(state_dict)}, part)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise CheckpointError(f"{target}: cannot be written ({error})") from error

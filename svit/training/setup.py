@@ -117,10 +117,8 @@ def make_loaders(
     transform = eval_transform(preprocessing)
     val = Loader(splits.val, transform, r.batch_size, training=False, reopen=splits.reopen_val, **common)
     transform = training_transform(r, preprocessing, r.train_size)
-    common["transform_schedule"] = {
-        e: training_transform(r, preprocessing, size) for e, size in r.train_size_schedule.items()
-    }
-    common.update(reopen=splits.reopen_train, repeats=r.repeated_augmentation)
+    schedule = {epoch: training_transform(r, preprocessing, size) for epoch, size in r.train_size_schedule.items()}
+    common.update(reopen=splits.reopen_train, repeats=r.repeated_augmentation, transform_schedule=schedule)
     return Loader(splits.train, transform, r.batch_size, training=True, **common), val
 
 
