@@ -24,5 +24,5 @@ env_cfg = dict(
 load_from = None
 resume = False
 
-# mm_test.py --tta: the paper's multi-scale figures
+# svit mm-test --tta: the paper's multi-scale figures
 tta_model = dict(type="SegTTAModel")

@@ -131,10 +131,9 @@ def check_annotations(
     """Checks every entry, and corrects `content` in place if an error has one right correction.
 
     It corrects: missing `width` and `height` of an image, from its file; a missing box, from the mask; boxes that
-        extend
-    beyond the image, cropped at its edge; a missing `area`, from the mask or the box; a missing `iscrowd`, to 0; ids of
-    annotations that are no positive whole numbers (the evaluation would count no match); polygons of one or two points
-    beside others; a single polygon that is not in a list.
+    extend beyond the image, cropped at its edge; a missing `area`, from the mask or the box; a missing `iscrowd`, to 0;
+    ids of annotations that are no positive whole numbers (the evaluation would count no match); polygons of one or two
+    points beside others; a single polygon that is not in a list.
 
     Args:
         content: the result of `read_annotations`.

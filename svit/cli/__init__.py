@@ -56,7 +56,7 @@ EXAMPLES = """
 first steps:
   svit train digits                   a model of handwritten digits, in two minutes
   svit train --list                   all recipes
-  svit infer photo.jpg --model svit_nano_32.cifar10
+  svit infer photo.jpg --model svit_nano.photos20
                                       with weights that come with the package
   svit COMMAND --help                 options and examples of a command
 """

@@ -21,7 +21,6 @@ with noise. ExecuTorch runs on all cores, whatever --threads says.
 """
 
 import argparse
-import csv
 import datetime
 import math
 import os
@@ -48,7 +47,7 @@ from torch.export import ExportedProgram
 import svit
 from svit.checkpoints import create_model, size_argument
 from svit.errors import InputError
-from svit.files import atomic_write
+from svit.files import atomic_write, write_csv
 from svit.models import SViT
 from svit.ops import triton
 from svit.profiling import count
@@ -506,13 +505,6 @@ def csv_row(row: dict, setting: Setting, params: int, macs: int | None) -> dict:
     }
 
 
-def write_csv(rows: list[dict], path: Path) -> None:
-    with atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def check_plot(path: Path) -> None:
     """Raises an InputError if matplotlib is missing or cannot write such a picture."""
     try:
@@ -603,7 +595,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.csv:
             csv_rows += [csv_row(row, setting, *counted[row["model"]]) for row in results[size]]
     if args.csv:
-        write_csv(csv_rows, args.csv)
+        write_csv(args.csv, csv_rows)
     if args.plot:
         plot(results, args.plot)
     return 0

@@ -10,8 +10,6 @@ Convolution and linear layers count, and attention's products, a multiply-accumu
 """
 
 import argparse
-import csv
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -27,7 +25,7 @@ from torch import nn
 from svit import published
 from svit.checkpoints import pretrained_cfg, size_argument
 from svit.errors import InputError
-from svit.files import atomic_write
+from svit.files import atomic_write, write_csv
 from svit.names import did_you_mean
 from svit.profiling import Count, count
 
@@ -68,11 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     builders = {name: builder(name, img_size) for name in args.models}
     if target and not target.parent.is_dir():  # before the work, not after
         raise InputError(f"{target}: there is no folder {target.parent}")
+    if target and target.is_dir():
+        raise InputError(f"{target}: cannot be written, it is a folder")
     products = not args.no_attention_products
     rows = [measure(*item, img_size, args.per_module, products) for item in builders.items()]
     print(summary(rows))
     if target:
-        write(target, as_json(rows) if args.json else as_csv(rows))
+        write(rows, target, "json" if args.json else "csv")
     return 0
 
 
@@ -178,22 +178,13 @@ def summary(rows: list[dict]) -> str:
     )
 
 
-def as_json(rows: list[dict]) -> str:
-    return json.dumps(rows, indent=2) + "\n"
-
-
-def as_csv(rows: list[dict]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "img_size": show(row["img_size"])} for row in rows)
-    return out.getvalue()
-
-
-def write(target: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
+def write(rows: list[dict], target: Path, form: str) -> None:
+    """Writes a file, whole or not at all: "json" or "csv"."""
     try:
+        if form == "csv":
+            write_csv(target, [{**row, "img_size": show(row["img_size"])} for row in rows])
+            return
         with atomic_write(target) as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({error})") from error

@@ -1,8 +1,8 @@
 """Classifies images, or computes their features.
 
     svit infer photo.jpg --model svit_small --checkpoint svit_small.safetensors
-    svit infer photos/ --model svit_nano_32.cifar10 --top 3 --out classes.csv
-    svit infer @files.txt 'shards/*.tar' --model svit_nano_32.cifar10 --features --out features.parquet
+    svit infer photos/ --model svit_nano.photos20 --top 3 --out classes.csv
+    svit infer @files.txt 'shards/*.tar' --model svit_nano.photos20 --features --out features.parquet
     torchrun --nproc-per-node 8 -m svit infer photos/ --model svit_small --checkpoint svit_small.safetensors \\
         --out classes.jsonl --resume
 

@@ -38,6 +38,7 @@ from .base import (
     add_img_size,
     add_model_arguments,
     at_least,
+    check_file,
     make_parser,
     open_model,
     out_of_memory_as_error,
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--flip", action="store_true", help="average the logits of the image and its mirror image")
     parser.add_argument("--batch-size", metavar="N", type=at_least(1), default=128, help="default: %(default)s")
     parser.add_argument("--workers", metavar="N", type=at_least(0), default=2, help="processes that read; default: 2")
-    parser.add_argument("--max-unreadable", metavar="N", type=int, default=10, help="images that may be skipped")
+    parser.add_argument("--max-unreadable", metavar="N", type=at_least(0), default=10, help="that may be skipped")
     parser.add_argument("--per-class", action="store_true", help="top-1 of each class, the worst first")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to a file, too")
     return parser
@@ -71,10 +72,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    args = parser().parse_args(argv)
+    command_line = parser()
+    args = command_line.parse_args(argv)
     process = this_process(args)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
+    check_file(command_line, "--json", args.json)
     with out_of_memory_as_error("lower --batch-size or --img-size"):
         result = validate(args, process)
     if not process.is_main_process:

@@ -1,7 +1,7 @@
 """Draws what a model's super tokens look like on photographs: pictures, and a page that shows them side by side.
 
     svit visualize cat.jpg street.jpg --model svit_small --checkpoint svit_small.safetensors
-    svit visualize cat.jpg --model svit_nano_32.cifar10 --img-size 256 --point 0.4 0.3
+    svit visualize cat.jpg --model svit_nano.photos20 --img-size 256 --point 0.4 0.3
 
 Open OUT/index.html. The pictures show the cells, the learned super tokens and the soft
 association of the one at --point. What cannot be read is named and left out.

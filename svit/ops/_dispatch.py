@@ -120,7 +120,11 @@ def has_function_mode() -> bool:
 
 
 class Plan(NamedTuple):
-    """A layer's choice for one call. Nothing below the layer chooses again."""
+    """A layer's choice for one call.
+
+    Straight to a backend, nothing below the layer chooses again. Through PyTorch's dispatcher the op checks its
+    arguments and chooses once more, since others may call it, too.
+    """
 
     op: str  # the op that the choice is about
     backend: str  # the backend that runs it

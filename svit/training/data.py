@@ -50,8 +50,8 @@ DIGITS = "digits"  # scikit-learn's, written to a folder that is not there yet
 PREFIXES = ("torch", "wds", "hfds", "hfids", "tfds")
 
 # Folders that timm takes for the same split, and all names that look like a split's.
-SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test", "testing"))
-SPLITS = [name for names in SYNONYMS for name in names]
+SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+SPLITS = [*(name for names in SYNONYMS for name in names), "test", "testing"]
 
 
 def scheduled(schedule: Mapping[int, T], epoch: int, before: T) -> T:
@@ -140,7 +140,7 @@ def open_folder(root: str, split: str, class_map: str | dict[str, int] | None = 
             raise InputError(f"data_dir: expected a folder or a .tar file, got {root}")
         return ImageDataset(root, reader=TarReader(root, class_map))
     split = split.partition("[")[0]
-    names = (split, *(name for names in SYNONYMS[:2] if split in names for name in names))
+    names = (split, *(name for names in SYNONYMS if split in names for name in names))
     found = next((path / name for name in names if (path / name).is_dir()), None)
     if found is None:
         others = [name for name in sorted(subfolders(path)) if name.lower() in SPLITS and subfolders(path / name)]
@@ -444,10 +444,19 @@ class Loader:
     Args:
         dataset: of `open_dataset`.
         transform: timm's.
-        transform_schedule: those in its place from an epoch on.
+        batch_size: images in a batch of this process.
         training: in random order, incomplete batches dropped; else in the dataset's order, all images.
         reopen: makes a new dataset for each epoch. A stream needs this, since its shuffling keeps a state.
+        rank, world: number of this process, and how many there are.
+        seed: of the order and the augmentation.
+        repeats: copies of an image in an epoch, of as many fewer images.
+        workers: processes that read; 0 for this one.
+        limit: images that may be unreadable.
         mode: of the images, as `image_mode` finds it.
+        transform_schedule: those in its place from an epoch on.
+
+    Raises:
+        InputError: more than `limit` images cannot be read.
     """
 
     def __init__(

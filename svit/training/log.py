@@ -1,14 +1,12 @@
 """What a training tells: a progress bar, TensorBoard's events, log.csv."""
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from svit.files import atomic_write
+from svit.files import write_csv
 
 
 class Log:
@@ -57,13 +55,3 @@ class Log:
         self.bar.close()
         if self.board is not None:
             self.board.close()
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes the epochs' rows, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(path) as part:
-        part.write_text(text.getvalue())

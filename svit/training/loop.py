@@ -23,19 +23,30 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from svit import processes
 from svit.checkpoints import trained_arguments
 from svit.errors import InputError
-from svit.files import atomic_write
+from svit.files import atomic_write, write_csv
 
 from . import state as states
 from .data import check_classes, scheduled, seed_all
 from .evaluation import Accuracy, evaluate
-from .log import Log, write_csv
+from .log import Log
 from .recipe import Recipe, as_dict
 from .saving import Saver
 from .setup import make_loaders, make_mixup, make_model, make_optimizer, make_tasks, open_splits
 
 
 class Training:
-    """One run of a recipe, from the start or from a state."""
+    """One run of a recipe, from the start or from a state.
+
+    Args:
+        recipe: of `load_recipe`. It gets the `model_args` of its checkpoint.
+        output: the folder of all files, made if it is not there.
+        resume: where from, as in `state.find_start`.
+        cpu: trains on the CPU even if there is a GPU.
+
+    Raises:
+        InputError: the recipe or the data cannot be used, or `output` holds another training.
+        CheckpointError: a state or a checkpoint cannot be read.
+    """
 
     def __init__(self, recipe: Recipe, output: Path, resume: str | None, cpu: bool) -> None:
         self.recipe, self.output = recipe, output

@@ -201,8 +201,8 @@ def test_no_folder(run):
 
 def test_target_cannot_be_written(run):
     Path("folder").mkdir()
-    status, _, err = run("test_svit", "--json", "folder")
-    assert status == 1
+    status, out, err = run("test_svit", "--json", "folder")
+    assert (status, out) == (1, "")  # said before the work
     assert err.startswith("error: folder: cannot be written")
     assert os.listdir() == ["folder"]
 

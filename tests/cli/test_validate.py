@@ -185,6 +185,7 @@ def test_what_cannot_be_done_is_said_in_a_line(error_of, arguments, message):
     [
         (("--batch-size", 0), "--batch-size: expected at least 1, got 0"),
         (("--workers", -1), "--workers: expected at least 0, got -1"),
+        (("--max-unreadable", -1), "--max-unreadable: expected at least 0, got -1"),
         (("--crop-pct", 0), "--crop-pct: expected more than 0 and at most 1, got 0"),
     ],
 )
@@ -194,6 +195,14 @@ def test_numbers_out_of_range(run, capsys, tmp_path, arguments, message):
     assert stop.value.code == 2
     assert capsys.readouterr().err.endswith(f"svit validate: error: argument {message}\n")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_is_no_place_for_the_figures(run, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run("--json", tmp_path)
+    assert stop.value.code == 2
+    message = f"--json: expected a file in a folder that exists, got {tmp_path}\n"
+    assert capsys.readouterr().err.endswith(f"svit validate: error: {message}")
 
 
 def test_no_data_and_no_model(error_of, tmp_path):

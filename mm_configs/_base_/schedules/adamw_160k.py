@@ -13,7 +13,7 @@ optim_wrapper = dict(
     # By kind of layer, not by name: a name would miss the BatchNorms of the stem.
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0),
 )
-auto_scale_lr = dict(enable=False, base_batch_size=16)  # mm_train.py --auto-scale-lr
+auto_scale_lr = dict(enable=False, base_batch_size=16)  # svit mm-train --auto-scale-lr
 
 # BatchNorm statistics over all GPUs, in the backbone too. The other way: None here, norm_eval=True in the backbone.
 sync_bn = "torch"

@@ -7,6 +7,7 @@ from svit.ops._numerics import computes_in_16_bit, widen
 
 
 def depthwise3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+    """u + convolution of u + bias, with u = x or GELU(x): map (B, H, W, C) to the same shape."""
     x, weight, bias = x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype)
     if gelu:
         x = F.gelu(x)

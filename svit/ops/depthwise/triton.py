@@ -143,8 +143,7 @@ def depthwise(
     A strip has BLOCK_W - 2 columns and reads one more on each side. A map of fewer than BLOCK_W columns is one strip.
 
     BACKWARD reverses the taps and has no bias: from the gradient x of the result it computes that of u. SLOPE
-        multiplies
-    this with the derivative of the GELU at `hidden`.
+    multiplies this with the derivative of the GELU at `hidden`.
 
     A thread has 16 bytes of channels in two neighbouring columns, and a warp has all columns of a strip. So the columns
     left of the even ones are the odd ones of the next thread, and one shuffle of a value shifts a row both ways.

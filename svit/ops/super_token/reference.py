@@ -78,10 +78,12 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 
 
 def associate(x: torch.Tensor, s: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor:
+    """Association q (B, hh, ww, 9, P) of the pixels of a map (B, H, W, C) with super tokens (B, hh, ww, C)."""
     return associate_cells(to_cells(x, cell), s)
 
 
 def aggregate(x: torch.Tensor, q: torch.Tensor, cell: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sums (B, hh, ww, C) and masses (B, hh, ww) of a map (B, H, W, C), in float32 at least."""
     return aggregate_cells(to_cells(x, cell), q)
 
 
@@ -92,6 +94,7 @@ def spread(
     size: tuple[int, int],
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Each pixel's mean of the nine super tokens around it, weighted by q, plus the residual: map (B, H, W, C)."""
     cells = torch.matmul(q.to(s.dtype).transpose(-1, -2), neighbours(s))
     y = from_cells(cells, cell, size)
     return y if residual is None else (residual + y).to(residual.dtype)
