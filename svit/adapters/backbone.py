@@ -123,7 +123,7 @@ class TimmBackbone(BaseModule):
         self.frozen_modules = self.freeze({name for name, stage in stages.items() if stage <= frozen_stages})
 
     def freeze(self, names: set[str]) -> list[str]:
-        """Freezes the named parameters. Returns the names of the modules whose parameters are all frozen."""
+        """Freezes the named parameters. Returns the names of the modules that are frozen with them."""
         for name, param in self.model.named_parameters():
             if name in names:
                 param.requires_grad = False
@@ -132,6 +132,10 @@ class TimmBackbone(BaseModule):
             params = list(module.parameters())
             if params and not any(p.requires_grad for p in params):
                 frozen.append(name)
+        for name, module in self.model.named_children():  # in the order of the forward pass
+            if any(p.requires_grad for p in module.parameters()):
+                break
+            frozen.append(name)  # also without parameters: the dropout behind a frozen stem
         return frozen
 
     def train(self, mode: bool = True) -> "TimmBackbone":

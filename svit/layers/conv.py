@@ -47,7 +47,7 @@ class ResidualDepthwiseConv(nn.Conv2d):
 
     It is the conditional positional encoding (CPE) of a block and the middle of its conv-FFN (paper: section 3.1). With
     `gelu`, the forward method takes GELU(x) (exact) in the place of x. `backend` as in `SuperTokenAttention`. With a
-    `dilation` above 1, PyTorch's convolution runs on every backend.
+    `dilation` above 1, or another `padding_mode` set later, PyTorch's convolution runs on every backend.
     """
 
     bias: torch.Tensor  # the bias of nn.Conv2d may be None, which TorchScript would not pass on
@@ -64,7 +64,7 @@ class ResidualDepthwiseConv(nn.Conv2d):
         self.backend = default_backend(backend)
 
     def forward(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-        if self.dilation[0] > 1:
+        if self.dilation[0] > 1 or self.padding_mode != "zeros":
             x = F.gelu(x) if gelu else x
             return x + self._conv_forward(x, self.weight, self.bias)
         x = x.permute(0, 2, 3, 1)
@@ -150,7 +150,7 @@ class ConvFFN(nn.Module):
         shapes = (hidden, dim, 1, 1), (hidden,), (hidden, 1, 3, 3), (hidden,), (dim, hidden, 1, 1), (dim,)
         if (
             torch.is_grad_enabled()
-            or dwconv.dilation != (1, 1)
+            or (dwconv.dilation, dwconv.padding_mode) != ((1, 1), "zeros")
             or not (
                 (fc1.kernel_size, fc1.stride, fc1.padding, fc1.groups)
                 == (fc2.kernel_size, fc2.stride, fc2.padding, fc2.groups)

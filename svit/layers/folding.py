@@ -5,10 +5,12 @@ computed before any child changes. They are copies, since a module or a weight m
 """
 
 import copy
+from collections.abc import Iterable
 from typing import TypeVar, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -54,11 +56,22 @@ def expect_stock(parent: nn.Module, name: str, *classes: type[Stock]) -> Stock:
     return cast(Stock, child)
 
 
+def expect_eval(parent: nn.Module, replaced: Iterable[str]) -> None:
+    """Checks that the norms among the children that fold compute now what they compute folded.
+
+    Raises:
+        ValueError: a BatchNorm is in train mode.
+    """
+    for name in replaced:
+        if isinstance(child := getattr(parent, name), _BatchNorm) and child.training:
+            raise ValueError(f"{name}: expected eval mode, in which it folds, got train mode; call eval() first")
+
+
 def affine(parent: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Scale and shift of a BatchNorm with running statistics, float32 at least. None for any other norm, which stays.
 
     Raises:
-        ValueError: it is in train mode, hooked or changed.
+        ValueError: it is hooked or changed.
     """
     norm = getattr(parent, name)
     if not isinstance(norm, BATCH_NORMS) or not (type(norm) in BATCH_NORMS or is_parametrized(norm)):
@@ -66,8 +79,6 @@ def affine(parent: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor] | 
     expect_stock(parent, name, *BATCH_NORMS)
     if norm.running_mean is None or norm.running_var is None:
         return None  # it normalises with the statistics of each batch, also in eval mode
-    if norm.training and not isinstance(norm, FrozenBatchNorm2d):
-        raise ValueError(f"{name}: expected eval mode, in which it folds, got train mode; call eval() first")
     scale = (widen(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight

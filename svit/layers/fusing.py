@@ -90,7 +90,7 @@ def convolve(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 def runs_packed(x: torch.Tensor, *convs: nn.Conv2d) -> bool:
     """Whether convolutions of x run with their weights in oneDNN's layout, which they keep after `fuse()`."""
     for conv in convs:
-        if "packed" not in vars(conv):
+        if "packed" not in vars(conv) or (conv.dilation, conv.padding_mode) != ((1, 1), "zeros"):
             return False
     if not isinstance(x, torch.Tensor) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False

@@ -9,7 +9,7 @@ a stage is its feature map.
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -389,7 +389,7 @@ class SViT(nn.Module):
         for name, module in self.named_modules():
             if (replacements := getattr(module, "replacements", None)) is not None:
                 try:
-                    replacements()
+                    folding.expect_eval(module, replacements())
                 except ValueError as error:
                     raise ValueError(f"{name}.{error}") from None
         reparameterize_model(self, inplace=True)
@@ -472,14 +472,23 @@ def checkpoint_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return checkpoint(block, x, use_reentrant=False)  # the compiler recomputes values, not updates
     known = dict(_dispatch.failures)
-    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), repetition(block, known)))
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), Repetition(block, known)))
 
 
-@contextmanager
-def repetition(block: nn.Module, known: dict[tuple[Any, ...], str]) -> Iterator[None]:
-    """For a block's second run: it takes the same steps, even if a backend failed since, and updates no statistics."""
-    with _dispatch.choosing_by(known), frozen_statistics(block):
-        yield
+class Repetition(ExitStack):
+    """Around a further run of a block: the same steps, even if a backend failed since, and no update of statistics.
+
+    There is one such run for each backward over the same forward, so it may be entered again.
+    """
+
+    def __init__(self, block: nn.Module, known: dict[tuple[Any, ...], str]) -> None:
+        super().__init__()
+        self.block, self.known = block, known
+
+    def __enter__(self) -> "Repetition":
+        self.enter_context(_dispatch.choosing_by(self.known))
+        self.enter_context(frozen_statistics(self.block))
+        return super().__enter__()
 
 
 @contextmanager
