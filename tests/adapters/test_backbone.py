@@ -123,6 +123,26 @@ def test_frozen_stages(frozen):
     assert not any(m.training for m in backbone.eval().modules())
 
 
+def test_dropout_behind_a_frozen_stem_is_off():
+    backbone = build(frozen_stages=1, out_norm=False, model_args=dict(proj_drop_rate=0.5)).train()
+    x = image(64, 64)
+    assert torch.equal(backbone(x)[0], backbone(x)[0])
+    assert build(model_args=dict(proj_drop_rate=0.5)).train().model.stem_drop.training
+
+
+@pytest.mark.parametrize("arch", ["test_svit", "test_efficientnet"])
+def test_weights_without_counters(tmp_path, arch):
+    """timm's frozen BatchNorms count no batches."""
+    weights = {k: v + 0.5 if "running_mean" in k else v for k, v in timm.create_model(arch).state_dict().items()}
+    file = tmp_path / "frozen.safetensors"
+    safetensors.torch.save_file({k: v for k, v in weights.items() if "num_batches" not in k}, file)
+    backbone = build(arch=arch, init_cfg=dict(type="Pretrained", checkpoint=str(file)))
+    backbone.init_weights()
+    means = {k: v for k, v in backbone.model.state_dict().items() if "running_mean" in k}
+    assert means
+    assert all(torch.equal(v, weights[k]) for k, v in means.items())
+
+
 def test_norm_eval():
     backbone = build(norm_eval=True).train()
     norms = batch_norms(backbone)

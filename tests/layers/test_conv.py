@@ -63,6 +63,32 @@ def test_residual_depthwise_is_a_conv_plus_its_input():
     torch.testing.assert_close(module(x), x + conv, rtol=1e-13, atol=1e-13)
 
 
+def wrap(conv: nn.Conv2d) -> None:
+    """The field's trick for images without edges."""
+    conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_residual_depthwise_with_another_padding(grad):
+    module, x = ResidualDepthwiseConv(4), torch.randn(1, 4, 5, 6)
+    wrap(module)
+    with torch.set_grad_enabled(grad):
+        padded = nn.functional.pad(x, (1, 1, 1, 1), "circular")
+        expected = x + nn.functional.conv2d(padded, module.weight, module.bias, groups=4)
+        torch.testing.assert_close(module(x), expected)
+
+
+def test_conv_ffn_with_another_padding_is_the_same_in_inference():
+    module, x = ConvFFN(8, 32).eval(), torch.randn(2, 8, 6, 5)
+    plain = module(x)
+    wrap(module.dwconv)
+    expected = module(x)
+    assert (expected - plain).abs().max() > 1e-3
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected)
+        torch.testing.assert_close(copy.deepcopy(module).fuse()(x), expected)
+
+
 def test_layer_scale():
     scale = LayerScale(3, 0.5)
     assert scale.gamma.shape == (1, 3, 1, 1)

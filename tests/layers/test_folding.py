@@ -245,6 +245,26 @@ def test_train_mode_is_refused():
     model.eval().fuse()
 
 
+@torch.no_grad()
+def test_timms_helper_folds_a_model_as_it_is_created():
+    """timm's validate.py folds before it calls eval()."""
+    model, x = build(), torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    fused = reparameterize_model(model.train()).eval()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.stages[2].blocks[0].mlp.modules())
+    assert (fused(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_a_convolution_that_is_dilated_later_is_so_in_inference():
+    fused = build().fuse()
+    conv = fused.stages[3].downsample.conv
+    conv.stride, conv.dilation, conv.padding = (1, 1), (2, 2), (2, 2)
+    x = torch.randn(1, conv.in_channels, 10, 10)
+    expected = nn.functional.conv2d(x, conv.weight, conv.bias, padding=2, dilation=2)
+    torch.testing.assert_close(fused.stages[3].downsample(x), expected, rtol=0, atol=1e-5)
+
+
 def test_float16_that_overflows_is_refused():
     model = build()
     norm = model.stages[1].downsample.norm

@@ -318,6 +318,21 @@ def test_grad_checkpointing_changes_nothing(name: str) -> None:
     assert all(m.momentum == 0.1 for m in checkpointed.modules() if isinstance(m, nn.BatchNorm2d))
 
 
+def test_grad_checkpointing_with_several_backwards() -> None:
+    """As for a gradient of each loss: every backward runs the blocks again, and the statistics count once."""
+    plain = build("test_svit").double().train()
+    checkpointed = deepcopy(plain)
+    checkpointed.set_grad_checkpointing()
+    x = image(*SIZES[0], torch.float64)
+    for model in (plain, checkpointed):
+        logits = model(x)
+        for index in range(3):
+            logits[:, index].sum().backward(retain_graph=True)
+    for a, b in zip(gradients(plain), gradients(checkpointed), strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=0)
+    torch.testing.assert_close(checkpointed.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("wrong", ["sample", "sample_backward", "spread", "depthwise3x3"])
 def test_grad_checkpointing_survives_a_backend_that_fails(wrong: str, monkeypatch, tmp_path) -> None:
     """The second run of a block takes the steps of the first, whatever was learned about a backend in between."""
