@@ -178,11 +178,12 @@ def find_model(source: Path, state_dict: StateDict, original: bool, model: str |
 def differences(state_dict: StateDict, expected: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
     """The differences that prevent loading `state_dict` in place of `expected`, by kind.
 
-    A BatchNorm may lack its counter, as timm's frozen ones do: PyTorch then loads the rest.
+    BatchNorms may lack their counters, if nothing else is missing, as timm's frozen ones do. PyTorch loads the rest.
     """
     shared = [k for k in expected if k in state_dict]
+    missing = [k for k in expected if k not in state_dict]
     return {
-        "missing keys": [k for k in expected if k not in state_dict and not k.endswith("num_batches_tracked")],
+        "missing keys": [] if all(k.endswith("num_batches_tracked") for k in missing) else missing,
         "unexpected keys": [k for k in state_dict if k not in expected],
         "other shapes": [
             f"{k}: {list(state_dict[k].shape)}, expected {list(expected[k].shape)}"
