@@ -447,7 +447,8 @@ class Loader:
         batch_size: images in a batch of this process.
         training: in random order, incomplete batches dropped; else in the dataset's order, all images.
         reopen: makes a new dataset for each epoch. A stream needs this, since its shuffling keeps a state.
-        rank, world: number of this process, and how many there are.
+        rank: number of this process.
+        world: how many processes there are.
         seed: of the order and the augmentation.
         repeats: copies of an image in an epoch, of as many fewer images.
         workers: processes that read; 0 for this one.
