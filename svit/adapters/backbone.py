@@ -123,7 +123,10 @@ class TimmBackbone(BaseModule):
         self.frozen_modules = self.freeze({name for name, stage in stages.items() if stage <= frozen_stages})
 
     def freeze(self, names: set[str]) -> list[str]:
-        """Freezes the named parameters. Returns the names of the modules that are frozen with them."""
+        """Freezes the named parameters. Returns the names of the modules that are frozen with them.
+
+        Of these the parameters are all frozen, or they have none and come before the first child that learns.
+        """
         for name, param in self.model.named_parameters():
             if name in names:
                 param.requires_grad = False
@@ -135,7 +138,8 @@ class TimmBackbone(BaseModule):
         for name, module in self.model.named_children():  # in the order of the forward pass
             if any(p.requires_grad for p in module.parameters()):
                 break
-            frozen.append(name)  # also without parameters: the dropout behind a frozen stem
+            if not list(module.parameters()):
+                frozen.append(name)  # the dropout behind a frozen stem
         return frozen
 
     def train(self, mode: bool = True) -> "TimmBackbone":

@@ -183,8 +183,8 @@ def write(rows: list[dict], target: Path, form: str) -> None:
     try:
         if form == "csv":
             write_csv(target, [{**row, "img_size": show(row["img_size"])} for row in rows])
-            return
-        with atomic_write(target) as part:
-            part.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        else:
+            with atomic_write(target) as part:
+                part.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({error})") from error
