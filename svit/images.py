@@ -27,6 +27,9 @@ EXTENSIONS = frozenset(end for end, name in Image.registered_extensions().items(
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Pillow's modes by the number of channels: grey and colour, without and with an alpha channel."""
 
+# The shorter side is resized to a model's size, and the longer one with it: 1 x 60,000 pixels would fill the memory.
+LONGEST = 1000
+
 # Tags of a TIFF.
 BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 259, 262, 284, 339
 UNSIGNED, SIGNED = 1, 2  # values of the last
@@ -49,7 +52,8 @@ def read_image(file: str | PathLike[str] | BinaryIO | Image.Image, mode: str = "
         mode: of the result, one of `MODES`. Pillow converts palettes, CMYK and transparency.
 
     Raises:
-        UnreadableImageError: the file does not exist, is no image, is cut short or has too many pixels.
+        UnreadableImageError: the file does not exist, is no image, is cut short, has too many pixels, or one side is
+            more than `LONGEST` times the other.
     """
     try:
         if isinstance(file, Image.Image):
@@ -100,6 +104,8 @@ def _reason(error: Exception) -> str:
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if max(image.size) > LONGEST * min(image.size):
+        raise ValueError(f"expected sides of at most {LONGEST} to 1, got {image.width} x {image.height} pixels")
     tags = getattr(image, "tag_v2", {})
     if tags.get(PLANES) == 2 and len(tags[BITS]) > 1 and max(tags[BITS]) > 8:
         raise ValueError("16-bit colours in separate planes, which Pillow decodes wrongly")

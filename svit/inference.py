@@ -8,9 +8,11 @@
 An image is read when its batch comes, so the memory does not grow with the number of images, but for their names.
 """
 
+import codecs
 import glob
 import io
 import os
+import posixpath
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -83,19 +85,24 @@ def find_photos(sources: Iterable[str], warn: Callable[[str], None] | None = Non
 def listed(source: str) -> list[str]:
     """The lines of a list, or the source itself."""
     if source == "-":
-        return lines(getattr(sys.stdin, "buffer", sys.stdin))
-    if not source.startswith("@") or Path(source).exists():
+        found = lines(getattr(sys.stdin, "buffer", sys.stdin))
+    elif not source.startswith("@") or Path(source).exists():
         return [source]
-    try:
-        with open(source[1:], "rb") as file:
-            return lines(file)
-    except OSError as error:
-        raise FolderError(f"{source}: the list cannot be read ({error})") from error
+    else:
+        try:
+            with open(source[1:], "rb") as file:
+                found = lines(file)
+        except OSError as error:
+            raise FolderError(f"{source}: the list cannot be read ({error})") from error
+    if not found:
+        raise FolderError(f"{source}: expected a list with a file on each line, got an empty one")
+    return found
 
 
 def lines(file: Iterable[str | bytes]) -> list[str]:
-    """Names of files, which may be any bytes."""
-    return [os.fsdecode(line).rstrip("\r\n") for line in file if line.strip()]
+    """Names of files, which may be any bytes, without the mark that some editors put before the first."""
+    text = b"".join(os.fsencode(line) for line in file).removeprefix(codecs.BOM_UTF8)
+    return [os.fsdecode(line.rstrip(b"\r")) for line in text.split(b"\n") if line.strip()]
 
 
 def photos_of(source: str, warn: Callable[[str], None] | None) -> list[Photo]:
@@ -115,18 +122,33 @@ def tar_photos(path: Path) -> list[Photo]:
     """The images in an uncompressed tar file, in its order."""
     try:
         with tarfile.open(path, "r:") as tar:
-            photos = [
-                Photo(f"{path}/{member.name}", str(path), member.offset_data, member.size)
-                for member in tar
-                if member.isfile()
-                and PurePath(member.name).suffix.lower() in EXTENSIONS
-                and not any(map(is_clutter, PurePath(member.name).parts))
-            ]
+            members = list(tar)
     except (tarfile.TarError, OSError) as error:
         raise FolderError(f"{path}: expected an uncompressed tar file ({error})") from error
+    by_name = {posixpath.normpath(member.name): member for member in members}
+    photos = []
+    for member in members:
+        parts = PurePath(member.name).parts
+        is_image = (member.isfile() or is_link(member)) and PurePath(member.name).suffix.lower() in EXTENSIONS
+        if is_image and not any(map(is_clutter, parts)):
+            photos.append(Photo(f"{path}/{member.name}", str(path), *place(member, by_name)))
     if not photos:
         raise FolderError(f"{path}: no images in this tar file")
     return photos
+
+
+def is_link(member: tarfile.TarInfo) -> bool:
+    return member.islnk() or member.issym()
+
+
+def place(member: tarfile.TarInfo | None, members: dict[str, tarfile.TarInfo]) -> tuple[int, int]:
+    """The first byte and the number of bytes of a part, or of what a link leads to; no bytes of a broken link."""
+    for _ in members:  # a bound, since links may lead to each other
+        if member is None or not is_link(member):
+            break
+        folder = posixpath.dirname(member.name) if member.issym() else ""
+        member = members.get(posixpath.normpath(posixpath.join(folder, member.linkname)))
+    return (member.offset_data, member.size) if member is not None and member.isfile() else (0, 0)
 
 
 class Photos(Dataset[tuple[int, torch.Tensor | str]]):
@@ -145,8 +167,20 @@ class Photos(Dataset[tuple[int, torch.Tensor | str]]):
             return number, str(error)
 
 
-def unchanged(items: list[tuple[int, torch.Tensor | str]]) -> list[tuple[int, torch.Tensor | str]]:
-    return items
+class Read(NamedTuple):
+    """The photos of one batch, by number: why each cannot be read, or None; and the images that could be (B, C, H, W).
+
+    One tensor, since each one that comes from a process that reads is an open file.
+    """
+
+    errors: dict[int, str | None]
+    images: torch.Tensor | None
+
+
+def collate(items: list[tuple[int, torch.Tensor | str]]) -> Read:
+    errors = {number: image if isinstance(image, str) else None for number, image in items}
+    images = [image for _, image in items if isinstance(image, torch.Tensor)]
+    return Read(errors, torch.stack(images) if images else None)
 
 
 def infer(
@@ -184,12 +218,12 @@ def infer(
         Photos(photos, eval_transform(preprocessing), image_mode(preprocessing)),
         batch_sampler=batches,
         num_workers=min(workers, len(batches) - 1) if batches else 0,
-        collate_fn=unchanged,
+        collate_fn=collate,
         worker_init_fn=leave_group,
     )
     names = class_names(model)
-    for items in loader:
-        yield records(model, items, photos, names, features, top)
+    for read in loader:
+        yield records(model, read, photos, names, features, top)
     if len(batches) < -(-len(first) // world):
         yield []
 
@@ -197,7 +231,7 @@ def infer(
 @torch.inference_mode()
 def records(
     model: Any,
-    items: list[tuple[int, torch.Tensor | str]],
+    read: Read,
     photos: Sequence[Photo],
     names: list[str],
     features: bool,
@@ -205,9 +239,8 @@ def records(
 ) -> list[Record]:
     """The records of the images of one batch, in their order."""
     found: Iterator[Record] = iter(())
-    readable = [image for _, image in items if isinstance(image, torch.Tensor)]
-    if readable:
-        images = torch.stack(readable).to(next(model.parameters()).device, memory_format=torch.channels_last)
+    if read.images is not None:
+        images = read.images.to(next(model.parameters()).device, memory_format=torch.channels_last)
         if features:
             pooled = model.forward_head(model.forward_features(images), pre_logits=True).flatten(1).float().cpu()
             found = ({"features": row} for row in pooled)
@@ -218,6 +251,6 @@ def records(
                 for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             )
     return [
-        {"image": photos[number].name, **(next(found) if isinstance(image, torch.Tensor) else {"error": image})}
-        for number, image in items
+        {"image": photos[number].name, **(next(found) if error is None else {"error": error})}
+        for number, error in read.errors.items()
     ]

@@ -1,10 +1,13 @@
 """Files are written whole or not at all."""
 
 import os
+import stat
+import threading
+from pathlib import Path
 
 import pytest
 
-from svit.files import write_csv
+from svit.files import atomic_write, is_special, write_csv
 
 
 def test_csv(tmp_path):
@@ -20,3 +23,39 @@ def test_rows_of_other_keys_leave_the_file_as_it_was(tmp_path):
         write_csv(path, [{"top1": 1}, {"top1": 2, "top5": 3}])
     assert os.listdir(tmp_path) == ["rows.csv"]
     assert path.read_text() == "before"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, there):
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "a.txt", tmp_path / "b.txt"
+    if there:
+        target.write_text("before")
+    link.symlink_to(target)
+    with atomic_write(link) as part:
+        assert part.name == "b.txt"
+        part.write_text("after")
+    assert link.is_symlink()
+    assert target.read_text() == "after"
+    assert sorted(os.listdir(tmp_path)) == ["b.txt", "disk"]
+    assert os.listdir(tmp_path / "disk") == ["a.txt"]
+
+
+def test_a_pipe_gets_the_bytes(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    write_csv(pipe, [{"top1": 1}])
+    reader.join()
+    assert read == [b"top1\n1\n"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_what_is_special(tmp_path):
+    file = tmp_path / "a.txt"
+    file.touch()
+    assert not any(map(is_special, (file, tmp_path, tmp_path / "none")))
+    assert is_special(Path(os.devnull))

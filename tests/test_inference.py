@@ -1,3 +1,6 @@
+import io
+import sys
+import tarfile
 from itertools import chain
 
 import numpy as np
@@ -9,7 +12,8 @@ from timm.data import resolve_data_config
 
 import svit  # noqa: F401
 from svit.folders import FolderError
-from svit.inference import Photo, find_photos, infer
+from svit.images import UnreadableImageError
+from svit.inference import Photo, collate, find_photos, infer
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +67,63 @@ def test_processes_share_the_batches(model, photos, start):
         ("no*.png", r"no\*.png: no file has such a name"),
         ("@no.txt", "@no.txt: the list cannot be read"),
         ("damaged.tar", "damaged.tar: expected an uncompressed tar file"),
+        ("@empty.txt", "@empty.txt: expected a list with a file on each line, got an empty one"),
     ],
 )
 def test_sources_that_cannot_be_used(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged.tar").write_text("no tar file")
+    (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(FolderError, match=message):
         find_photos([source])
+
+
+def test_a_list_on_an_empty_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(FolderError, match="^-: expected a list"):
+        find_photos(["-"])
+
+
+def test_a_list_that_starts_with_a_byte_order_mark(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/a.png\r\n", encoding="utf-8-sig")
+    assert find_photos([f"@{tmp_path}/list.txt"]) == [Photo(f"{tmp_path}/a.png", f"{tmp_path}/a.png")]
+
+
+def test_links_in_a_tar_file_are_what_they_lead_to(tmp_path):
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / f"{name}.png")
+    links = [
+        ("a/hard.png", tarfile.LNKTYPE, "./a/red.png", (255, 0, 0)),
+        ("b/soft.png", tarfile.SYMTYPE, "../a/blue.png", (0, 0, 255)),
+        ("b/twice.png", tarfile.SYMTYPE, "soft.png", (0, 0, 255)),
+        ("b/broken.png", tarfile.SYMTYPE, "none.png", None),
+        ("b/loop.png", tarfile.SYMTYPE, "loop.png", None),
+    ]
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(tmp_path / "red.png", "./a/red.png")
+        for name, kind, target, _ in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+        tar.add(tmp_path / "blue.png", "a/blue.png")
+    photos = {
+        photo.name.removeprefix(f"{tmp_path}/shard.tar/"): photo for photo in find_photos([f"{tmp_path}/shard.tar"])
+    }
+    assert list(photos) == ["./a/red.png", *(name for name, *_ in links), "a/blue.png"]
+    for name, *_, colour in links:
+        if colour:
+            assert photos[name].read("RGB").getpixel((0, 0)) == colour
+        else:
+            with pytest.raises(UnreadableImageError, match=name):
+                photos[name].read("RGB")
+
+
+def test_a_batch_that_was_read_elsewhere_is_one_tensor(model, photos):
+    """Each tensor from another process is an open file, of which a process may have 1024 or fewer."""
+    read = collate([(0, torch.ones(3, 2, 2)), (1, "no image"), (2, torch.zeros(3, 2, 2))])
+    assert read.errors == {0: None, 1: "no image", 2: None}
+    torch.testing.assert_close(read.images, torch.stack([torch.ones(3, 2, 2), torch.zeros(3, 2, 2)]))
+    assert collate([(3, "no image")]).images is None
+    options = dict(preprocessing=resolve_data_config({}, model=model), batch_size=3)
+    assert list(infer(model, photos, workers=2, **options)) == list(infer(model, photos, **options))

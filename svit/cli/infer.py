@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from svit.convert import write_safetensors
 from svit.errors import InputError
-from svit.files import atomic_write
+from svit.files import atomic_write, is_special
 from svit.inference import Photo, Record, find_photos, infer
 from svit.training.data import report_unreadable
 
@@ -105,6 +105,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         given = "--resume" if args.resume else args.format
         command.error(f"--out: expected a file with {given}, got none")
     check_file(command, "--out", args.out)
+    if args.resume and is_special(args.out):
+        command.error(f"--out: expected a regular file with --resume, got {args.out}")
     if args.format == "parquet" and not importlib.util.find_spec("pyarrow"):
         raise InputError(f"--format parquet: needs pyarrow: {install('parquet')}")
     return args
@@ -117,7 +119,8 @@ def classify(args: argparse.Namespace, process: PartialState) -> tuple[list[str]
     if args.format == "safetensors" and sum(len(json.dumps(photo.name)) + 2 for photo in photos) > MOST_NAMES:
         raise InputError("--format: expected parquet for so many images: safetensors has no room for their names")
     model, _, preprocessing = open_model(args)
-    part = Part(args.out, description(args, photos), args.resume) if args.out and main else None
+    keeps = main and args.out and not is_special(args.out)
+    part = Part(args.out, description(args, photos), args.resume) if keeps else None
     done = broadcast_object_list([part.done if part else 0])[0]
     batches = infer(
         model,
@@ -142,16 +145,21 @@ def classify(args: argparse.Namespace, process: PartialState) -> tuple[list[str]
                 yield record
 
     with bar:
+        everything = found()
         if part is not None:
-            part.add(found())
-            with atomic_write(args.out) as whole:
-                write(args.format, readable(part.records(), unreadable), whole)
-            part.path.unlink()
-        elif main:
-            write(args.format, readable(found(), unreadable), sys.stdout)
-        else:
-            for _ in readable(found(), unreadable):
+            part.add(everything)
+            everything = part.records()
+        wanted = readable(everything, unreadable)
+        if not main:
+            for _ in wanted:
                 pass
+        elif args.out:
+            with atomic_write(args.out) as whole:
+                write(args.format, wanted, whole)
+        else:
+            write(args.format, wanted, sys.stdout)
+        if part is not None:
+            part.path.unlink()
     process.wait_for_everyone()  # one that ends with an error ends the others
     return unreadable, len(photos)
 
@@ -183,9 +191,10 @@ class Part:
             with self.path.open("rb+") as file:
                 before, end = file.readline().decode(errors="replace"), file.tell()
                 for line in file:
-                    if line.endswith(b"\n"):  # the last may be cut short
-                        end += len(line)
-                        self.done += 1
+                    if not is_record(line):  # the last may be cut short; what follows damage is done again
+                        break
+                    end += len(line)
+                    self.done += 1
                 if self.done and not resume:
                     raise InputError(
                         f"--out: {self.path} is of a run that broke off; --resume continues it, or delete it"
@@ -214,6 +223,16 @@ class Part:
                     values = bytearray(base64.b64decode(record["features"]))
                     record["features"] = torch.frombuffer(values, dtype=torch.float32)
                 yield record
+
+
+def is_record(line: bytes) -> bool:
+    """Whether a line of a `Part` is whole."""
+    try:
+        record = json.loads(line)
+        base64.b64decode(record.get("features", ""), validate=True)
+    except (ValueError, AttributeError, TypeError):
+        return False
+    return line.endswith(b"\n") and "image" in record
 
 
 def readable(records: Iterable[Record], unreadable: list[str]) -> Iterator[Record]:
