@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from svit.checkpoints import class_names
 from svit.folders import FolderError, find_images, is_clutter, natural_key
@@ -180,7 +180,7 @@ class Read(NamedTuple):
 def collate(items: list[tuple[int, torch.Tensor | str]]) -> Read:
     errors = {number: image if isinstance(image, str) else None for number, image in items}
     images = [image for _, image in items if isinstance(image, torch.Tensor)]
-    return Read(errors, torch.stack(images) if images else None)
+    return Read(errors, default_collate(images) if images else None)  # in shared memory, or an error at once
 
 
 def infer(

@@ -315,3 +315,14 @@ def test_values_of_channels():
     assert [mode_of(channels) for channels in (1, 2, 3, 4)] == ["L", "LA", "RGB", "RGBA"]
     with pytest.raises(ValueError, match=r"in_chans: expected .* 1 \(L\), 2 \(LA\), 3 \(RGB\), 4 \(RGBA\), got 5"):
         mode_of(5)
+
+
+@pytest.mark.parametrize(("longest", "too_long"), [((1, 1000), (1, 1001)), ((2000, 2), (2001, 2))])
+def test_images_far_longer_than_wide_are_unreadable(longest, too_long, tmp_path):
+    """Resized with its shorter side to a model's size, 1 x 60,000 pixels would need gigabytes."""
+    file = tmp_path / "thin.png"
+    Image.new("L", longest).save(file)
+    assert read_image(file).size == longest
+    Image.new("L", too_long).save(file)
+    with pytest.raises(UnreadableImageError, match=f"at most 1000 to 1, got {too_long[0]} x {too_long[1]} pixels"):
+        read_image(file)

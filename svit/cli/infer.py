@@ -33,7 +33,7 @@ from svit.convert import write_safetensors
 from svit.errors import InputError
 from svit.files import atomic_write, is_special
 from svit.inference import Photo, Record, find_photos, infer
-from svit.training.data import report_unreadable
+from svit.training.data import lost_readers_as_error, report_unreadable
 
 from . import install
 from .base import (
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 1 if an image could not be read."""
     args = parse(argv)
     process = this_process(args)
-    with out_of_memory_as_error("lower --batch-size or --img-size"):
+    with out_of_memory_as_error("lower --batch-size or --img-size"), lost_readers_as_error("--workers"):
         unreadable, images = classify(args, process)
     if process.is_main_process:
         report_unreadable(unreadable, images)

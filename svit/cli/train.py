@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from svit.errors import InputError
-from svit.training.data import is_reader_gone
+from svit.training.data import lost_readers_as_error
 from svit.training.loop import Training
 from svit.training.recipe import find_recipe, load_recipe, recipe_names
 
@@ -63,12 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         "update; or set grad_checkpointing=true, mixed_precision=bf16 or a smaller img_size"
     )
     try:
-        with out_of_memory_as_error(advice):
+        with out_of_memory_as_error(advice), lost_readers_as_error("workers"):
             stopped_by = Training(recipe, output, args.resume, args.cpu).run()
     except OSError as error:
         raise InputError(f"{error}; what was saved before is whole") from error
-    except RuntimeError as error:
-        if not is_reader_gone(error):
-            raise
-        raise InputError(f"{str(error).splitlines()[0]} If memory ran short, lower workers") from error
     return 128 + stopped_by if stopped_by else 0

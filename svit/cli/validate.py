@@ -29,7 +29,15 @@ from svit import published
 from svit.checkpoints import class_names, pretrained_cfg
 from svit.errors import InputError
 from svit.files import atomic_write
-from svit.training.data import Loader, classes_of, eval_transform, image_mode, open_dataset, print_contents
+from svit.training.data import (
+    Loader,
+    classes_of,
+    eval_transform,
+    image_mode,
+    lost_readers_as_error,
+    open_dataset,
+    print_contents,
+)
 from svit.training.evaluation import evaluate
 
 from .base import (
@@ -78,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     check_file(command_line, "--json", args.json)
-    with out_of_memory_as_error("lower --batch-size or --img-size"):
+    with out_of_memory_as_error("lower --batch-size or --img-size"), lost_readers_as_error("--workers"):
         result = validate(args, process)
     if not process.is_main_process:
         return 0

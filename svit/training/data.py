@@ -10,6 +10,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -82,6 +83,26 @@ def is_reader_gone(error: RuntimeError) -> bool:
     PyTorch raises this wherever the main process is just then.
     """
     return str(error).startswith("DataLoader worker (pid")
+
+
+@contextmanager
+def lost_readers_as_error(workers: str) -> Iterator[None]:
+    """That processes which read images cannot go on is an InputError that says to lower `workers`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_reader_gone(error):
+            raise InputError(
+                f"{str(error).splitlines()[0].rstrip('. ')}. If memory ran short, lower {workers}"
+            ) from error
+        if "shared memory" in str(error):
+            raise InputError(
+                f"out of shared memory, in which the processes that read hand on images: lower {workers}, or enlarge "
+                "/dev/shm (of a container: --shm-size)"
+            ) from error
+        if "Too many open files" in str(error):
+            raise InputError(f"too many open files: lower {workers}, or raise the limit (ulimit -n)") from error
+        raise
 
 
 def open_dataset(name: str, root: str, split: str, **options: Any) -> Dataset:

@@ -5,9 +5,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -323,3 +325,45 @@ def test_numbers_out_of_range(run, capsys, option, message):
         run("photo.jpg", option, 0)
     assert stop.value.code == 2
     assert capsys.readouterr().err.endswith(f"svit infer: error: argument {option}: {message}\n")
+
+
+def killed(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_reader_that_is_killed(digits, run, monkeypatch):
+    monkeypatch.setattr(inference.Photos, "__getitem__", killed)
+    status, _, err = run(digits.root / "val", "--batch-size", 4, "--workers", 1)
+    assert status == 1
+    assert err.startswith("error: DataLoader worker (pid")
+    assert err.endswith("If memory ran short, lower --workers\n")
+
+
+def test_output_to_a_pipe(digits, run, tmp_path):
+    pipe, read = tmp_path / "pipe.csv", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    assert run(*digits.files[:2], "--out", pipe)[0] == 0
+    reader.join()
+    assert read == [run(*digits.files[:2], "--format", "csv")[1]]
+    assert os.listdir(tmp_path) == ["pipe.csv"]
+    with pytest.raises(SystemExit, match="2"):
+        run(digits.files[0], "--out", pipe, "--resume")
+
+
+def test_what_follows_a_damaged_line_is_done_again(digits, run, tmp_path, monkeypatch):
+    arguments = [*digits.files[:6], "--batch-size", 1, "--workers", 0, "--out", tmp_path / "a.csv"]
+    assert run(*arguments)[0] == 0
+    whole = (tmp_path / "a.csv").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("svit.cli.infer.write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*arguments)
+    part = tmp_path / "a.csv.part"
+    lines = part.read_bytes().splitlines(keepends=True)
+    for damaged in (b"\0" * 40 + b"\n", b"[1]\n", lines[3][:-9] + b"\n"):
+        part.write_bytes(b"".join([*lines[:3], damaged, *lines[4:]]))
+        (tmp_path / "a.csv").unlink()
+        assert run(*arguments, "--resume")[0] == 0
+        assert (tmp_path / "a.csv").read_bytes() == whole

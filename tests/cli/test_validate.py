@@ -1,7 +1,9 @@
 """tools/validate.py: its figures are those of a direct computation, and it says what is wrong."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -14,6 +16,7 @@ import image_data
 from helpers import ONE_THREAD, TWO_PROCESSES
 from svit.checkpoints import save_model
 from svit.cli import command, validate
+from svit.training.data import Images
 from svit.training.evaluation import Accuracy
 
 
@@ -246,3 +249,12 @@ def test_the_papers_figure_stands_beside(monkeypatch, run, capsys, architecture,
     assert (result["top1"], result["top5"]) == (75, 87.5)
     assert list(result["classes"].values()) == [{"top1": 75.0, "images": 8}]
     assert (str(paper) if paper else "-") in capsys.readouterr().out.splitlines()[-1].split()
+
+
+def test_a_reader_that_is_killed(digits, capsys, monkeypatch):
+    monkeypatch.setattr(Images, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    options = ["--data-dir", str(digits.root), "--checkpoint", str(digits.checkpoint), "--workers", "1"]
+    assert command("validate")(["test_svit", *options]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: DataLoader worker (pid")
+    assert error.endswith("If memory ran short, lower --workers")

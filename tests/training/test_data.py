@@ -26,6 +26,7 @@ from svit.training.data import (
     collate,
     eval_transform,
     image_mode,
+    lost_readers_as_error,
     on_colours,
     open_dataset,
     print_contents,
@@ -532,3 +533,22 @@ def test_one_class_alone_is_a_folder_too_high_up(tmp_path, capsys):
     capsys.readouterr()
     check_splits(train, val, num_classes=5)
     assert capsys.readouterr().err.startswith("warning: train: one class alone, images, in ")
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", "pid 7.* If memory ran short, lower --workers$"),
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nTraceback\nRuntimeError: unable to allocate shared "
+            "memory(shm) for file </torch_1>: Success (0)",
+            "^out of shared memory.* lower --workers, or enlarge /dev/shm",
+        ),
+        ("Too many open files. Communication with the workers is no longer possible.", "lower --workers.*ulimit -n"),
+    ],
+)
+def test_readers_that_cannot_go_on(problem, message):
+    with pytest.raises(InputError, match=message), lost_readers_as_error("--workers"):
+        raise RuntimeError(problem)
+    with pytest.raises(RuntimeError, match="^other$"), lost_readers_as_error("--workers"):
+        raise RuntimeError("other")
