@@ -31,7 +31,7 @@ from .evaluation import Accuracy, evaluate
 from .log import Log
 from .recipe import Recipe, as_dict
 from .saving import Saver
-from .setup import make_loaders, make_mixup, make_model, make_optimizer, make_tasks, open_splits
+from .setup import describe, make_loaders, make_mixup, make_model, make_optimizer, make_tasks, open_splits
 
 
 class Training:
@@ -77,6 +77,10 @@ class Training:
         main = self.accelerator.is_main_process
         self.splits = open_splits(recipe, main, self.accelerator.main_process_first)
         self.num_classes = self.splits.num_classes
+        data = describe(self.splits)
+        if start is not None:
+            states.check_data(start, self.state, data)
+        self.state.data = data
         try:
             self.make(global_batch_size)
         except InputError:

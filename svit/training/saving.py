@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from svit.checkpoints import save_model
-from svit.convert import is_finite
+from svit.convert import CheckpointError, is_finite
 from svit.errors import InputError
 
 from . import state as states
@@ -66,12 +66,21 @@ class Saver:
         self.accelerator.wait_for_everyone()
 
     def restore(self, tensors: dict[str, Any]) -> None:
-        """Loads what `states.read` gave beside the state."""
-        states.load_full_state_dict(self.model, self.optimizer, self.sharded, tensors)
-        if self.ema is not None:
-            self.ema.module.load_state_dict(tensors["ema"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(tensors["scaler"])
+        """Loads what `states.read` gave beside the state.
+
+        Raises:
+            CheckpointError: it lacks something, or is of another model or optimizer.
+        """
+        try:
+            states.load_full_state_dict(self.model, self.optimizer, self.sharded, tensors)
+            if self.ema is not None:
+                self.ema.module.load_state_dict(tensors["ema"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(tensors["scaler"])
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # PyTorch's, of what does not fit
+            raise CheckpointError(f"resume: the state is damaged; {type(error).__name__}: {error}") from error
 
     def finite_loss(self) -> float:
         """The epoch's loss so far, of all processes, after a look at all that would be saved."""

@@ -1,10 +1,10 @@
 """What a recipe makes: data, model, teacher, optimizer, schedule, losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import Mixup
@@ -14,7 +14,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask, DistillationTeacher, LogitDistillationTask
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from svit.checkpoints import create_model, pretrained_cfg, size_argument, start_from
 from svit.errors import InputError
@@ -80,6 +80,15 @@ def open_splits(r: Recipe, main: bool, main_first: Callable[[], AbstractContextM
     if classes and len(classes) > num_classes:
         raise InputError(f"num_classes: expected the data's {len(classes)}, got {num_classes}")
     return Splits(train_set, val_set, train, val, classes, num_classes)
+
+
+def describe(splits: Splits) -> dict[str, Any]:
+    """What a training remembers of its data: the classes, and how many images each split has, as far as they tell."""
+    counts = {
+        name: None if isinstance(dataset, IterableDataset) else len(cast(Sized, dataset))
+        for name, dataset in (("train", splits.train), ("val", splits.val))
+    }
+    return {"classes": splits.classes, **counts}
 
 
 def make_model(r: Recipe, splits: Splits) -> nn.Module:

@@ -1,6 +1,7 @@
 """The state of a training: one file with all that an exact resume needs, and the rules for the output folder."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from svit.checkpoints import read_metadata
 from svit.convert import CheckpointError, differences, is_finite, summary
 from svit.errors import InputError
 from svit.files import atomic_write
+from svit.folders import first
 
 from .data import is_reader_gone
 from .recipe import differences as recipe_differences
@@ -38,6 +40,7 @@ class State:
     loss: float = 0.0  # sum over the updates of this epoch
     seconds: float = 0.0  # of training, in all runs together
     rows: list[dict[str, Any]] = field(default_factory=list)  # of the log, an epoch each
+    data: dict[str, Any] = field(default_factory=dict)  # of `setup.describe`; states of 0.1 lack it
 
 
 def find_start(output: Path, resume: str | None) -> Path | None:
@@ -143,6 +146,31 @@ def read(path: Path, recipe: dict[str, Any], global_batch_size: int) -> tuple[St
     if not is_finite(tensors):
         raise CheckpointError(f"{path}: holds weights or moments that are not finite; start again, with a lower lr")
     return state, tensors
+
+
+def check_data(path: Path, state: State, data: Mapping[str, Any]) -> None:
+    """The data of a training that resumes must be what it was: its order, and what the classes mean, follow from it.
+
+    Args:
+        path: of the state, for the message.
+        state: of `read`.
+        data: of `setup.describe`, as it is now.
+
+    Raises:
+        InputError: there are other classes, or more or fewer images.
+    """
+    found = [
+        f"{key}: {value} images, now {data[key]}"
+        for key, value in state.data.items()
+        if key != "classes" and value != data[key]
+    ]
+    before, now = state.data.get("classes") or [], data["classes"] or []
+    if state.data and before != now:
+        gone, new = ([n for n in a if n not in b] for a, b in ((before, now), (now, before)))
+        changes = f"{first(gone) or 'none'} gone, {first(new) or 'none'} new"
+        found.append(f"classes: {changes if gone or new else 'in another order'}")
+    if found:
+        raise InputError(f"resume: {path} is of another training; {'; '.join(found)}")
 
 
 def full_state_dict(model: torch.nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> dict[str, Any]:

@@ -596,6 +596,45 @@ def test_a_training_does_not_go_on_with_another_recipe(tmp_path, recipe, uninter
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_a_training_does_not_go_on_with_other_data(tmp_path, recipe, uninterrupted, data, capsys):
+    out, other = tmp_path / "out", tmp_path / "other"
+    shutil.copytree(uninterrupted, out)
+    shutil.copytree(data, other)
+
+    def difference() -> str:
+        message = error_of(capsys, recipe, out, "--resume", "--data-dir", str(other))
+        start = f"error: resume: {out / 'state.pt'} is of another training; "
+        assert message.startswith(start)
+        return message.removeprefix(start).strip()
+
+    extra = next((other / "train" / "zero").iterdir())
+    shutil.copy(extra, extra.with_name("extra.png"))
+    images = len(list(data.glob("train/*/*.png")))
+    assert difference() == f"train: {images} images, now {images + 1}"
+    extra.with_name("extra.png").unlink()
+    for split in ("train", "val"):
+        (other / split / "one").rename(other / split / "un")
+    assert difference() == "classes: one gone, un new"
+    for split in ("train", "val"):
+        (other / split / "un").rename(other / split / "one")
+    assert run(recipe, out, "--resume", "--data-dir", str(other)) == 0
+
+    state = torch.load(out / "state.pt", weights_only=True)
+    assert state["state"]["data"] == {"classes": list(image_data.CLASSES), "train": images, "val": 40}
+    del state["state"]["data"]  # as of a version before
+    torch.save(state, out / "state.pt")
+    assert run(recipe, out, "--resume") == 0
+
+
+def test_a_state_that_lacks_something(tmp_path, recipe, uninterrupted, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    state = torch.load(out / "state.pt", weights_only=True)
+    del state["optimizer"]
+    torch.save(state, out / "state.pt")
+    assert "resume: the state is damaged; KeyError: 'optimizer'" in error_of(capsys, recipe, out, "--resume")
+
+
 def test_a_full_disk_leaves_the_last_state(tmp_path, recipe, uninterrupted, monkeypatch, capsys):
     out = tmp_path / "out"
     kept = {}
