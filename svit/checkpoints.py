@@ -12,7 +12,7 @@ import torch
 from timm.models import PretrainedCfg
 from torch import nn
 
-from svit.convert import CheckpointError, differences, listing, read_state_dict, summary, write_safetensors
+from svit.convert import CheckpointError, check_finite, differences, read_state_dict, summary, write_safetensors
 from svit.errors import InputError
 from svit.images import channel_values
 from svit.models.original import from_original, is_original
@@ -115,7 +115,7 @@ def load_weights(model: nn.Module, checkpoint: str | Path, ema: bool = False) ->
     """Loads a checkpoint strictly; the authors' files work for their models.
 
     Raises:
-        CheckpointError: it cannot be read or does not fit.
+        CheckpointError: it cannot be read, does not fit, or its numbers are not finite.
     """
     path = Path(checkpoint)
     if not path.is_file():
@@ -170,15 +170,17 @@ def start_from(model: nn.Module, checkpoint: str | Path, arguments: Mapping[str,
     problems = summary(differences(weights, expected))
     if problems:
         raise CheckpointError(f"checkpoint: {checkpoint} does not fit the model; {problems}")
-    lost = [key for key, value in weights.items() if not value.isfinite().all()]
-    if lost:
-        raise CheckpointError(f"checkpoint: {checkpoint} holds numbers that are not finite, in {listing(lost)}")
     model.load_state_dict(weights)
 
 
 def read_weights(path: Path, ema: bool = False) -> dict[str, torch.Tensor]:
-    """The weights in a file under our names. Our models take the authors' names too, but errors name our keys."""
+    """The weights in a file under our names. Our models take the authors' names too, but errors name our keys.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its numbers are not finite.
+    """
     state_dict = read_state_dict(path, ema)
+    check_finite(path, state_dict)
     return from_original(state_dict) if is_original(state_dict) else state_dict
 
 

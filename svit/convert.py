@@ -217,11 +217,23 @@ def is_finite(tensors: Any) -> bool:
     """Whether all numbers in nested dicts and lists of tensors are finite. Of shards it checks this process's."""
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
     floating = [t for t in local if t.is_floating_point() or t.is_complex()]
+    floating = [t.float() if t.dtype is torch.float8_e4m3fn else t for t in floating]  # which has no isfinite
     if not floating:
         return True
     # One result, computed on a GPU if any tensor is there, so that the CPU waits once.
     device = max((t.device for t in floating), key=lambda device: device.type != "cpu")
     return bool(torch.stack([t.isfinite().all().to(device) for t in floating]).all())
+
+
+def check_finite(source: str | Path, state_dict: StateDict) -> None:
+    """A model with weights that are not finite would give some result, and no error.
+
+    Raises:
+        CheckpointError: not all numbers in what was read from `source` are finite.
+    """
+    lost = [key for key, value in state_dict.items() if not is_finite(value)]
+    if lost:
+        raise CheckpointError(f"checkpoint: {source} holds numbers that are not finite, in {listing(lost)}")
 
 
 def write_safetensors(

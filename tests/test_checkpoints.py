@@ -150,6 +150,18 @@ def test_a_checkpoint_that_does_not_fit(checkpoint):
         create_model("test_svit", checkpoint, pretrained=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_weights_that_are_not_finite(tmp_path, model, dtype):
+    """They would give some class for each image."""
+    weights = {key: value.to(dtype) if "head" in key else value for key, value in model.state_dict().items()}
+    torch.save(weights, tmp_path / "a.pth")
+    create_model("test_svit", tmp_path / "a.pth", num_classes=3)
+    weights["head.fc.bias"] = torch.tensor([0, torch.nan, 0]).to(dtype)
+    torch.save(weights, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="a.pth holds numbers that are not finite, in head.fc.bias$"):
+        create_model("test_svit", tmp_path / "a.pth", num_classes=3)
+
+
 def test_a_damaged_checkpoint(checkpoint):
     whole = checkpoint.read_bytes()
     garbage = safetensors.torch.save({"a": torch.zeros(1)}, {"pretrained_cfg": "{no json"})

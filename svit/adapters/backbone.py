@@ -20,7 +20,7 @@ from torch.hub import download_url_to_file, get_dir
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import svit.models  # noqa: F401  registers the models
-from svit.convert import CheckpointError, differences, listing, read_state_dict, summary
+from svit.convert import CheckpointError, check_finite, differences, listing, read_state_dict, summary
 from svit.models.original import from_original, is_original
 from svit.names import did_you_mean
 
@@ -175,7 +175,8 @@ class TimmBackbone(BaseModule):
         """Loads the checkpoint of `init_cfg`. Without one, the model keeps timm's initial values.
 
         Raises:
-            CheckpointError: there is no such file, it cannot be read, or it does not fit the model.
+            CheckpointError: there is no such file, it cannot be read, it does not fit the model, or its numbers are not
+                finite.
         """
         # The parent's method would call the model's own init_weights() after the weights are loaded.
         self._is_init = True
@@ -203,6 +204,7 @@ class TimmBackbone(BaseModule):
         problems = summary(differences(state_dict, expected))
         if problems:
             raise CheckpointError(f"{checkpoint}: is not of {self.arch}; {problems}")
+        check_finite(checkpoint, state_dict)
         self.model.load_state_dict(state_dict)
         print_log(f"{self.arch}: loaded {len(state_dict)} tensors from {checkpoint}", "current", logging.INFO)
 

@@ -17,7 +17,7 @@ from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATASETS, MODELS
 from PIL import Image
 
-from svit.convert import CheckpointError, differences, find_state_dict, listing, load, summary
+from svit.convert import CheckpointError, check_finite, differences, find_state_dict, listing, load, summary
 from svit.folders import walk
 from svit.images import EXTENSIONS
 
@@ -61,7 +61,7 @@ def check_checkpoint(config: Config, file: str, backbone_only: bool = False, res
         resumes: a training is to go on from it, so weights alone are not enough.
 
     Raises:
-        CheckpointError: the file does not exist, cannot be read, or is of another model.
+        CheckpointError: the file does not exist, cannot be read, is of another model, or its numbers are not finite.
     """
     if is_address(file):
         return
@@ -80,6 +80,7 @@ def check_checkpoint(config: Config, file: str, backbone_only: bool = False, res
     problems = summary(differences(found, expected))
     if problems:
         raise CheckpointError(f"{file}: is not of this config's {'backbone' if backbone_only else 'model'}; {problems}")
+    check_finite(file, found)
 
 
 def check_data(config: Config, *splits: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from svit.errors import InputError
 from svit.training.data import lost_readers_as_error
 from svit.training.loop import Training
-from svit.training.recipe import find_recipe, load_recipe, recipe_names
+from svit.training.recipe import check_utf8, find_recipe, load_recipe, recipe_names
 
 from .base import make_parser, out_of_memory_as_error
 
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 143 after SIGTERM, 130 after Ctrl-C."""
     args = parser().parse_args(argv)
     output = args.output or Path("outputs", "train", Path(args.recipe).stem)
+    check_utf8("--output", str(output.absolute()))
     recipe = load_recipe(args.recipe, args.set, args.data_dir)
     advice = (
         f"lower batch_size, now {recipe.batch_size}, and raise grad_accum by as much, which keeps the images of an "

@@ -144,7 +144,7 @@ class Training:
             for part in self.output.glob(".part-*"):  # of a training that was killed while it wrote
                 shutil.rmtree(part)
             with atomic_write(self.output / "recipe.yaml") as part:
-                part.write_text(OmegaConf.to_yaml(as_dict(self.recipe)))
+                part.write_text(OmegaConf.to_yaml(as_dict(self.recipe)), encoding="utf-8")
             if self.state.rows:  # which a kill may have kept from the log
                 write_csv(self.output / "log.csv", self.state.rows)
             if self.best is not None:

@@ -4,11 +4,12 @@ A recipe may start from another one: `base: NAME_OR_FILE`.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -124,17 +125,63 @@ CHOICES = {
     "sched": ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"),
     "interpolation": (None, "nearest", "bilinear", "bicubic", "lanczos"),
 }
-AT_LEAST_ONE = (
-    "epochs",
-    "batch_size",
-    "grad_accum",
-    "repeated_augmentation",
-    "log_every",
-    "img_size",
-    "train_size",
-    "save_every",
-)
-AT_LEAST_ZERO = ("workers", "max_unreadable", "seed", "warmup_epochs", "lr", "weight_decay")
+
+
+class Range(NamedTuple):
+    """The finite numbers from `least` to `most`, with or without these two."""
+
+    least: float
+    most: float = math.inf
+    more: bool = False  # than `least`
+    less: bool = False  # than `most`
+
+    def __contains__(self, value: object) -> bool:
+        number = cast(float, value)
+        above = number > self.least if self.more else number >= self.least
+        below = number < self.most if self.less else number <= self.most
+        return math.isfinite(number) and above and below  # NaN is in none
+
+    def __str__(self) -> str:
+        above = f"more than {self.least:g}" if self.more else f"at least {self.least:g}"
+        below = f"less than {self.most:g}" if self.less else f"at most {self.most:g}"
+        return above if self.most == math.inf else f"{above} and {below}"
+
+
+# Of each number in a key's value.
+RANGES = {
+    Range(1): (
+        "epochs",
+        "batch_size",
+        "grad_accum",
+        "repeated_augmentation",
+        "log_every",
+        "img_size",
+        "train_size",
+        "save_every",
+        "num_classes",
+        "train_samples",
+        "val_samples",
+        "lr_base_size",
+    ),
+    Range(0): (
+        "workers",
+        "max_unreadable",
+        "seed",
+        "color_jitter",
+        "mixup",
+        "cutmix",
+        "mixup_off_epoch",
+        "lr",
+        "warmup_epochs",
+        "warmup_lr",
+        "min_lr",
+        "weight_decay",
+    ),
+    Range(0, more=True): ("scale", "ratio", "clip_grad", "temperature"),
+    Range(0, 1): ("hflip", "random_erasing", "mixup_prob", "mixup_switch_prob", "teacher_weight"),
+    Range(0, 1, less=True): ("drop_path", "drop_path_schedule", "label_smoothing", "ema"),
+    Range(0, 1, more=True): ("crop_pct", "layer_decay"),
+}
 
 
 def load_recipe(name: str, changes: Sequence[str] = (), data_dir: str | None = None) -> Recipe:
@@ -233,20 +280,33 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def check_utf8(what: str, text: str) -> None:
+    """Names of files may be any bytes, but not in YAML, nor for TensorBoard.
+
+    Raises:
+        InputError: `text` holds others than UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what}: expected UTF-8 (a symbolic link can have such a name), got {text}") from error
+
+
 def check(recipe: Recipe, name: str) -> None:
+    for key, text in vars(recipe).items():
+        if isinstance(text, str):
+            check_utf8(f"{name}: {key}", text)
     for key, choices in CHOICES.items():
         if getattr(recipe, key) not in choices:
             raise InputError(f"{name}: {key}: expected {' or '.join(map(str, choices))}, got {getattr(recipe, key)!r}")
-    for keys, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
+    for allowed, keys in RANGES.items():
         for key in keys:
             value = getattr(recipe, key)
-            if value is not None and value < least:
-                raise InputError(f"{name}: {key}: expected at least {least}, got {value}")
+            numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            if value is not None and not all(number in allowed for number in numbers):
+                raise InputError(f"{name}: {key}: expected {allowed}, got {value}")
     if min(recipe.train_size_schedule.values(), default=1) < 1:
         raise InputError(f"{name}: train_size_schedule: expected sizes of at least 1, got {recipe.train_size_schedule}")
-    for key, rates in (("drop_path", [recipe.drop_path]), ("drop_path_schedule", recipe.drop_path_schedule.values())):
-        if not all(0 <= rate < 1 for rate in rates):
-            raise InputError(f"{name}: {key}: expected at least 0 and less than 1, got {getattr(recipe, key)}")
     for key in SCHEDULES:
         if min(getattr(recipe, key), default=0) < 0:
             raise InputError(f"{name}: {key}: expected epochs of at least 0, got {getattr(recipe, key)}")
@@ -255,7 +315,14 @@ def check(recipe: Recipe, name: str) -> None:
         numbers = getattr(recipe, key)
         if numbers is not None and len(numbers) not in lengths:
             raise InputError(f"{name}: {key}: expected {lengths[-1]} numbers, got {numbers}")
-    if recipe.std and min(recipe.std) <= 0:
+    for key in ("scale", "ratio"):
+        if getattr(recipe, key)[0] > getattr(recipe, key)[1]:
+            raise InputError(f"{name}: {key}: expected the smaller number first, got {getattr(recipe, key)}")
+    if recipe.crop == "rrc" and recipe.scale[1] > 1:
+        raise InputError(f"{name}: scale: expected at most 1 with crop: rrc, got {recipe.scale}")
+    if recipe.mean and not all(map(math.isfinite, recipe.mean)):
+        raise InputError(f"{name}: mean: expected finite numbers, got {recipe.mean}")
+    if recipe.std and not all(std in Range(0, more=True) for std in recipe.std):
         raise InputError(f"{name}: std: expected numbers above 0, got {recipe.std}")
     optimizers = cast(list[str], list_optimizers())
     if recipe.opt.lower().removeprefix("lookahead_") not in optimizers:

@@ -387,6 +387,14 @@ def test_wrong_checkpoint(tmp_path, weights, change, message):
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
 
 
+def test_weights_that_are_not_finite(tmp_path, weights):
+    file = tmp_path / "weights.pth"
+    torch.save({**weights, "stages.1.blocks.0.norm1.weight": torch.full((16,), torch.inf)}, file)
+    backbone = build(init_cfg=dict(type="Pretrained", checkpoint=str(file)))
+    with pytest.raises(CheckpointError, match=f"{file} holds numbers that are not finite, in stages.1.blocks.0.norm1"):
+        backbone.init_weights()
+
+
 def test_convert_weights_off(tmp_path, weights):
     torch.save(to_original(weights), tmp_path / "weights.pth")
     init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "weights.pth"))

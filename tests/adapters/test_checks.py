@@ -138,6 +138,11 @@ def test_check_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"is not of this config's model; other shapes: 2 \(decode_head.conv_seg"):
         check_checkpoint(other, file)
     check_checkpoint(other, file, backbone_only=True)
+    lost = {**weights, "decode_head.conv_seg.bias": torch.full_like(weights["decode_head.conv_seg.bias"], torch.nan)}
+    torch.save({"state_dict": lost}, file)
+    with pytest.raises(CheckpointError, match=f"{file} holds numbers that are not finite, in decode_head.conv_seg.bia"):
+        check_checkpoint(config, file)
+    check_checkpoint(other, file, backbone_only=True)
     other.model.backbone.arch = "svit_tiny"
     with pytest.raises(CheckpointError, match="is not of this config's backbone; missing keys"):
         check_checkpoint(other, file, backbone_only=True)

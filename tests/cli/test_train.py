@@ -25,7 +25,8 @@ import image_data
 from helpers import ONE_THREAD, TWO_PROCESSES
 from svit import processes
 from svit.checkpoints import create_model, read_metadata, save_model
-from svit.cli import command
+from svit.cli import command, train
+from svit.errors import InputError
 from svit.files import atomic_write
 from svit.training import loop
 from svit.training import state as states
@@ -570,6 +571,13 @@ def test_no_such_recipe(tmp_path, capsys):
     message = error_of(capsys, "nothing", tmp_path / "out")
     assert "recipe: no file nothing and no recipe of that name; there are " in message
     assert "cifar10" in message
+
+
+def test_an_output_whose_name_is_no_text(tmp_path, recipe):
+    out = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(InputError, match="^--output: expected UTF-8"):
+        train.main([str(recipe), "--output", str(out)])
+    assert not out.exists()
 
 
 def test_a_class_that_val_lacks(tmp_path, recipe, data, capsys):

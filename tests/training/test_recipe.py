@@ -1,6 +1,7 @@
 """Recipes: how they are read, changed and checked, and those that come with the project."""
 
 import json
+import os
 
 import pytest
 import timm
@@ -123,6 +124,27 @@ def test_a_recipe_starts_from_another(recipe):
         ("drop_path: 3", "drop_path: expected at least 0 and less than 1, got 3"),
         ("drop_path: 0.1\ndrop_path_schedule: {2: 6}", "drop_path_schedule: expected .* less than 1, got {2: 6.0}"),
         ("train_size_schedule: {-1: 32}", "train_size_schedule: expected epochs of at least 0, got {-1: 32}"),
+        ("clip_grad: -1", "clip_grad: expected more than 0, got -1"),
+        ("crop_pct: 87.5", "crop_pct: expected more than 0 and at most 1, got 87.5"),
+        ("layer_decay: 0", "layer_decay: expected more than 0 and at most 1, got 0"),
+        ("ema: 1", "ema: expected at least 0 and less than 1, got 1"),
+        ("label_smoothing: .nan", "label_smoothing: expected at least 0 and less than 1, got nan"),
+        ("hflip: 50", "hflip: expected at least 0 and at most 1, got 50"),
+        ("mixup_prob: 2", "mixup_prob: expected at least 0 and at most 1, got 2"),
+        ("mixup: -0.8", "mixup: expected at least 0, got -0.8"),
+        ("temperature: 0", "temperature: expected more than 0, got 0"),
+        ("lr: .nan", "lr: expected at least 0, got nan"),
+        ("weight_decay: .inf", "weight_decay: expected at least 0, got inf"),
+        ("warmup_epochs: .nan", "warmup_epochs: expected at least 0, got nan"),
+        ("min_lr: -1e-6", "min_lr: expected at least 0, got -1e-06"),
+        ("num_classes: 0", "num_classes: expected at least 1, got 0"),
+        ("lr_base_size: 0", "lr_base_size: expected at least 1, got 0"),
+        ("scale: [0, 1]", r"scale: expected more than 0, got \[0.0, 1.0\]"),
+        ("scale: [1, 0.5]", r"scale: expected the smaller number first, got \[1.0, 0.5\]"),
+        ("scale: [0.1, 1.2]", r"scale: expected at most 1 with crop: rrc, got \[0.1, 1.2\]"),
+        ("ratio: [.nan, 1]", r"ratio: expected more than 0, got \[nan, 1.0\]"),
+        ("mean: [0.5, .nan, 0.5]", r"mean: expected finite numbers, got \[0.5, nan, 0.5\]"),
+        ("std: [0.5, .nan, 0.5]", r"std: expected numbers above 0, got \[0.5, nan, 0.5\]"),
         ("base: [a]", r"base: expected a file or the name of a recipe, got \['a'\]"),
         ("train_size_schedule: {2: 0}", "train_size_schedule: expected sizes of at least 1, got {2: 0}"),
         ("lr: 1\nlr: 2", "found duplicate key lr .line 5"),
@@ -135,6 +157,12 @@ def test_what_is_wrong_is_named(recipe, text, message):
         load_recipe(name)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{name}: ")
+
+
+def test_a_name_that_is_no_text(recipe, tmp_path):
+    data = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
+    with pytest.raises(InputError, match="data_dir: expected UTF-8"):
+        load_recipe(recipe(), data_dir=data)
 
 
 def test_what_is_no_recipe(tmp_path):
