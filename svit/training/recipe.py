@@ -75,6 +75,8 @@ class Recipe:
     # Teacher
     teacher: str | None = None  # a model of timm whose predictions are learned too
     teacher_checkpoint: str | None = None  # null: timm's weights
+    teacher_classes: list[int] | None = None  # its outputs for the data's classes, in their order; null: it has these
+    teacher_size: int | None = None  # pixels, to which it gets the images resized; null: as they are
     teacher_weight: float = 0.5  # of the teacher's loss; the labels' has the rest
     temperature: float = 1.0
 
@@ -157,6 +159,7 @@ RANGES = {
         "log_every",
         "img_size",
         "train_size",
+        "teacher_size",
         "save_every",
         "num_classes",
         "train_samples",
@@ -167,6 +170,7 @@ RANGES = {
         "workers",
         "max_unreadable",
         "seed",
+        "teacher_classes",
         "color_jitter",
         "mixup",
         "cutmix",

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2
@@ -213,24 +214,53 @@ def make_tasks(
     return {soft: task(criterion=loss(soft_targets=soft)) for soft in (False, True)}
 
 
-def make_teacher(r: Recipe, splits: Splits, preprocessing: dict[str, Any]) -> nn.Module:
+class Teacher(nn.Module):
+    """A model, for the classes and the size of image that it was not made for.
+
+    Args:
+        model: (B, C, H, W) to logits.
+        classes: which of its logits are returned, in that order; None: all.
+        size: pixels, to which square images are resized; None: they stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, classes: list[int] | None = None, size: int | None = None) -> None:
+        super().__init__()
+        self.model, self.classes, self.size = model, classes, size
+        self.pretrained_cfg = pretrained_cfg(model)  # timm reads mean and standard deviation from it
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.size is not None and images.shape[-1] != self.size:
+            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+        logits = self.model(images)
+        return logits if self.classes is None else logits[:, self.classes]
+
+
+def make_teacher(r: Recipe, splits: Splits, preprocessing: dict[str, Any]) -> Teacher:
     """The model whose predictions are learned.
 
     Raises:
         InputError: it has other classes or channels than the model that learns, or takes images of another size.
     """
     assert r.teacher is not None
-    if r.teacher_checkpoint:
-        teacher = create_model(r.teacher, r.teacher_checkpoint, num_classes=splits.num_classes)
-    else:
-        # With timm's number of classes: another one would get a head of random weights.
-        teacher = create_model(r.teacher, pretrained=True)
-        if teacher.num_classes != splits.num_classes:
-            raise InputError(
-                f"teacher: expected one of the data's {splits.num_classes} classes, got {r.teacher} of "
-                f"{teacher.num_classes}; teacher_checkpoint names weights of your own"
-            )
-    channels, expected = (config["input_size"][0] for config in (pretrained_cfg(teacher), preprocessing))
+    arguments: dict[str, Any] = {"checkpoint": r.teacher_checkpoint} if r.teacher_checkpoint else {"pretrained": True}
+    if r.teacher_checkpoint and r.teacher_classes is None:
+        # Else timm's number of classes, or that of the checkpoint: another one would get a head of random weights.
+        arguments["num_classes"] = splits.num_classes
+    model: Any = create_model(r.teacher, **arguments)
+    if r.teacher_classes is None and model.num_classes != splits.num_classes:
+        raise InputError(
+            f"teacher: expected one of the data's {splits.num_classes} classes, got {r.teacher} of "
+            f"{model.num_classes}; teacher_checkpoint names weights of your own, teacher_classes its outputs"
+        )
+    if r.teacher_classes is not None and not (
+        len(r.teacher_classes) == splits.num_classes and max(r.teacher_classes) < model.num_classes
+    ):
+        raise InputError(
+            f"teacher_classes: expected {splits.num_classes} numbers, one for each class of the data, less than the "
+            f"{model.num_classes} of {r.teacher}, got {r.teacher_classes}"
+        )
+    teacher = Teacher(model, r.teacher_classes, r.teacher_size)
+    channels, expected = (config["input_size"][0] for config in (teacher.pretrained_cfg, preprocessing))
     if channels != expected:
         raise InputError(f"teacher: expected one for images of {expected} channels, as the model, got {channels}")
     sizes = [(size, size) for size in (r.train_size, *r.train_size_schedule.values()) if size]
@@ -241,7 +271,7 @@ def make_teacher(r: Recipe, splits: Splits, preprocessing: dict[str, Any]) -> nn
         except (AssertionError, RuntimeError) as error:
             message = f"teacher: {r.teacher} takes no images of {size[0]} x {size[1]}, as the training has: {error}"
             raise InputError(message) from error
-    names = pretrained_cfg(teacher).get("label_names")
+    names = None if r.teacher_classes else teacher.pretrained_cfg.get("label_names")
     if names and splits.classes and sorted(names) == sorted(splits.classes) and list(names) != splits.classes:
         raise InputError(f"teacher: its classes are in another order than the data's: {list(names)[:10]}")
     return teacher

@@ -398,6 +398,24 @@ def test_a_teacher_of_other_classes(tmp_path, frozen, capsys):
     assert "teacher: its classes are in another order than the data's: ['zero', 'two'," in message
 
 
+def test_a_teacher_of_more_classes_teaches_those_of_the_data(tmp_path, frozen, capsys):
+    recipe, teacher = frozen / "recipe.yaml", frozen / "out" / "last.safetensors"
+    places, weights = [6, 2, 0, 5, 3], load_file(teacher)
+    model = create_model("test_svit", num_classes=7)
+    for key in ("head.fc.weight", "head.fc.bias"):
+        weights[key] = torch.full((7, *weights[key].shape[1:]), 9.0).index_copy(0, torch.tensor(places), weights[key])
+    save_model(tmp_path / "more.safetensors", model, "test_svit", weights=weights)
+    common = ("--set", "batch_size=8", "epochs=1", "teacher_weight=1", "teacher=test_svit")
+    more = (*common, f"teacher_checkpoint={tmp_path / 'more.safetensors'}")
+    assert run(recipe, tmp_path / "a", *common, f"teacher_checkpoint={teacher}") == 0
+    assert run(recipe, tmp_path / "b", *more, f"teacher_classes={places}") == 0
+    assert equal_up_to_rounding(tmp_path / "a" / "last.safetensors", tmp_path / "b" / "last.safetensors")
+    for wrong in ([6, 2, 0, 5], [6, 2, 0, 5, 7]):
+        message = error_of(capsys, recipe, tmp_path / "c", *more, f"teacher_classes={wrong}")
+        assert "teacher_classes: expected 5 numbers, one for each class of the data, less than the 7 of" in message
+        assert message.endswith(f"got {wrong}")
+
+
 def test_a_teacher_of_another_size(tmp_path, frozen, capsys):
     arguments = (frozen / "recipe.yaml", tmp_path / "out", "--set", "batch_size=8", "teacher=vit_tiny_patch16_224")
     save_model(tmp_path / "teacher.safetensors", create_model("vit_tiny_patch16_224", num_classes=5), "a")

@@ -1,12 +1,15 @@
 """What a recipe makes: sizes of images in training and evaluation."""
 
 import pytest
+import timm
+import torch
+import torch.nn.functional as F
 from timm.data import resolve_data_config
 
 import image_data
 from svit.errors import InputError
 from svit.training.recipe import Recipe
-from svit.training.setup import Splits, make_loaders, make_model, open_splits
+from svit.training.setup import Splits, Teacher, make_loaders, make_model, open_splits
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +43,13 @@ def test_a_model_of_one_size_takes_no_train_size(splits, key, value):
     recipe = Recipe(model="swin_tiny_patch4_window7_224", **{key: value})
     with pytest.raises(InputError, match=f"{key}: expected none, since swin.* one size, got {value}"):
         make_model(recipe, splits)
+
+
+@pytest.mark.parametrize("size", [None, 32, 48])
+def test_a_teacher_sees_images_of_its_size(size):
+    model = timm.create_model("test_svit", num_classes=4).eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen = F.interpolate(images, (48, 48), mode="bicubic", antialias=True) if size == 48 else images
+    with torch.no_grad():
+        found, expected = Teacher(model, [3, 0], size)(images), model(seen)[:, [3, 0]]
+    torch.testing.assert_close(found, expected)
