@@ -86,6 +86,8 @@ def create_model(
         given = f" with {shown}" if shown else ""
         raise InputError(f"model: {name} cannot be made{given}: {' '.join(str(error).split())}") from error
     adapt_preprocessing(model, arguments.get("in_chans"))
+    if pretrained:
+        check_finite(name, model.state_dict())
     if checkpoint is not None:
         load_weights(model, checkpoint, ema)
     return model.eval()

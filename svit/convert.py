@@ -32,6 +32,9 @@ OUR_MARK = "stem.layers.0.weight"
 
 StateDict = dict[str, torch.Tensor]
 
+# Not those of 8 bits and fewer.
+WITH_ISFINITE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+
 
 class CheckpointError(InputError):
     """A checkpoint cannot be converted. The message names the file and what is wrong with it."""
@@ -217,7 +220,7 @@ def is_finite(tensors: Any) -> bool:
     """Whether all numbers in nested dicts and lists of tensors are finite. Of shards it checks this process's."""
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
     floating = [t for t in local if t.is_floating_point() or t.is_complex()]
-    floating = [t.float() if t.dtype is torch.float8_e4m3fn else t for t in floating]  # which has no isfinite
+    floating = [t if t.dtype in WITH_ISFINITE else t.float() for t in floating]
     if not floating:
         return True
     # One result, computed on a GPU if any tensor is there, so that the CPU waits once.

@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ __all__ = ["atomic_write", "is_special", "write_csv"]
 def atomic_write(target: Path) -> Iterator[Path]:
     """Gives a path to write to. At the end of the block that file becomes `target`; after an error `target` stays.
 
-    A link stays, and what it leads to is replaced. A device or a pipe gets the file's bytes.
+    A link stays, and what it leads to is replaced. What `is_special` gets the file's bytes at the end.
 
     Raises:
         OSError: `target` or its folder cannot be written to.
@@ -28,15 +29,29 @@ def atomic_write(target: Path) -> Iterator[Path]:
         part = Path(folder, target.name)
         yield part
         if special:
-            with part.open("rb") as source, target.open("wb") as file:
+            sys.stdout.flush()  # which may be the target
+            number = descriptor(target)
+            with part.open("rb") as source, open(target if number is None else os.dup(number), "wb") as file:
                 shutil.copyfileobj(source, file)
         else:
             os.replace(part, whole)
 
 
 def is_special(path: Path) -> bool:
-    """Whether a path is of a device, a pipe or a socket, such as /dev/stdout."""
-    return path.exists() and not (path.is_file() or path.is_dir())
+    """Whether no file may replace a path: that of a device, a pipe, a socket, or an open file such as /dev/stdout."""
+    return descriptor(path) is not None or (path.exists() and not (path.is_file() or path.is_dir()))
+
+
+def descriptor(path: Path) -> int | None:
+    """The number of the open file of this process that a path names, as /dev/stdout or /dev/fd/3 do."""
+    own = {f"/proc/{process}/fd" for process in ("self", "thread-self", os.getpid())} | {"/dev/fd"}
+    for _ in range(40):  # as many links as Linux follows
+        if path.name.isdecimal() and os.path.realpath(path.parent) in own:
+            return int(path.name)
+        if not path.is_symlink():
+            break
+        path = path.parent / path.readlink()
+    return None
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

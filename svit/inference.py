@@ -36,6 +36,10 @@ __all__ = ["Photo", "find_photos", "infer"]
 Record = dict[str, Any]
 
 
+# The place of a link in a tar file that leads to no file in it. No file starts at 0, where its header is.
+BROKEN = (0, 0)
+
+
 class Photo(NamedTuple):
     """An image file, or the part of a tar file that is one.
 
@@ -59,6 +63,8 @@ class Photo(NamedTuple):
         """
         if self.size is None:
             return read_image(self.file, mode)
+        if (self.start, self.size) == BROKEN:
+            raise UnreadableImageError(f"{self.name}: cannot be read (a link to no file in the tar file)")
         try:
             with open(self.file, "rb") as file:
                 file.seek(self.start)
@@ -85,7 +91,7 @@ def find_photos(sources: Iterable[str], warn: Callable[[str], None] | None = Non
 def listed(source: str) -> list[str]:
     """The lines of a list, or the source itself."""
     if source == "-":
-        found = lines(getattr(sys.stdin, "buffer", sys.stdin))
+        found = lines(getattr(sys.stdin, "buffer", sys.stdin) or ())  # None: closed from the start
     elif not source.startswith("@") or Path(source).exists():
         return [source]
     else:
@@ -107,6 +113,8 @@ def lines(file: Iterable[str | bytes]) -> list[str]:
 
 def photos_of(source: str, warn: Callable[[str], None] | None) -> list[Photo]:
     """The images of a file, folder, tar file or pattern."""
+    if not source:
+        raise FolderError("expected a file, folder or pattern, got an empty name")
     path = Path(source)
     if path.suffix == ".tar" and path.is_file():
         return tar_photos(path)
@@ -125,30 +133,46 @@ def tar_photos(path: Path) -> list[Photo]:
             members = list(tar)
     except (tarfile.TarError, OSError) as error:
         raise FolderError(f"{path}: expected an uncompressed tar file ({error})") from error
-    by_name = {posixpath.normpath(member.name): member for member in members}
     photos = []
-    for member in members:
+    for member, place in zip(members, find_places(members), strict=True):
         parts = PurePath(member.name).parts
-        is_image = (member.isfile() or is_link(member)) and PurePath(member.name).suffix.lower() in EXTENSIONS
+        is_image = (member.isfile() or member.islnk() or member.issym()) and PurePath(
+            member.name
+        ).suffix.lower() in EXTENSIONS
         if is_image and not any(map(is_clutter, parts)):
-            photos.append(Photo(f"{path}/{member.name}", str(path), *place(member, by_name)))
+            photos.append(Photo(f"{path}/{member.name}", str(path), *place))
     if not photos:
         raise FolderError(f"{path}: no images in this tar file")
     return photos
 
 
-def is_link(member: tarfile.TarInfo) -> bool:
-    return member.islnk() or member.issym()
+def find_places(members: list[tarfile.TarInfo]) -> list[tuple[int, int]]:
+    """The first byte and the number of bytes of each part, or of what a link leads to; BROKEN where that is none."""
+    places, found = {}, []
+    for member in members:
+        place = (member.offset_data, member.size) if member.isfile() else BROKEN
+        if member.islnk():  # to a part before it
+            place = places.get(posixpath.normpath(member.linkname), BROKEN)
+        if not member.issym():
+            places[posixpath.normpath(member.name)] = place
+        found.append(place)
+    links = {posixpath.normpath(member.name): member.linkname for member in members if member.issym()}
+    return [
+        places.get(followed(posixpath.normpath(member.name), links), BROKEN) if member.issym() else place
+        for member, place in zip(members, found, strict=True)
+    ]
 
 
-def place(member: tarfile.TarInfo | None, members: dict[str, tarfile.TarInfo]) -> tuple[int, int]:
-    """The first byte and the number of bytes of a part, or of what a link leads to; no bytes of a broken link."""
-    for _ in members:  # a bound, since links may lead to each other
-        if member is None or not is_link(member):
-            break
-        folder = posixpath.dirname(member.name) if member.issym() else ""
-        member = members.get(posixpath.normpath(posixpath.join(folder, member.linkname)))
-    return (member.offset_data, member.size) if member is not None and member.isfile() else (0, 0)
+def followed(name: str, links: dict[str, str]) -> str:
+    """What a part's name leads to, where it or a folder of it is a symbolic link; "" if the links go round."""
+    for _ in range(40):  # as many as Linux follows
+        parts = name.split("/")
+        heads = ("/".join(parts[:length]) for length in range(1, len(parts) + 1))
+        head = next((head for head in heads if head in links), None)
+        if head is None:
+            return name
+        name = posixpath.normpath(posixpath.join(posixpath.dirname(head), links[head], name[len(head) + 1 :]))
+    return ""
 
 
 class Photos(Dataset[tuple[int, torch.Tensor | str]]):

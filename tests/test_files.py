@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -59,3 +61,15 @@ def test_what_is_special(tmp_path):
     file.touch()
     assert not any(map(is_special, (file, tmp_path, tmp_path / "none")))
     assert is_special(Path(os.devnull))
+
+
+def test_an_open_file_gets_the_bytes_where_it_stands(tmp_path):
+    """As `svit flops MODEL --json /dev/stdout >> FILE` does."""
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    (tmp_path / "out.txt").write_text("before\n")
+    script = "import sys; from pathlib import Path; from svit.files import write_csv\n"
+    script += "print('first'); write_csv(Path(sys.argv[1]), [{'top1': 1}]); print('last')"
+    with (tmp_path / "out.txt").open("a") as file:
+        subprocess.run([sys.executable, "-c", script, tmp_path / "stdout"], stdout=file, check=True)
+    assert (tmp_path / "out.txt").read_text() == "before\nfirst\ntop1\n1\nlast\n"
+    assert (tmp_path / "stdout").is_symlink()

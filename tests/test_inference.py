@@ -67,6 +67,7 @@ def test_processes_share_the_batches(model, photos, start):
         ("no*.png", r"no\*.png: no file has such a name"),
         ("@no.txt", "@no.txt: the list cannot be read"),
         ("damaged.tar", "damaged.tar: expected an uncompressed tar file"),
+        ("", "expected a file, folder or pattern, got an empty name"),
         ("@empty.txt", "@empty.txt: expected a list with a file on each line, got an empty one"),
     ],
 )
@@ -79,9 +80,10 @@ def test_sources_that_cannot_be_used(tmp_path, monkeypatch, source, message):
 
 
 def test_a_list_on_an_empty_standard_input(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    with pytest.raises(FolderError, match="^-: expected a list"):
-        find_photos(["-"])
+    for stdin in (io.TextIOWrapper(io.BytesIO()), None):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(FolderError, match="^-: expected a list"):
+            find_photos(["-"])
 
 
 def test_a_list_that_starts_with_a_byte_order_mark(tmp_path):
@@ -97,7 +99,10 @@ def test_links_in_a_tar_file_are_what_they_lead_to(tmp_path):
         ("a/hard.png", tarfile.LNKTYPE, "./a/red.png", (255, 0, 0)),
         ("b/soft.png", tarfile.SYMTYPE, "../a/blue.png", (0, 0, 255)),
         ("b/twice.png", tarfile.SYMTYPE, "soft.png", (0, 0, 255)),
+        ("b/folder", tarfile.SYMTYPE, "../a", None),
+        ("b/below.png", tarfile.SYMTYPE, "folder/blue.png", (0, 0, 255)),
         ("b/broken.png", tarfile.SYMTYPE, "none.png", None),
+        ("b/early.png", tarfile.LNKTYPE, "a/blue.png", None),  # which comes later
         ("b/loop.png", tarfile.SYMTYPE, "loop.png", None),
     ]
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
@@ -107,16 +112,17 @@ def test_links_in_a_tar_file_are_what_they_lead_to(tmp_path):
             member.type, member.linkname = kind, target
             tar.addfile(member)
         tar.add(tmp_path / "blue.png", "a/blue.png")
-    photos = {
-        photo.name.removeprefix(f"{tmp_path}/shard.tar/"): photo for photo in find_photos([f"{tmp_path}/shard.tar"])
-    }
-    assert list(photos) == ["./a/red.png", *(name for name, *_ in links), "a/blue.png"]
-    for name, *_, colour in links:
+        tar.add(tmp_path / "blue.png", "./a/red.png")  # a newer one, to which the hard link does not lead
+    colours = [("./a/red.png", (255, 0, 0)), *((name, colour) for name, *_, colour in links if name.endswith("png"))]
+    colours += [("a/blue.png", (0, 0, 255)), ("./a/red.png", (0, 0, 255))]
+    photos = find_photos([f"{tmp_path}/shard.tar"])
+    assert [photo.name for photo in photos] == [f"{tmp_path}/shard.tar/{name}" for name, _ in colours]
+    for photo, (name, colour) in zip(photos, colours, strict=True):
         if colour:
-            assert photos[name].read("RGB").getpixel((0, 0)) == colour
+            assert photo.read("RGB").getpixel((0, 0)) == colour
         else:
-            with pytest.raises(UnreadableImageError, match=name):
-                photos[name].read("RGB")
+            with pytest.raises(UnreadableImageError, match=f"{name}: cannot be read .a link to no file in the tar"):
+                photo.read("RGB")
 
 
 def test_a_batch_that_was_read_elsewhere_is_one_tensor(model, photos):

@@ -1,6 +1,7 @@
 """What the commands share: options and their checks, the model that options name, running out of memory."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ def show(shape: Iterable[int]) -> str:
 
 def check_file(parser: argparse.ArgumentParser, option: str, file: Path | None) -> None:
     """Ends the command before the work, and not after, if the option names a file that cannot be written."""
-    if file and (file.is_dir() or not file.resolve().parent.is_dir()):
+    if file and (file.is_dir() or not Path(os.path.realpath(file)).parent.is_dir()):
         parser.error(f"{option}: expected a file in a folder that exists, got {file}")
 
 

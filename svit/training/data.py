@@ -95,7 +95,7 @@ def lost_readers_as_error(workers: str) -> Iterator[None]:
             raise InputError(
                 f"{str(error).splitlines()[0].rstrip('. ')}. If memory ran short, lower {workers}"
             ) from error
-        if "shared memory" in str(error):
+        if "shared memory(shm)" in str(error) or "shared memory object" in str(error):
             raise InputError(
                 f"out of shared memory, in which the processes that read hand on images: lower {workers}, or enlarge "
                 "/dev/shm (of a container: --shm-size)"

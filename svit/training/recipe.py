@@ -114,7 +114,7 @@ class Recipe:
 RENAMED = {"lr_batch": "lr_base_size"}
 
 # Keys that may differ when a training resumes: they decide where and how fast it runs, not what comes out.
-FREE = {"data_dir", "val_dir", "download", "workers", "save_every", "log_every"}
+FREE = {"data_dir", "val_dir", "download", "max_unreadable", "workers", "save_every", "log_every"}
 
 # Keys whose value is a mapping of epochs to values: a later one takes the place of the whole earlier one.
 SCHEDULES = ("drop_path_schedule", "train_size_schedule")
@@ -130,7 +130,7 @@ CHOICES = {
 
 
 class Range(NamedTuple):
-    """The finite numbers from `least` to `most`, with or without these two."""
+    """The numbers from `least` to `most`, with or without these two."""
 
     least: float
     most: float = math.inf
@@ -141,7 +141,7 @@ class Range(NamedTuple):
         number = cast(float, value)
         above = number > self.least if self.more else number >= self.least
         below = number < self.most if self.less else number <= self.most
-        return math.isfinite(number) and above and below  # NaN is in none
+        return above and below
 
     def __str__(self) -> str:
         above = f"more than {self.least:g}" if self.more else f"at least {self.least:g}"
@@ -215,7 +215,7 @@ def load_recipe(name: str, changes: Sequence[str] = (), data_dir: str | None = N
             if OmegaConf.is_missing(read, key):
                 raise InputError(f"{name}: {key}: expected a value, which --set {key}=... gives, got none")
         recipe = cast(Recipe, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), read)))
-    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, TypeError, UnicodeDecodeError) as error:
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError(f"{name}: {what}{where(error)}") from error
     check(recipe, name)
@@ -307,7 +307,11 @@ def check(recipe: Recipe, name: str) -> None:
         for key in keys:
             value = getattr(recipe, key)
             numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-            if value is not None and not all(number in allowed for number in numbers):
+            if value is None:
+                continue
+            if not all(map(math.isfinite, numbers)):
+                raise InputError(f"{name}: {key}: expected finite numbers, got {value}")
+            if not all(number in allowed for number in numbers):
                 raise InputError(f"{name}: {key}: expected {allowed}, got {value}")
     if min(recipe.train_size_schedule.values(), default=1) < 1:
         raise InputError(f"{name}: train_size_schedule: expected sizes of at least 1, got {recipe.train_size_schedule}")
@@ -324,9 +328,10 @@ def check(recipe: Recipe, name: str) -> None:
             raise InputError(f"{name}: {key}: expected the smaller number first, got {getattr(recipe, key)}")
     if recipe.crop == "rrc" and recipe.scale[1] > 1:
         raise InputError(f"{name}: scale: expected at most 1 with crop: rrc, got {recipe.scale}")
-    if recipe.mean and not all(map(math.isfinite, recipe.mean)):
-        raise InputError(f"{name}: mean: expected finite numbers, got {recipe.mean}")
-    if recipe.std and not all(std in Range(0, more=True) for std in recipe.std):
+    for key in ("mean", "std"):
+        if not all(map(math.isfinite, getattr(recipe, key) or ())):
+            raise InputError(f"{name}: {key}: expected finite numbers, got {getattr(recipe, key)}")
+    if recipe.std and min(recipe.std) <= 0:
         raise InputError(f"{name}: std: expected numbers above 0, got {recipe.std}")
     optimizers = cast(list[str], list_optimizers())
     if recipe.opt.lower().removeprefix("lookahead_") not in optimizers:
