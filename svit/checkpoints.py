@@ -14,6 +14,7 @@ from torch import nn
 
 from svit.convert import CheckpointError, check_finite, differences, read_state_dict, summary, write_safetensors
 from svit.errors import InputError
+from svit.files import check_utf8
 from svit.images import channel_values
 from svit.models.original import from_original, is_original
 from svit.names import did_you_mean, distinct
@@ -227,6 +228,7 @@ def read_metadata(checkpoint: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{checkpoint}: no such file")
     metadata: dict[str, str] = {}
+    check_utf8(str(checkpoint), str(checkpoint))
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, "pt") as file:

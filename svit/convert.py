@@ -19,7 +19,7 @@ from timm.models import clean_state_dict
 from torch.utils._pytree import tree_leaves
 
 from svit.errors import InputError
-from svit.files import atomic_write
+from svit.files import atomic_write, check_utf8
 from svit.models.original import MARK, ONE_HOT, from_original, is_original, to_original
 
 __all__ = ["MODELS", "CheckpointError", "convert"]
@@ -121,6 +121,8 @@ def find_state_dict(checkpoint: Any, source: Path, ema: bool = False) -> StateDi
 
 def load(source: Path) -> Any:
     """The content of a file, with tensors on the CPU. Foreign Python objects are refused."""
+    if source.suffix == ".safetensors":
+        check_utf8(str(source), str(source))
     try:
         if source.suffix == ".safetensors":
             return safetensors.torch.load_file(source)

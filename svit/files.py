@@ -1,4 +1,4 @@
-"""Writes files whole or not at all."""
+"""Writes files whole or not at all, and checks their names."""
 
 import csv
 import os
@@ -10,7 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_write", "is_special", "write_csv"]
+from svit.errors import InputError
+
+__all__ = ["atomic_write", "check_utf8", "is_special", "write_csv"]
+
+
+def check_utf8(what: str, text: str) -> None:
+    """Names of files may be any bytes, but not for all libraries, nor in YAML.
+
+    Raises:
+        InputError: `text` holds others than UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what}: expected UTF-8 (a symbolic link can have such a name), got {text}") from error
 
 
 @contextmanager

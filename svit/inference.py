@@ -148,7 +148,8 @@ def tar_photos(path: Path) -> list[Photo]:
 
 def find_places(members: list[tarfile.TarInfo]) -> list[tuple[int, int]]:
     """The first byte and the number of bytes of each part, or of what a link leads to; BROKEN where that is none."""
-    places, found = {}, []
+    places: dict[str, tuple[int, int]] = {}
+    found = []
     for member in members:
         place = (member.offset_data, member.size) if member.isfile() else BROKEN
         if member.islnk():  # to a part before it

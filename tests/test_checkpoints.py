@@ -1,7 +1,9 @@
 """Models by name with the weights of a checkpoint: what is saved comes back, and what is wrong is named."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -14,6 +16,7 @@ from svit.checkpoints import (
     class_names,
     create_model,
     read_metadata,
+    read_weights,
     save_model,
     size_argument,
 )
@@ -246,3 +249,22 @@ def test_names_of_classes():
     ):
         told = {"pretrained_cfg_overlay": {"label_names": folders}}
         assert class_names(timm.create_model("test_svit", num_classes=2, **told)) == names
+
+
+def test_a_file_whose_name_is_no_text(tmp_path, checkpoint):
+    """safetensors opens none, and would say that it is damaged."""
+    file = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.safetensors"))
+    file.write_bytes(checkpoint.read_bytes())
+    with pytest.raises(InputError, match="expected UTF-8"):
+        create_model("test_svit", file, num_classes=3)
+    with pytest.raises(InputError, match="expected UTF-8"):
+        read_weights(file)
+
+
+def test_a_folder_with_weights_that_are_not_finite(tmp_path):
+    model = timm.create_model("test_svit", num_classes=3)
+    with torch.no_grad():
+        model.head.fc.bias[0] = torch.nan
+    save_for_hf(model, tmp_path / "folder", model_config=dict(num_classes=3))
+    with pytest.raises(CheckpointError, match="numbers that are not finite, in head.fc.bias"):
+        create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True)

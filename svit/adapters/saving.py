@@ -38,11 +38,15 @@ class FiniteCheckpointHook(CheckpointHook):
     folder. The hook then takes the file of that name in the work dir, or makes a copy there. So the next best
     checkpoint does not remove the file of another run.
 
+    A checkpoint also stores how many images the training has, and a run that resumes must have as many.
+
     Raises:
         DivergedError: after an iteration, or before a checkpoint would be written.
+        InputError: before the training, of a run that resumes with other data.
     """
 
     def before_train(self, runner: Runner) -> None:
+        check_same_data(runner)
         folder = Path(runner.work_dir)
         if self.out_dir is not None:
             folder = Path(self.out_dir, folder.name)
@@ -96,6 +100,19 @@ class FiniteCheckpointHook(CheckpointHook):
         # The counters of the loop may be ahead.
         epoch, iteration = (runner.message_hub.get_info(key) + 1 for key in ("epoch", "iter"))
         return DivergedError(f"{what} in epoch {epoch}, iteration {iteration}; {advice}; {kept}")
+
+
+def check_same_data(runner: Runner) -> None:
+    """Notes the number of images for a run that resumes from this one, or compares it with what that one noted.
+
+    Raises:
+        InputError: it is another.
+    """
+    images = len(runner.train_dataloader.dataset)
+    before = runner.message_hub.runtime_info.get("train_images") if runner._resume else None
+    if before is not None and before != images:
+        raise InputError(f"resume: {runner._load_from} is of another training; train: {before} images, now {images}")
+    runner.message_hub.update_info("train_images", images)
 
 
 class Stopped(Exception):

@@ -7,6 +7,7 @@ status. This module imports none of them before it is asked for, so that `svit -
 import argparse
 import importlib
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
@@ -111,6 +112,8 @@ def command(name: str) -> Callable[[list[str] | None], int]:
     def main(argv: list[str] | None = None) -> int:
         try:
             return importlib.import_module(f"svit.cli.{name.replace('-', '_')}").main(argv) or 0
+        except BrokenPipeError:  # nobody reads on, as processes.Stream has it
+            return 128 + signal.SIGPIPE
         except (InputError, OSError) as error:
             sys.stderr.write(f"error: {error}\n")  # at once: other processes write too
         except ModuleNotFoundError as error:

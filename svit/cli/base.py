@@ -42,6 +42,13 @@ def check_file(parser: argparse.ArgumentParser, option: str, file: Path | None) 
         parser.error(f"{option}: expected a file in a folder that exists, got {file}")
 
 
+def named(text: str) -> Path:
+    """A type of arguments: a path. Empty text, as of a variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty name")
+    return Path(text)
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """A type of arguments: a whole number, `least` or more."""
 

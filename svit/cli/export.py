@@ -42,7 +42,7 @@ from torch.export import Dim, ExportedProgram
 
 from svit.checkpoints import class_names, pretrained_cfg, size_argument
 from svit.errors import InputError
-from svit.files import atomic_write
+from svit.files import atomic_write, check_utf8
 from svit.folders import find_images
 from svit.images import read_image
 from svit.layers import SuperTokenAttention
@@ -59,6 +59,7 @@ from .base import (
     height_and_width,
     make_model,
     make_parser,
+    named,
     show,
     warn_of_random_weights,
 )
@@ -87,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--static", action="store_true", help="this batch and image size alone")
     parser.add_argument(
-        "--int8", metavar="FOLDER", type=Path, help="ONNX in int8, calibrated with the images of this folder"
+        "--int8", metavar="FOLDER", type=named, help="ONNX in int8, calibrated with the images of this folder"
     )
     parser.add_argument(
         "--outputs",
@@ -126,6 +127,7 @@ def check_target(out: Path, suffix: str) -> None:
     """Before the work, not after."""
     if out.suffix != suffix:
         raise InputError(f"{out}: expected a name that ends in {suffix}")
+    check_utf8(str(out), str(out.absolute()))  # which exporters need
     if not out.parent.is_dir():
         raise InputError(f"{out}: there is no folder {out.parent}")
     if out.is_dir():

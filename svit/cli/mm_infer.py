@@ -17,7 +17,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 from PIL import Image
 
@@ -31,8 +31,8 @@ from svit.folders import find_images
 from svit.images import UnreadableImageError, read_image
 from svit.names import distinct
 
-from .base import add_device, choose_device, make_parser
-from .mm_train import add_checkpoint, drop_start_weights, refusals_as_errors
+from .base import add_device, choose_device, make_parser, named
+from .mm_train import Options, add_checkpoint, drop_start_weights, refusals_as_errors
 
 # From an RGB image (H, W, 3) to the picture (H, W, 3) and what was found in words.
 Look = Callable[[np.ndarray], tuple[np.ndarray, str]]
@@ -42,16 +42,27 @@ def parser() -> argparse.ArgumentParser:
     parser = make_parser("mm-infer", __doc__)
     parser.add_argument("config", metavar="CONFIG")
     add_checkpoint(parser)
-    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a file, or a folder with all below it")
+    parser.add_argument("images", metavar="IMAGE", type=named, nargs="+", help="a file, or a folder with all below it")
     parser.add_argument(
         "--out", metavar="PATH", type=Path, required=True, help="a picture, or a folder, where several are drawn"
     )
     parser.add_argument(
-        "--score", metavar="S", type=float, default=0.3, help="least score of what a detector draws; default: 0.3"
+        "--score", metavar="S", type=score, default=0.3, help="least score of what a detector draws; default: 0.3"
     )
     add_device(parser)
-    parser.add_argument("--cfg-options", metavar="KEY=VALUE", nargs="+", action=DictAction)
+    parser.add_argument("--cfg-options", metavar="KEY=VALUE", nargs="+", action=Options)
     return parser
+
+
+def score(text: str) -> float:
+    """A type of arguments: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 143 after SIGTERM, 130 after Ctrl-C."""
     args = parser().parse_args(argv)
     refuse_foreign_objects()
-    with refusals_as_errors(ValueError):
+    with refusals_as_errors(ValueError, AssertionError):
         config = load_config(args.config, args.cfg_options, args.data_root)
         config.work_dir = args.work_dir or config.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
         config.launcher = args.launcher
@@ -75,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         check_data(config, "train", "val")
         start_processes(config)
         runner = Runner.from_cfg(config)
+        # Now, where a wrong number is a message, and not in `train`.
+        runner.train_loop  # noqa: B018  # the property builds it
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     try:
         with processes.stop_signals() as signals, refusals_as_errors(UnpicklingError):
             runner.register_hook(StopHook(signals))
@@ -91,13 +95,25 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+class Options(DictAction):  # type: ignore[misc]
+    """--cfg-options, and a message of what is none."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        wrong = next((value for value in values if "=" not in value), None)
+        if wrong is not None:
+            raise argparse.ArgumentError(self, f"expected KEY=VALUE, got {wrong}")
+        super().__call__(parser, namespace, values, option)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """What training and testing both take."""
     parser.add_argument(
         "--cfg-options",
         metavar="KEY=VALUE",
         nargs="+",
-        action=DictAction,
+        action=Options,
         help="values to replace in the config, such as train_dataloader.batch_size=4",
     )
     parser.add_argument(
@@ -191,4 +207,4 @@ def refusals_as_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise InputError(str(error)) from error
+        raise InputError(str(error) or type(error).__name__) from error

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from svit.errors import InputError
+from svit.files import check_utf8
 from svit.training.data import lost_readers_as_error
 from svit.training.loop import Training
-from svit.training.recipe import check_utf8, find_recipe, load_recipe, recipe_names
+from svit.training.recipe import find_recipe, load_recipe, recipe_names
 
 from .base import make_parser, out_of_memory_as_error
 

@@ -41,6 +41,7 @@ from .base import (
     choose_device,
     make_model,
     make_parser,
+    named,
     out_of_memory_as_error,
 )
 
@@ -83,7 +84,7 @@ FIGURE = '<figure><figcaption>{caption}</figcaption><a href="{file}"><img src="{
 
 def parser() -> argparse.ArgumentParser:
     parser = make_parser("visualize", __doc__)
-    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a file, or a folder with all below it")
+    parser.add_argument("images", metavar="IMAGE", type=named, nargs="+", help="a file, or a folder with all below it")
     add_model_arguments(parser, "--model")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("outputs/visualize"), help="default: %(default)s"
@@ -124,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         report_unreadable(unreadable, len(args.images))
         return 1
     make_folder(args.out)
+    taken = {os.path.realpath(image) for image in args.images}
     # Every file takes its place at the end, the page last; on an error none does.
     with ExitStack() as files, out_of_memory_as_error("lower --img-size"):
         page = files.enter_context(atomic_write(args.out / "index.html"))
@@ -134,6 +136,10 @@ def main(argv: list[str] | None = None) -> int:
             shown = []
             for caption, figure in figures.items():
                 name = f"{image.stem}-{caption.replace(' ', '-')}.{args.format}"
+                if os.path.realpath(args.out / name) in taken:
+                    raise InputError(
+                        f"--out: expected another place than the images', got {args.out}, where {name} is one"
+                    )
                 with files.enter_context(atomic_write(args.out / name)).open("wb") as file:
                     figure.savefig(file, format=args.format, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
                 shown.append(FIGURE.format(file=quote(os.fsencode(name)), caption=caption))

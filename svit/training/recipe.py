@@ -17,6 +17,7 @@ from timm.optim import list_optimizers
 from yaml import YAMLError
 
 from svit.errors import InputError
+from svit.files import check_utf8
 from svit.names import did_you_mean
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -282,18 +283,6 @@ def find_recipe(name: str) -> Path:
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
-
-
-def check_utf8(what: str, text: str) -> None:
-    """Names of files may be any bytes, but not in YAML, nor for TensorBoard.
-
-    Raises:
-        InputError: `text` holds others than UTF-8.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{what}: expected UTF-8 (a symbolic link can have such a name), got {text}") from error
 
 
 def check(recipe: Recipe, name: str) -> None:

@@ -21,6 +21,7 @@ from mmengine.runner import Runner  # noqa: E402
 
 from svit.adapters.checkpoints import allow_mmengine_checkpoints  # noqa: E402
 from svit.adapters.saving import DivergedError, SeedHook, StopHook, Stopped, seed_epochs  # noqa: E402
+from svit.errors import InputError  # noqa: E402
 
 
 class Model(BaseModel):
@@ -172,6 +173,18 @@ def test_a_copied_run_leaves_the_other_one_alone(tmp_path):
     make(b, scores=(5.0, 6.0), load_from=str(b / "epoch_2.pth"), resume=True).train()
     assert names(b) == ["best_score_epoch_4.pth", "epoch_4.pth"]
     assert {path.name: path.read_bytes() for path in a.glob("*.pth")} == before
+
+
+@pytest.mark.parametrize("by_epoch", [True, False], ids=["epochs", "iterations"])
+def test_a_run_does_not_go_on_with_other_images(tmp_path, by_epoch):
+    make(tmp_path, total=2, by_epoch=by_epoch).train()
+    newest = str(tmp_path / ("epoch_2.pth" if by_epoch else "iter_4.pth"))
+    sampler = dict(type="DefaultSampler" if by_epoch else "InfiniteSampler")
+    more = dict(train_dataloader=dict(batch_size=1, num_workers=0, dataset=[torch.zeros(1)] * 3, sampler=sampler))
+    with pytest.raises(InputError, match=f"resume: {newest} is of another training; train: 2 images, now 3"):
+        make(tmp_path, by_epoch=by_epoch, load_from=newest, resume=True, **more).train()
+    make(tmp_path / "tuned", by_epoch=by_epoch, load_from=newest, **more).train()  # only its weights
+    assert weight(newest) is not None
 
 
 def test_a_run_that_goes_on_elsewhere_takes_its_best_along(tmp_path):

@@ -1,6 +1,7 @@
 """What the commands share: options, the model that they name, and how errors are told."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,6 +15,8 @@ from svit.cli.base import (
     add_img_size,
     add_model_arguments,
     at_least,
+    check_file,
+    named,
     open_model,
     out_of_memory_as_error,
     share,
@@ -139,3 +142,16 @@ def test_out_of_memory():
         torch.empty(2**60)
     with pytest.raises(RuntimeError, match="other"), out_of_memory_as_error("lower it"):
         raise RuntimeError("other")
+
+
+def test_a_path_that_is_empty():
+    """As of a variable of the shell that is not set; it would be the current folder."""
+    assert named("a/b") == Path("a/b")
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a path, got an empty name"):
+        named("")
+
+
+def test_a_link_that_leads_to_itself(tmp_path):
+    loop = tmp_path / "loop.csv"
+    loop.symlink_to(loop)
+    check_file(argparse.ArgumentParser(), "--out", loop)

@@ -235,3 +235,18 @@ def test_an_image_that_the_model_does_not_take(detector, tmp_path, capsys):
     assert command("mm-infer")([*detector, str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert "a.png: the config's model does not take 1 x 2000 pixels (" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--score", "nan"], "--score: expected a number from 0 to 1, got nan"),
+        (["--score", "7"], "--score: expected a number from 0 to 1, got 7"),
+        ([""], "IMAGE: expected a path, got an empty name"),
+        (["--cfg-options", "foo"], "--cfg-options: expected KEY=VALUE, got foo"),
+    ],
+)
+def test_arguments_out_of_range(capsys, option, message):
+    with pytest.raises(SystemExit, match="2"):
+        command("mm-infer")(["config.py", "weights.pth", "a.png", "--out", "out", *option])
+    assert message in capsys.readouterr().err

@@ -331,6 +331,27 @@ def test_bad_input(capsys, config, monkeypatch, options, message):
     assert sorted(path.name for path in config.parent.iterdir()) == ["config.py", "data"]
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("optim_wrapper.optimizer.lr=-1", "Invalid learning rate: -1"),
+        ("train_dataloader.batch_size=0", "batch_size should be a positive integer value, but got batch_size=0"),
+        ("train_cfg.max_epochs=-1", "error: "),
+    ],
+)
+def test_numbers_that_no_run_can_have(capsys, config, option, message):
+    options = [option, "model.backbone.init_cfg=None"]
+    error = failure(capsys, mm_train, config, "--work-dir", config.parent / "work", "--cfg-options", *options)
+    assert message in error
+
+
+@pytest.mark.parametrize("tool", [mm_train, mm_test])
+def test_options_without_a_value(capsys, config, tool):
+    with pytest.raises(SystemExit, match="2"):
+        tool.main([str(config), *(["none.pth"] if tool is mm_test else []), "--cfg-options", "foo"])
+    assert "--cfg-options: expected KEY=VALUE, got foo" in capsys.readouterr().err
+
+
 def test_unknown_config(capsys):
     assert "no such file or name: nothing" in failure(capsys, mm_train, "nothing")
     assert "no such file or name: nothing" in failure(capsys, mm_test, "nothing", __file__)

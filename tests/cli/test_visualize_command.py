@@ -203,3 +203,14 @@ def test_an_error_on_the_way_keeps_the_old_page(photo, tmp_path, monkeypatch, ca
     assert main([*command, "--point", "0.1", "0.1"]) == 1
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
     assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_picture_does_not_replace_an_image(photo, tmp_path, capsys):
+    """Figures lie beside the images, and an image has the name of the other's figure."""
+    taken = photo.with_name(f"{photo.stem}-attention.png")
+    taken.write_bytes(photo.read_bytes())
+    assert main([str(photo), str(taken), "--model", "test_svit", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"--out: expected another place than the images', got {tmp_path}, where {taken.name} is one")
+    assert taken.read_bytes() == photo.read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {photo.name, taken.name}
