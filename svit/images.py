@@ -28,7 +28,7 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Pillow's modes by the number of channels: grey and colour, without and with an alpha channel."""
 
 # The shorter side is resized to a model's size, and the longer one with it: 1 x 60,000 pixels would fill the memory.
-LONGEST = 1000
+LONGEST = 2000
 
 # Tags of a TIFF.
 BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 259, 262, 284, 339

@@ -8,6 +8,7 @@ come with the package.
 """
 
 import argparse
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -55,13 +56,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def score(text: str) -> float:
-    """A type of arguments: a number from 0 to 1."""
+    """A type of arguments: a number; above 1 nothing is drawn. To NaN no score compares."""
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
+        value = math.nan
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text}")
     return value
 
 

@@ -240,9 +240,8 @@ def test_an_image_that_the_model_does_not_take(detector, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--score", "nan"], "--score: expected a number from 0 to 1, got nan"),
-        (["--score", "7"], "--score: expected a number from 0 to 1, got 7"),
-        ([""], "IMAGE: expected a path, got an empty name"),
+        (["--score", "nan"], "--score: expected a number, got nan"),
+        (["--score", "half"], "--score: expected a number, got half"),
         (["--cfg-options", "foo"], "--cfg-options: expected KEY=VALUE, got foo"),
     ],
 )
@@ -250,3 +249,9 @@ def test_arguments_out_of_range(capsys, option, message):
     with pytest.raises(SystemExit, match="2"):
         command("mm-infer")(["config.py", "weights.pth", "a.png", "--out", "out", *option])
     assert message in capsys.readouterr().err
+
+
+def test_an_image_without_a_name(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command("mm-infer")(["config.py", "weights.pth", "", "--out", "out"])
+    assert "IMAGE: expected a path, got an empty name" in capsys.readouterr().err
