@@ -135,11 +135,8 @@ def tar_photos(path: Path) -> list[Photo]:
         raise FolderError(f"{path}: expected an uncompressed tar file ({error})") from error
     photos = []
     for member, place in zip(members, find_places(members), strict=True):
-        parts = PurePath(member.name).parts
-        is_image = (member.isfile() or member.islnk() or member.issym()) and PurePath(
-            member.name
-        ).suffix.lower() in EXTENSIONS
-        if is_image and not any(map(is_clutter, parts)):
+        name, holds_data = PurePath(member.name), member.isfile() or member.islnk() or member.issym()
+        if holds_data and name.suffix.lower() in EXTENSIONS and not any(map(is_clutter, name.parts)):
             photos.append(Photo(f"{path}/{member.name}", str(path), *place))
     if not photos:
         raise FolderError(f"{path}: no images in this tar file")
