@@ -42,6 +42,17 @@ def check_file(parser: argparse.ArgumentParser, option: str, file: Path | None) 
         parser.error(f"{option}: expected a file in a folder that exists, got {file}")
 
 
+def check_folder(file: Path) -> None:
+    """Ends the command before the work, and not after, if the folder of a result is not there.
+
+    Raises:
+        InputError: of the file, or of what a link leads to.
+    """
+    folder = Path(os.path.realpath(file)).parent if file.is_symlink() else file.parent
+    if not folder.is_dir():
+        raise InputError(f"{file}: there is no folder {folder}")
+
+
 def named(text: str) -> Path:
     """A type of arguments: a path. Empty text, as of a variable that is not set, would be the current folder."""
     if not text:

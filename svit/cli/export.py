@@ -55,6 +55,7 @@ from .base import (
     add_img_size,
     add_model_arguments,
     at_least,
+    check_folder,
     first_line,
     height_and_width,
     make_model,
@@ -128,8 +129,7 @@ def check_target(out: Path, suffix: str) -> None:
     if out.suffix != suffix:
         raise InputError(f"{out}: expected a name that ends in {suffix}")
     check_utf8(str(out), str(out.absolute()))  # which exporters need
-    if not out.parent.is_dir():
-        raise InputError(f"{out}: there is no folder {out.parent}")
+    check_folder(out)
     if out.is_dir():
         raise InputError(f"{out}: is a folder")
 

@@ -30,7 +30,7 @@ from svit.names import did_you_mean
 from svit.profiling import Count, count
 
 from . import install
-from .base import add_img_size, first_line, height_and_width, make_parser, show
+from .base import add_img_size, check_folder, first_line, height_and_width, make_parser, show
 
 # Heads and detectors whose cost the paper prints, and in which of its settings.
 SETTINGS = {"MaskRCNN": "Mask R-CNN 1x", "CascadeRCNN": "Cascade Mask R-CNN 3x", "UPerHead": "UPerNet 160k"}
@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     target = args.json or args.csv
     img_size = height_and_width(args.img_size) if args.img_size else None
     builders = {name: builder(name, img_size) for name in args.models}
-    if target and not target.parent.is_dir():  # before the work, not after
-        raise InputError(f"{target}: there is no folder {target.parent}")
+    if target:
+        check_folder(target)
     if target and target.is_dir():
         raise InputError(f"{target}: cannot be written, it is a folder")
     products = not args.no_attention_products

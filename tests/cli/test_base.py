@@ -16,6 +16,7 @@ from svit.cli.base import (
     add_model_arguments,
     at_least,
     check_file,
+    check_folder,
     named,
     open_model,
     out_of_memory_as_error,
@@ -149,6 +150,15 @@ def test_a_path_that_is_empty():
     assert named("a/b") == Path("a/b")
     with pytest.raises(argparse.ArgumentTypeError, match="expected a path, got an empty name"):
         named("")
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "none" / "a.json")
+    for file in (link, tmp_path / "none" / "a.json"):
+        with pytest.raises(InputError, match=f"{file}: there is no folder {tmp_path / 'none'}$"):
+            check_folder(file)
+    check_folder(tmp_path / "a.json")
 
 
 def test_a_link_that_leads_to_itself(tmp_path):
