@@ -228,7 +228,8 @@ def read_metadata(checkpoint: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{checkpoint}: no such file")
     metadata: dict[str, str] = {}
-    check_utf8(str(checkpoint), str(checkpoint))
+    if path.suffix == ".safetensors":
+        check_utf8(str(checkpoint), str(checkpoint))
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, "pt") as file:
