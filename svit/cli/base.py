@@ -36,9 +36,14 @@ def show(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape))
 
 
+def folder_of(file: Path) -> Path:
+    """Where a file is written: of a link, where it leads to, also if nothing is there or it leads to itself."""
+    return Path(os.path.realpath(file)).parent if file.is_symlink() else file.parent
+
+
 def check_file(parser: argparse.ArgumentParser, option: str, file: Path | None) -> None:
     """Ends the command before the work, and not after, if the option names a file that cannot be written."""
-    if file and (file.is_dir() or not Path(os.path.realpath(file)).parent.is_dir()):
+    if file and (file.is_dir() or not folder_of(file).is_dir()):
         parser.error(f"{option}: expected a file in a folder that exists, got {file}")
 
 
@@ -48,7 +53,7 @@ def check_folder(file: Path) -> None:
     Raises:
         InputError: of the file, or of what a link leads to.
     """
-    folder = Path(os.path.realpath(file)).parent if file.is_symlink() else file.parent
+    folder = folder_of(file)
     if not folder.is_dir():
         raise InputError(f"{file}: there is no folder {folder}")
 

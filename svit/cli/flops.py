@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     builders = {name: builder(name, img_size) for name in args.models}
     if target:
         check_folder(target)
-    if target and target.is_dir():
-        raise InputError(f"{target}: cannot be written, it is a folder")
+        if target.is_dir():
+            raise InputError(f"{target}: cannot be written, it is a folder")
     products = not args.no_attention_products
     rows = [measure(*item, img_size, args.per_module, products) for item in builders.items()]
     print(summary(rows))

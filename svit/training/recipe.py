@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -130,7 +130,8 @@ CHOICES = {
 }
 
 
-class Range(NamedTuple):
+@dataclass(frozen=True)
+class Range:
     """The numbers from `least` to `most`, with or without these two."""
 
     least: float
@@ -138,8 +139,7 @@ class Range(NamedTuple):
     more: bool = False  # than `least`
     less: bool = False  # than `most`
 
-    def __contains__(self, value: object) -> bool:
-        number = cast(float, value)
+    def __contains__(self, number: float) -> bool:
         above = number > self.least if self.more else number >= self.least
         below = number < self.most if self.less else number <= self.most
         return above and below
@@ -295,9 +295,9 @@ def check(recipe: Recipe, name: str) -> None:
     for allowed, keys in RANGES.items():
         for key in keys:
             value = getattr(recipe, key)
-            numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
             if value is None:
                 continue
+            numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
             if not all(map(math.isfinite, numbers)):
                 raise InputError(f"{name}: {key}: expected finite numbers, got {value}")
             if not all(number in allowed for number in numbers):
@@ -312,14 +312,13 @@ def check(recipe: Recipe, name: str) -> None:
         numbers = getattr(recipe, key)
         if numbers is not None and len(numbers) not in lengths:
             raise InputError(f"{name}: {key}: expected {lengths[-1]} numbers, got {numbers}")
+        if numbers is not None and not all(map(math.isfinite, numbers)):
+            raise InputError(f"{name}: {key}: expected finite numbers, got {numbers}")
     for key in ("scale", "ratio"):
         if getattr(recipe, key)[0] > getattr(recipe, key)[1]:
             raise InputError(f"{name}: {key}: expected the smaller number first, got {getattr(recipe, key)}")
     if recipe.crop == "rrc" and recipe.scale[1] > 1:
         raise InputError(f"{name}: scale: expected at most 1 with crop: rrc, got {recipe.scale}")
-    for key in ("mean", "std"):
-        if not all(map(math.isfinite, getattr(recipe, key) or ())):
-            raise InputError(f"{name}: {key}: expected finite numbers, got {getattr(recipe, key)}")
     if recipe.std and min(recipe.std) <= 0:
         raise InputError(f"{name}: std: expected numbers above 0, got {recipe.std}")
     optimizers = cast(list[str], list_optimizers())

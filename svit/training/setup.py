@@ -215,7 +215,7 @@ def make_tasks(
 
 
 class Teacher(nn.Module):
-    """A model, for the classes and the size of image that it was not made for.
+    """A model that teaches some of its classes, in another order, from images of another size.
 
     Args:
         model: (B, C, H, W) to logits.

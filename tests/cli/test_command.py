@@ -177,3 +177,14 @@ def test_no_message_names_what_a_wheel_lacks():
     for file, texts in found.items():
         for text in texts:
             assert not re.search(r"tools/|docs/|\.md\b(?<!README\.md)|constraints\.txt|'\.\[", text), f"{file}: {text}"
+
+
+def test_a_result_that_nobody_reads(monkeypatch, capsys):
+    """As stdout has it: the status that a shell calls the end by SIGPIPE, and no message."""
+
+    def main(argv):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("svit.cli.info.main", main)
+    assert command("info")([]) == 141
+    assert capsys.readouterr().err == ""
